@@ -1,0 +1,359 @@
+"""pipeline.toml: every value that a run depends on, validated once and frozen.
+
+A value that is not given is None here only where the right default depends on the model's size, the machine or the
+data; `pipeline.defaults` fills those in before any stage runs, so a stage never meets an unset one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pipeline.errors import UserError
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+TARGET_MODULES = {
+    "minimal": ("q_proj", "v_proj"),
+    "attention": ATTENTION,
+    "all": (*ATTENTION, "gate_proj", "up_proj", "down_proj"),
+}
+
+
+class Section(BaseModel):
+    """A table of the file: its values never change, and a key that it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True)
+
+
+class Model(Section):
+    """What is fine-tuned."""
+
+    base: str = Field(description="a packaged model's name, a hub id (owner/name), or a local folder", min_length=1)
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+
+class Data(Section):
+    """What it is trained on."""
+
+    train: Path = Field(description="conversations to train on: .jsonl, .json, .csv or .parquet")
+    validation: Path | None = Field(None, description="conversations for the validation loss")
+    test: Path | None = Field(None, description="conversations that `evaluate` and `deploy` ask")
+    validation_fraction: float = Field(
+        0.05, ge=0, lt=1, description="share of train that is split off when no validation file is given"
+    )
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt"] = Field("auto", description="shape of a row")
+    system: str | None = Field(None, description="system message for rows that have none")
+    on_overlong: Literal["error", "drop", "truncate"] = Field(
+        "error", description="what to do with a row that is longer than train.max_length"
+    )
+
+
+class Lora(Section):
+    """The adapter."""
+
+    r: int = Field(16, ge=1, le=1024, description="rank")
+    alpha: float | None = Field(None, gt=0, description="scaling numerator; default: the rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases are trained")
+    target_modules: Literal["minimal", "attention", "all"] | tuple[str, ...] = Field(
+        "all", description="a preset (minimal, attention, all) or a list of module names"
+    )
+    rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead of alpha / r")
+    dora: bool = Field(False, description="weight-decomposed LoRA")
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The names of the modules that get an adapter."""
+        return TARGET_MODULES[self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
+
+
+class Train(Section):
+    """How it is trained."""
+
+    epochs: float | None = Field(None, gt=0, description="passes over the data; excludes steps")
+    steps: int | None = Field(None, ge=1, description="optimizer steps; excludes epochs")
+    batch: int | None = Field(None, ge=1, description="rows per forward pass")
+    accumulation: int | None = Field(None, ge=1, description="forward passes per optimizer step")
+    learning_rate: float | None = Field(None, gt=0, description="peak learning rate")
+    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        "cosine", description="learning rate schedule"
+    )
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay")
+    optimizer: str | None = Field(None, description="an optimizer's name as transformers spells it")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    seed: int = Field(3407, ge=0, le=2**32 - 1, description="seed of the adapter, the split and the order of rows")
+    load_in_4bit: bool = Field(True, description="train on the base in 4-bit NF4 (QLoRA)")
+    eval_interval: int | None = Field(None, ge=1, description="steps between validation losses")
+    save_interval: int | None = Field(None, ge=1, description="steps between checkpoints")
+    early_stopping: int | None = Field(
+        None, ge=1, description="stop after this many validations without a better loss; the best adapter is kept"
+    )
+    max_length: int | None = Field(None, ge=8, description="longest row, in tokens")
+    packing: bool = Field(False, description="put several rows into one sequence")
+    gradient_checkpointing: bool | None = Field(None, description="recompute activations to save memory")
+    report_to: Literal["none", "tensorboard", "wandb", "mlflow"] = Field("none", description="experiment tracker")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Train:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("train.epochs and train.steps exclude each other: keep one")
+        return self
+
+
+class Merge(Section):
+    """How the adapter becomes part of the weights."""
+
+    base: Literal["16bit"] = Field("16bit", description="the base that the adapter is merged into")
+
+
+class Export(Section):
+    """Which GGUF files are made."""
+
+    quant: tuple[str, ...] = Field(("q4_k_m",), min_length=1, description="quantization types of llama-quantize")
+    outtype: Literal["auto", "f16", "bf16"] = Field("auto", description="16-bit type; auto: as the base is stored")
+
+    @field_validator("quant", mode="before")
+    @classmethod
+    def _list_of_names(cls, value: Any) -> Any:
+        names = [value] if isinstance(value, str) else value
+        if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names):
+            return tuple(dict.fromkeys(name.lower() for name in names))
+        return value
+
+
+class Ollama(Section):
+    """How the result is served."""
+
+    name: str | None = Field(None, description="the model's name in Ollama; default: the folder of this file")
+    system: str | None = Field(None, description="default system message")
+    template: str = Field("auto", description="auto, go, native, or the path of a Go template")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="PARAMETERs, e.g. temperature = 0")
+    host: str | None = Field(None, description="address of a running Ollama; default: the usual one, else an own one")
+    license: str | None = Field(None, description="licence text or name")
+    replace: bool = Field(False, description="replace a model of this name that this run did not make")
+
+
+class Eval(Section):
+    """How answers are judged."""
+
+    metric: Literal["json", "text", "none"] = Field("text", description="json: equal objects; text: equal strings")
+    limit: int | None = Field(None, ge=1, description="ask only the first rows of the test data")
+    max_new_tokens: int = Field(256, ge=1, description="longest answer")
+
+
+class Verify(Section):
+    """What `verify` tolerates."""
+
+
+class Run(Section):
+    """Where the results are kept."""
+
+    folder: Path = Field(Path("run"), description="the run's folder, beside this file")
+
+
+class Config(Section):
+    """All of pipeline.toml. Paths are absolute."""
+
+    model: Model
+    data: Data
+    lora: Lora = Lora()
+    train: Train = Train()
+    merge: Merge = Merge()
+    export: Export = Export()
+    ollama: Ollama = Ollama()
+    eval: Eval = Eval()
+    verify: Verify = Verify()
+    run: Run = Run()
+
+    @property
+    def run_folder(self) -> Path:
+        """The run's folder."""
+        return self.run.folder
+
+
+# Paths that are taken from the folder of pipeline.toml, not from where the command was typed.
+_PATHS = (("data", "train"), ("data", "validation"), ("data", "test"), ("run", "folder"))
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, str]]:
+    """Read a configuration.
+
+    Args:
+        path: the TOML file.
+        overrides: "section.key=value" strings; they win over the file.
+
+    Returns:
+        The configuration, and for every dotted key that was given the place it came from.
+
+    Raises:
+        UserError: with file, line and key, and what is allowed there.
+    """
+    path = path.expanduser().absolute()
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such file; give the path of a configuration, e.g. `pipeline run my/pipeline.toml`"
+        ) from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; give the pipeline.toml in it") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+
+    places = {key: _place(path, text, key) for key in _dotted(values)}
+    for override in overrides:
+        key, value = _parse_override(override)
+        _assign(values, key, value, override)
+        places |= dict.fromkeys(_dotted(value, key) if isinstance(value, dict) else [key], f"--set {override}")
+
+    _refuse_unknown(values, places, path)
+    for section, key in _PATHS:
+        given = values.get(section, {}).get(key) if isinstance(values.get(section), dict) else None
+        if isinstance(given, str):
+            values[section][key] = path.parent / Path(given).expanduser()
+    base = values.get("model", {}).get("base") if isinstance(values.get("model"), dict) else None
+    if isinstance(base, str) and (path.parent / base).is_dir():
+        values["model"]["base"] = str((path.parent / base).resolve())
+
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(error, places, path))) from None
+    return _anchored(config, path), {key: place.replace(str(path), path.name) for key, place in places.items()}
+
+
+def _anchored(config: Config, path: Path) -> Config:
+    """Defaults that depend on where the file lies."""
+    folder = config.run.folder if config.run.folder.is_absolute() else path.parent / config.run.folder
+    name = config.ollama.name or re.sub(r"[^a-z0-9._-]+", "-", path.parent.name.lower()).strip("-._") or "model"
+    return config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"folder": folder.resolve()}),
+            "ollama": config.ollama.model_copy(update={"name": name}),
+        }
+    )
+
+
+def fields() -> Iterator[tuple[str, str, Any]]:
+    """Every key of the configuration: its dotted name, what it means, its default (None: `pipeline.defaults`)."""
+    for section, table in Config.model_fields.items():
+        annotation = table.annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, Section)):
+            continue
+        for key, field in annotation.model_fields.items():
+            yield (
+                f"{section}.{key}",
+                field.description or "",
+                ... if field.is_required() else field.get_default(call_default_factory=True),
+            )
+
+
+def _dotted(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        name = f"{prefix}.{key}" if prefix else key
+        if isinstance(value, dict):
+            yield from _dotted(value, name)
+        else:
+            yield name
+
+
+def _parse_override(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)+", key):
+        raise UserError(f"--set {override}: write section.key=value, e.g. --set train.epochs=2")
+    try:
+        return key, tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, text.strip()  # a bare word is a string
+
+
+def _assign(values: dict[str, Any], key: str, value: Any, override: str) -> None:
+    *tables, last = key.split(".")
+    for table in tables:
+        values = values.setdefault(table, {})
+        if not isinstance(values, dict):
+            raise UserError(f"--set {override}: {table} is a value, not a table")
+    values[last] = value
+
+
+def _place(path: Path, text: str, dotted: str) -> str:
+    """"file:line" of a key. tomllib keeps no positions, so the line is looked for; without one, the file."""
+    *tables, key = dotted.split(".")
+    table: list[str] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := re.match(r"\s*\[\s*([^\[\]]+?)\s*\]", line):
+            table = [part.strip().strip("\"'") for part in header[1].split(".")]
+        elif assignment := re.match(r"\s*([\w\"'.-]+)\s*=", line):
+            name = [part.strip().strip("\"'") for part in assignment[1].split(".")]
+            full = [*table, *name]
+            if full == [*tables, key] or full == dotted.split(".")[: len(full)]:
+                return f"{path}:{number}"
+    return str(path)
+
+
+def _refuse_unknown(values: dict[str, Any], places: dict[str, str], path: Path) -> None:
+    known: dict[str, list[str]] = {}
+    for dotted, _, _ in fields():
+        section, key = dotted.split(".")
+        known.setdefault(section, []).append(key)
+    every = [f"{section}.{key}" for section, keys in known.items() for key in keys]
+    for section, table in values.items():
+        where = next((place for key, place in places.items() if key.split(".")[0] == section), str(path))
+        if section not in known:
+            raise UserError(f"{where}: [{section}]: unknown section; {_nearest(section, list(known))}")
+        if not isinstance(table, dict):
+            raise UserError(f"{where}: {section}: must be a table; write [{section}] and its keys below it")
+        for key in table:
+            if key not in known[section]:
+                place = next((at for name, at in places.items() if name.startswith(f"{section}.{key}")), where)
+                raise UserError(
+                    f"{place}: {section}.{key}: unknown key; {_nearest(f'{section}.{key}', every, known[section])}"
+                )
+
+
+def _nearest(name: str, candidates: list[str], allowed: list[str] | None = None) -> str:
+    own = [candidate for candidate in candidates if candidate.split(".")[0] == name.split(".")[0]]
+    close = difflib.get_close_matches(name, own, 1, 0.6)
+    if not close:  # the right key in the wrong section
+        close = [candidate for candidate in candidates if candidate.split(".")[-1] == name.split(".")[-1]]
+    close = close or difflib.get_close_matches(name, candidates, 1, 0.6)
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"known are: {', '.join(allowed or candidates)}"
+
+
+def _explain(error: ValidationError, places: dict[str, str], path: Path) -> Iterator[str]:
+    seen = set()
+    for detail in error.errors(include_url=False):
+        key = ".".join(str(part) for part in detail["loc"][:2])
+        if key in seen:  # one message a key, also where each arm of a union complains
+            continue
+        seen.add(key)
+        where = next((place for name, place in places.items() if name == key or name.startswith(f"{key}.")), path)
+        if detail["type"] == "missing":
+            example = {
+                "model": 'base = "smollm2-135m-instruct" (the packaged model), a hub id or a local folder',
+                "model.base": '"smollm2-135m-instruct" (the packaged model), a hub id or a local folder',
+                "data": 'train = "train.jsonl"',
+                "data.train": '"train.jsonl"',
+            }.get(key, "it")
+            yield f"{where}: {key}: must be given: {example}"
+        elif detail["type"] == "value_error":
+            yield f"{where}: {str(detail['ctx']['error'])}"
+        else:
+            given = detail.get("input")
+            meaning = next((text for name, text, _ in fields() if name == key), "")
+            yield f"{where}: {key} = {given!r}: {detail['msg'][0].lower()}{detail['msg'][1:]} ({meaning})"

@@ -1,0 +1,36 @@
+"""Where the program's own files and its cache are: the same answer in a checkout and in an installed wheel."""
+
+import hashlib
+import os
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def resource(name: str) -> Path:
+    """The path of a file or folder that is shipped with the program, e.g. "templates/Modelfile.j2".
+
+    A wheel carries these folders inside the package, a checkout beside it.
+
+    Raises:
+        FileNotFoundError: the program's own installation is incomplete.
+    """
+    for root in (_PACKAGE, _PACKAGE.parent):
+        if (path := root / name).exists():
+            return path
+    raise FileNotFoundError(f"{name} is missing from the installation of this program: install it again")
+
+
+def cache_folder() -> Path:
+    """The folder that every checkout and every run on this machine shares; PIPELINE_CACHE overrides it."""
+    if override := os.environ.get("PIPELINE_CACHE"):
+        return Path(override).expanduser().resolve()
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("finetune-pipeline", appauthor=False))
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,118 @@
+"""A run's folder: its lock, its manifest, and files that appear whole or not at all."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import PipelineError, UserError
+from pipeline.resources import sha256_of
+
+MANIFEST = "manifest.json"
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold the run's folder: a second process that wants it is told who has it.
+
+    The lock is the operating system's, so it ends with the process, however that ends.
+    """
+    from filelock import FileLock, Timeout
+
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / ".lock").touch()
+    except OSError as error:
+        raise UserError(f"{run}: cannot be written ({error.strerror}); choose another folder with run.folder") from None
+    holder = run / ".lock.pid"
+    try:
+        with FileLock(run / ".lock", timeout=0):
+            holder.write_text(str(os.getpid()))
+            yield
+    except Timeout:
+        pid = holder.read_text() if holder.exists() else "unknown"
+        raise UserError(
+            f"{run}: another process (process id {pid}) works in this folder; wait for it, or stop it"
+        ) from None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old one or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_manifest(run: Path) -> dict[str, Any]:
+    """The manifest of a run, or an empty one.
+
+    Raises:
+        PipelineError: the file is there and cannot be understood.
+    """
+    path = run / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {"stages": {}, "files": {}}
+    except (OSError, ValueError) as error:
+        raise PipelineError(f"{path}: cannot be read ({error}); remove it, and every stage runs again") from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("stages"), dict):
+        raise PipelineError(f"{path}: is no manifest of this program; remove it, and every stage runs again")
+    return manifest
+
+
+def write_manifest(run: Path, manifest: dict[str, Any]) -> None:
+    """Replace the manifest."""
+    write_whole(run / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False, default=str) + "\n")
+
+
+def record_files(folder: Path, run: Path) -> dict[str, dict[str, Any]]:
+    """Every file below a folder of the run: its path from the run's folder, size in bytes, mtime and SHA-256."""
+    return {
+        str(path.relative_to(run)): {**_stat(path), "sha256": sha256_of(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.is_symlink()
+    }
+
+
+def unchanged(run: Path, files: dict[str, dict[str, Any]]) -> str | None:
+    """The first recorded file that is no longer what it was, or None.
+
+    Size and time of change are enough to believe that a file is the same; where the time differs the hash decides.
+    """
+    for name, recorded in files.items():
+        path = run / name
+        if not path.is_file():
+            return f"{name} is missing"
+        now = _stat(path)
+        if now["size"] != recorded["size"]:
+            return f"{name} has changed"
+        if now["mtime_ns"] != recorded["mtime_ns"] and sha256_of(path) != recorded["sha256"]:
+            return f"{name} has changed"
+    return None
+
+
+def hash_outside(path: Path, known: dict[str, dict[str, Any]]) -> str:
+    """SHA-256 of a file outside the run; `known` remembers it by path, size and time of change.
+
+    Raises:
+        UserError: the file is not there.
+    """
+    try:
+        now = _stat(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    recorded = known.get(str(path))
+    if recorded is None or any(recorded[key] != value for key, value in now.items()):
+        recorded = known[str(path)] = {**now, "sha256": sha256_of(path)}
+    return str(recorded["sha256"])
+
+
+def _stat(path: Path) -> dict[str, int]:
+    status = path.stat()
+    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
