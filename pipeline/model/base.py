@@ -1,0 +1,162 @@
+"""The base of a fine-tune as a folder: 16-bit safetensors, config.json, and a fast tokenizer.
+
+`[model] base` is a packaged name, a hub id or a local folder. Whichever it is, every later stage sees a folder,
+and one that cannot work - pickled weights, GGUF only, weights that are already 4-bit, no tokenizer - is refused
+here, by name.
+"""
+
+import difflib
+import json
+import re
+from pathlib import Path
+
+from pipeline.errors import PipelineError, UserError
+from pipeline.model.packaged import PACKAGED, packaged_folder
+
+# What is fetched from a hub. Pickled weights and Python files are not: they can run code.
+HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "LICENSE*", "NOTICE*")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+WEIGHT_TYPES = ("F16", "BF16", "F32")
+
+
+def resolve_base(base: str, revision: str | None = None) -> Path:
+    """The folder of a base.
+
+    Args:
+        base: a packaged model's name, a hub id ("owner/name"), or a local folder.
+        revision: a hub id's branch, tag or commit.
+
+    Returns:
+        A folder with config.json, safetensors and tokenizer files.
+
+    Raises:
+        UserError: there is no such base, or it cannot be fine-tuned and merged, and why.
+        PipelineError: it cannot be fetched or unpacked.
+    """
+    if base.lower() in PACKAGED:
+        if revision is not None:
+            raise UserError(f"model.revision: the packaged {base} has no revisions; remove the key")
+        return packaged_folder(PACKAGED[base.lower()])
+    local = Path(base).expanduser()
+    if local.is_dir():
+        if revision is not None:
+            raise UserError(f"model.revision: {base} is a local folder; a revision belongs to a hub id")
+        return check_base(local.resolve())
+    if local.is_file():
+        raise UserError(
+            f"model.base: {base} is a file; give the folder that holds config.json and *.safetensors"
+        )
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not base.startswith("."):
+        return check_base(_from_hub(base, revision))
+    nearest = difflib.get_close_matches(base.lower(), PACKAGED, 1)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"packaged are: {', '.join(PACKAGED)}"
+    raise UserError(
+        f"model.base: {base}: no such folder, no packaged model and no hub id (owner/name); {hint}"
+    )
+
+
+def _from_hub(base: str, revision: str | None) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    at = f"{base} at {revision}" if revision else base
+    try:
+        return Path(snapshot_download(base, revision=revision, allow_patterns=list(HUB_PATTERNS)))
+    except errors.GatedRepoError:
+        raise UserError(
+            f"model.base: {at} is gated: accept its licence on its hub page, then log in with "
+            "`hf auth login` or set HF_TOKEN"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(
+            f"model.base: the hub has no {base}, or shows it only to those who are logged in: check the "
+            "name, or log in with `hf auth login` or set HF_TOKEN"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"model.base: {base} has no revision {revision}") from None
+    except (errors.HFValidationError, errors.HfUriError) as error:
+        raise UserError(f"model.base: {base} is no hub id: {error}") from None
+    except Exception as error:  # the network's errors have no common class, and must not show a traceback
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise PipelineError(
+            f"model.base: {at} cannot be fetched from the hub and is not in its cache ({reason}). Connect to "
+            f"the network, or give a local folder, or the packaged {' or '.join(PACKAGED)}"
+        ) from None
+
+
+def check_base(folder: Path) -> Path:
+    """Return the folder if it is a base that can be trained, merged and converted.
+
+    Raises:
+        UserError: what is missing or wrong in it, and what to do.
+    """
+    where = f"model.base: {folder}"
+    config_file = folder / "config.json"
+    weights = sorted(folder.glob("*.safetensors"))
+    if not config_file.is_file():
+        if list(folder.glob("*.gguf")):
+            raise UserError(
+                f"{where} holds only GGUF, which cannot be trained: give the model's original folder or hub "
+                "id, with config.json and *.safetensors"
+            )
+        if (folder / "adapter_config.json").is_file():
+            raise UserError(
+                f"{where} holds an adapter, not a model: give the base that the adapter was trained on"
+            )
+        raise UserError(
+            f"{where} has no config.json: give the folder of a model as `save_pretrained` writes it"
+        )
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: config.json cannot be read: {error}") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise UserError(f"{where}: config.json names no model_type: it is not the configuration of a model")
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise UserError(
+            f"{where} is already quantized ({method or 'quantization_config'} in config.json). The adapter must "
+            "be merged into 16-bit weights: give the 16-bit model that it was made from; training quantizes it "
+            "by itself"
+        )
+    if not weights:
+        if pickled := sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]):
+            raise UserError(
+                f"{where} has its weights only as {pickled[0].name}, a pickle, which can run code when it is "
+                "read: save the model as safetensors (`save_pretrained`) and give that folder"
+            )
+        raise UserError(f"{where} has no *.safetensors: the weights are missing")
+    _check_shards(where, folder, weights)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(
+            f"{where} has no tokenizer ({', '.join(TOKENIZER_FILES[:2])}): copy the tokenizer's files of the "
+            "model into it"
+        )
+    return folder
+
+
+def _check_shards(where: str, folder: Path, weights: list[Path]) -> None:
+    """Every shard of the index is there, whole, and holds 16- or 32-bit weights."""
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{where}: {index.name} cannot be read: {error}") from None
+        if missing := sorted(name for name in named if not (folder / name).is_file()):
+            raise UserError(f"{where}: {missing[0]} is missing ({len(missing)} of {len(named)} shards)")
+        weights = [folder / name for name in sorted(named)]
+    for path in weights:
+        try:
+            with safe_open(path, framework="np") as tensors:
+                types = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{where}: {path.name} is cut short or damaged ({error}): copy it again"
+            ) from None
+        if types and not types & set(WEIGHT_TYPES):
+            raise UserError(
+                f"{where}: {path.name} holds {', '.join(sorted(types))} weights: "
+                "a base must be stored in 16 or 32 bits"
+            )

@@ -1,0 +1,52 @@
+"""How large a base is and how long its context, learned from headers alone: no weights are read or downloaded."""
+
+import json
+import math
+import struct
+from pathlib import Path
+
+
+def facts(base: str, revision: str | None = None) -> tuple[int | None, int | None]:
+    """The number of weights and the context length in tokens of a base; None for what cannot be learned.
+
+    Args:
+        base: a packaged name, a hub id or a local folder, as in [model] base.
+        revision: branch, tag or commit of a hub id.
+    """
+    from pipeline.model.base import resolve_base
+    from pipeline.model.packaged import PACKAGED
+
+    if base.lower() not in PACKAGED and "/" in base and not Path(base).expanduser().exists():
+        return _hub_facts(base, revision)
+    folder = resolve_base(base, revision)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return sum(_count(path) for path in folder.glob("*.safetensors")) or None, _context(config)
+
+
+def _count(path: Path) -> int:
+    """The number of values in a safetensors file, from its header."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+
+
+def _hub_facts(base: str, revision: str | None) -> tuple[int | None, int | None]:
+    from huggingface_hub import get_safetensors_metadata, hf_hub_download
+
+    try:
+        metadata = get_safetensors_metadata(base, revision=revision)
+        config = hf_hub_download(base, "config.json", revision=revision)
+    except (
+        Exception
+    ):  # offline, gated or unknown: the defaults can do without, and resolving the base will say why
+        return None, None
+    return sum(metadata.parameter_count.values()), _context(
+        json.loads(Path(config).read_text(encoding="utf-8"))
+    )
+
+
+def _context(config: dict[str, object]) -> int | None:
+    text = config.get("text_config")
+    length = (text if isinstance(text, dict) else config).get("max_position_embeddings")
+    return length if isinstance(length, int) else None
