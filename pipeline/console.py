@@ -7,10 +7,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+_stream: IO[str] | None = None
+
+
+def write_to(stream: IO[str]) -> None:
+    """Use another stream than standard error: a stage's worker keeps the terminal this way."""
+    global _stream
+    _stream = stream
+    console.cache_clear()
 
 
 @cache
@@ -18,7 +28,7 @@ def console() -> "Console":
     """The one console, on standard error."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False) if _stream is None else Console(file=_stream, highlight=False)
 
 
 def say(text: str) -> None:

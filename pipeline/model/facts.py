@@ -50,3 +50,11 @@ def _context(config: dict[str, object]) -> int | None:
     text = config.get("text_config")
     length = (text if isinstance(text, dict) else config).get("max_position_embeddings")
     return length if isinstance(length, int) else None
+
+
+def base_files(base: str, revision: str | None = None) -> list[Path]:
+    """The files of a base that decide what is trained: configuration, weights, tokenizer, chat template."""
+    from pipeline.model.base import resolve_base
+
+    folder = resolve_base(base, revision)
+    return sorted(path for path in folder.iterdir() if path.suffix in {".json", ".safetensors", ".jinja", ".model"})

@@ -1,0 +1,290 @@
+"""The command line: one command a verb. Nothing heavy is imported until a command runs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipeline import __version__
+from pipeline.errors import PipelineError
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+
+# Commands that stand in modules of their own: name -> (module, attribute, help in one line).
+_ELSEWHERE = {
+    "setup": ("pipeline.setup.command", "setup", "Install the locked packages and build llama.cpp and Ollama."),
+    "template": ("pipeline.ollama.commands", "template", "Show how a model's chat template reaches Ollama."),
+    "chat": ("pipeline.ollama.commands", "chat", "Talk to the result, in Ollama or at another rung."),
+}
+# The order of the help page is the order of the work.
+_ORDER = (
+    "setup", "run", "status", "config", "data", "train", "merge", "convert", "quantize", "modelfile", "deploy",
+    "evaluate", "report", "export", "template", "chat",
+)  # fmt: skip
+
+
+class Commands(click.Group):
+    """A group that imports a command's module only to run it, and ends every error in one message."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return [name for name in _ORDER if name in self.commands or name in _ELSEWHERE]
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name in _ELSEWHERE:
+            module, attribute, _ = _ELSEWHERE[name]
+            command = getattr(importlib.import_module(module), attribute)
+            assert isinstance(command, click.Command)
+            return command
+        return super().get_command(context, name)
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = [
+            (name, _ELSEWHERE[name][2] if name in _ELSEWHERE else self.commands[name].get_short_help_str(90))
+            for name in self.list_commands(context)
+        ]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+    def resolve_command(self, context: click.Context, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(context, args)
+        except click.UsageError as error:
+            import difflib
+
+            close = difflib.get_close_matches(args[0], self.list_commands(context), 1)
+            error.message += f" Did you mean '{close[0]}'?" if close else ""
+            raise
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except PipelineError as error:
+            click.echo(f"error: {error}", err=True)
+            context.exit(error.exit_status)
+        except BrokenPipeError:
+            context.exit(0)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="pipeline")
+def main() -> None:
+    """Fine-tune a language model with LoRA, and serve in Ollama exactly what was trained.
+
+    CONFIG is a pipeline.toml; without it, the one in this folder. Results are in the run's folder beside it.
+    Exit status: 0 done, 1 the run failed, 2 a mistake in what was given.
+    """
+
+
+def configured(command: Callable[..., None]) -> Callable[..., None]:
+    """The argument and the option of every command that works on a configuration."""
+    command = click.option(
+        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value, e.g. train.epochs=2."
+    )(command)
+    return click.argument("config", type=click.Path(path_type=Path), default="pipeline.toml")(command)
+
+
+def resolved(path: Path, overrides: Sequence[str]) -> tuple[Config, dict[str, str]]:
+    """The configuration with every default filled in, and where each value came from."""
+    from pipeline.config import load_config
+    from pipeline.defaults import Facts, resolve
+    from pipeline.model.facts import facts
+    from pipeline.provenance import gpu_memory
+
+    if path.is_dir():
+        path = path / "pipeline.toml"
+    config, given = load_config(path, overrides)
+    parameters, context = facts(config.model.base, config.model.revision)
+    return resolve(config, given, Facts(parameters, context, gpu_memory()))
+
+
+def _bring_up_to_date(config: Config, sources: dict[str, str], stages: Sequence[str], force: bool = False) -> None:
+    from pipeline import graph
+
+    targets = [node for stage in stages for node in graph.nodes_of(stage, config)]
+    graph.run(config, sources, targets, force=force)
+
+
+@main.command()
+@configured
+@click.option("--until", metavar="STAGE", help="Stop after this stage.")
+def run(config: Path, overrides: tuple[str, ...], until: str | None) -> None:
+    """Run every stage that is not up to date."""
+    from pipeline import graph
+    from pipeline.errors import UserError
+
+    if until is not None and until not in graph.STAGES:
+        raise UserError(f"--until {until}: no such stage; one of {', '.join(graph.STAGES)}")
+    settings, sources = resolved(config, overrides)
+    last = graph.STAGES.index(until) if until else len(graph.STAGES) - 1
+    _bring_up_to_date(settings, sources, graph.STAGES[: last + 1])
+    _say_where(settings)
+
+
+def _say_where(config: Config) -> None:
+    from pipeline.console import say
+
+    page = config.run_folder / "report" / "report.html"
+    say(f"results: {page if page.exists() else config.run_folder}")
+
+
+@main.command()
+@configured
+@click.option("--quant", multiple=True, metavar="TYPE", help="Quantization type; may be repeated.")
+def export(config: Path, overrides: tuple[str, ...], quant: tuple[str, ...]) -> None:
+    """Make the GGUF files and their Modelfiles from the trained adapter."""
+    if quant:
+        overrides = (*overrides, f"export.quant={json.dumps(list(quant))}")
+    settings, sources = resolved(config, overrides)
+    _bring_up_to_date(settings, sources, ["modelfile"])
+    from pipeline.console import say
+
+    for name in settings.export.quant:
+        say(f"ollama create {settings.ollama.name} -f {settings.run_folder / 'modelfile' / name / 'Modelfile'}")
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path), default="pipeline.toml")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def status(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Show every stage, its state and its main figures. CONFIG may also be a run's folder."""
+    from pipeline import graph
+
+    if (config / "config.json").is_file():
+        from pipeline.config import Config
+
+        settings = Config.model_validate_json((config / "config.json").read_text(encoding="utf-8"))
+        settings = settings.model_copy(update={"run": settings.run.model_copy(update={"folder": config.absolute()})})
+    else:
+        settings, _ = resolved(config, overrides)
+    rows = graph.status(settings)
+    if as_json:
+        click.echo(json.dumps({"run": str(settings.run_folder), "stages": rows}, indent=1, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("stage", "state", "time", "memory", "figures", title=str(settings.run_folder), title_justify="left")
+    for row in rows:
+        seconds, memory = row["seconds"], row["peak_memory_bytes"]
+        table.add_row(
+            row["stage"],
+            row["state"] if row["reason"] is None or row["state"] == "missing" else f"{row['state']}: {row['reason']}",
+            "" if seconds is None else f"{seconds:,.1f} s",
+            "" if memory is None else f"{memory / 2**20:,.0f} MiB",
+            _figures(row["figures"]),
+            style={"stale": "yellow", "missing": "dim"}.get(row["state"]),
+        )
+    Console().print(table)
+
+
+def _figures(figures: dict[str, Any]) -> str:
+    """The plain figures of a stage, short."""
+    plain = {
+        key: f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+        for key, value in figures.items()
+        if isinstance(value, int | float | str) and len(str(value)) < 60
+    }
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in list(plain.items())[:6])
+
+
+@main.command("config")
+@configured
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def show_config(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Print the full configuration, and where each value came from."""
+    settings, sources = resolved(config, overrides)
+    values = settings.model_dump(mode="json")
+    if as_json:
+        click.echo(json.dumps({"values": values, "sources": sources}, indent=1, ensure_ascii=False))
+        return
+    section = ""
+    for key, place in sources.items():
+        table, name = key.split(".")
+        if table != section:
+            click.echo(f"{'' if not section else chr(10)}[{table}]")
+            section = table
+        value = values[table][name]
+        line = f"# {name} = (not set)" if value is None else f"{name} = {_toml(value)}"
+        click.echo(f"{line:<48} # {place}")
+
+
+def _toml(value: Any) -> str:
+    """A JSON value as TOML writes it: the two agree but for tables."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items()) + "}"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _stage_command(stage: str, summary: str, extra: Sequence[click.Parameter] = ()) -> click.Command:
+    """The command of one stage. What it needs from other stages is brought up to date first."""
+
+    @configured
+    @click.option("--force", is_flag=True, help="Run it even when it is up to date.")
+    def command(config: Path, overrides: tuple[str, ...], force: bool) -> None:
+        settings, sources = resolved(config, overrides)
+        _bring_up_to_date(settings, sources, [stage], force)
+
+    return click.command(stage, help=f"{summary}\n\nWhat it needs from earlier stages is brought up to date first.")(
+        command
+    )
+
+
+# Written here, and not read from the stages, so that `--help` imports none of them; a test holds the two together.
+SUMMARIES = {
+    "data": "Check, split and render the conversations; account for every trained token.",
+    "train": "Train the LoRA adapter with Unsloth and TRL's SFTTrainer.",
+    "merge": "Merge the adapter into the 16-bit base.",
+    "convert": "Convert the merged model to a 16-bit GGUF with llama.cpp's own script.",
+    "quantize": "Quantize the GGUF with llama-quantize.",
+    "modelfile": "Write the Modelfile, with a template that renders the trained prompt.",
+    "evaluate": "Ask the test questions at every rung, from the base to Ollama.",
+    "report": "Write the run's page: report.html.",
+}
+for _stage, _summary in SUMMARIES.items():
+    main.add_command(_stage_command(_stage, _summary))
+
+
+@main.command()
+@configured
+@click.option("--host", metavar="ADDRESS", help="A running Ollama, e.g. 127.0.0.1:11434.")
+@click.option("--name", metavar="NAME", help="The model's name in Ollama.")
+@click.option("--replace", is_flag=True, help="Replace a model of this name that this run did not make.")
+@click.option("--dry-run", is_flag=True, help="Show what would be sent to Ollama, and send nothing.")
+@click.option("--force", is_flag=True, help="Run it even when it is up to date.")
+def deploy(
+    config: Path,
+    overrides: tuple[str, ...],
+    host: str | None,
+    name: str | None,
+    replace: bool,
+    dry_run: bool,
+    force: bool,
+) -> None:
+    """Create the model in Ollama, prove it, and ask it test questions.
+
+    What it needs from earlier stages is brought up to date first.
+    """
+    given = {"host": host, "name": name}
+    overrides = (*overrides, *(f"ollama.{key}={json.dumps(value)}" for key, value in given.items() if value))
+    if replace:
+        overrides = (*overrides, "ollama.replace=true")
+    settings, sources = resolved(config, overrides)
+    if dry_run:
+        _bring_up_to_date(settings, sources, ["modelfile"])
+        for type_name in settings.export.quant:
+            create = settings.run_folder / "modelfile" / type_name / "create.json"
+            click.echo(create.read_text(encoding="utf-8"))
+        return
+    _bring_up_to_date(settings, sources, ["deploy"], force)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""The defaults that depend on the size of the model and on the machine, each with its reason.
+
+What is given in pipeline.toml or with --set always wins; this fills in the rest and says where each value came from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config import Config, fields
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the defaults depend on.
+
+    Attributes:
+        parameters: how many weights the base has; None when that could not be learned.
+        context: the longest sequence that the base was made for, in tokens; None when unknown.
+        gpu_memory: bytes of the CUDA device; None without one.
+    """
+
+    parameters: int | None
+    context: int | None
+    gpu_memory: int | None
+
+
+def resolve(config: Config, given: dict[str, str], facts: Facts) -> tuple[Config, dict[str, str]]:
+    """Fill in what was not given.
+
+    Args:
+        config: as `load_config` returns it.
+        given: where each given key came from, by dotted key.
+        facts: the base and the machine.
+
+    Returns:
+        The configuration with every value set, and the source of every key.
+    """
+    chosen: dict[str, tuple[Any, str]] = {}
+
+    def choose(key: str, value: Any, reason: str) -> None:
+        section, name = key.split(".")
+        if getattr(getattr(config, section), name) is None:
+            chosen[key] = (value, f"default {reason}")
+
+    size = facts.parameters
+    large = f"for {size / 1e6:,.0f} M parameters" if size else "for a base of unknown size"
+    machine = f"for a GPU with {facts.gpu_memory / GIB:.0f} GiB" if facts.gpu_memory else "for a machine without a GPU"
+
+    choose("lora.alpha", float(config.lora.r), "equal to lora.r: a scaling of 1")
+    if config.train.steps is None:
+        choose("train.epochs", 3.0, "")
+    # Small models need, and stand, larger steps (the QLoRA paper, table 9, halves the rate for larger models).
+    rate = 1e-3 if size and size < 500e6 else 4e-4 if size and size < 2e9 else 2e-4 if not size or size < 20e9 else 1e-4
+    choose("train.learning_rate", rate, large)
+    batch = 8
+    if facts.gpu_memory:
+        # 4-bit weights take about 0.7 bytes a parameter; what is left over is for activations.
+        free = facts.gpu_memory - 0.7 * (size or 8e9)
+        batch = 16 if free > 60 * GIB else 8 if free > 30 * GIB else 4 if free > 12 * GIB else 2
+    choose("train.batch", batch, machine)
+    accumulation = max(1, 16 // (config.train.batch or batch)) if facts.gpu_memory else 1
+    choose("train.accumulation", accumulation, machine)
+    choose("train.optimizer", "adamw_8bit" if facts.gpu_memory else "adamw_torch", machine)
+    context = min(2048, facts.context or 2048)
+    choose("train.max_length", context, "the smaller of 2048 and the base's context")
+    choose("train.gradient_checkpointing", bool(facts.gpu_memory) and (size or 8e9) > 1e9, machine)
+
+    update: dict[str, dict[str, Any]] = {}
+    for key, (value, _) in chosen.items():
+        section, name = key.split(".")
+        update.setdefault(section, {})[name] = value
+    resolved = config.model_copy(
+        update={
+            section: getattr(config, section).model_copy(update=values) for section, values in update.items()
+        }
+    )
+    sources = {
+        key: given.get(key) or _given_table(key, given) or chosen.get(key, (None, "default"))[1].strip()
+        for key, _, _ in fields()
+    }
+    return resolved, sources
+
+
+def _given_table(key: str, given: dict[str, str]) -> str | None:
+    """A key whose value is a table is given by the keys in that table."""
+    return next((place for name, place in given.items() if name.startswith(f"{key}.")), None)

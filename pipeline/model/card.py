@@ -1,0 +1,29 @@
+"""The model card that goes with an adapter."""
+
+from pathlib import Path
+
+from pipeline import __version__
+from pipeline.config import Config
+from pipeline.resources import resource
+
+
+def write_model_card(path: Path, config: Config, history: list[dict[str, float]]) -> None:
+    """Write README.md for an adapter from the configuration and the losses by step."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
+    )
+    template = environment.from_string(resource("templates/model_card.md.j2").read_text(encoding="utf-8"))
+    text = template.render(
+        base=config.model.base,
+        revision=config.model.revision,
+        version=__version__,
+        lora=config.lora,
+        modules=config.lora.modules,
+        train=config.train,
+        steps=max(int(row["step"]) for row in history),
+        losses=[row["loss"] for row in history if "loss" in row],
+        validation=[row["eval_loss"] for row in history if "eval_loss" in row],
+    )
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,318 @@
+"""train: Unsloth 4-bit LoRA training with TRL's SFTTrainer.
+
+The rows arrive as token ids and labels from the data stage and go to the trainer untouched, so what was checked there
+is what is trained; every batch that the trainer really used is written down for `verify`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.console import progress
+from pipeline.errors import PipelineError, UserError
+from pipeline.work import Work
+
+SUMMARY = "Train the LoRA adapter with Unsloth and TRL's SFTTrainer."
+NEEDS = ("data",)
+CONFIG = ("model", "lora", "train")
+
+# A checkpoint that was being written when the process was killed has no such file, and is not resumed from.
+COMPLETE = "complete"
+
+
+def inputs(config: Config) -> list[Path]:
+    """The base's files."""
+    from pipeline.model.facts import base_files
+
+    return base_files(config.model.base, config.model.revision)
+
+
+def main(work: Work) -> dict[str, Any]:
+    """Train, or go on with an interrupted training; leave the adapter, the losses and the batches."""
+    _prepare_environment(work)
+    import unsloth  # noqa: F401, I001  (first: it patches what is imported after it)
+    import torch
+    from transformers import AutoTokenizer, set_seed
+    from unsloth import FastLanguageModel
+
+    from pipeline.model.base import resolve_base
+
+    config, settings = work.config, work.config.train
+    folder = resolve_base(config.model.base, config.model.revision)
+    train_rows = _read_rows(work.folder("data") / "train.tokens.jsonl")
+    validation_rows = _read_rows(work.folder("data") / "validation.tokens.jsonl")
+    if settings.early_stopping and not validation_rows:
+        raise UserError("train.early_stopping needs validation data: give data.validation or data.validation_fraction")
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
+    assert settings.max_length is not None
+    cuda = torch.cuda.is_available()
+    model, _ = FastLanguageModel.from_pretrained(
+        str(folder),
+        max_seq_length=settings.max_length,
+        load_in_4bit=settings.load_in_4bit,
+        dtype=None if cuda else torch.float32,
+        trust_remote_code=config.model.trust_remote_code,
+        use_gradient_checkpointing="unsloth" if settings.gradient_checkpointing else False,
+        random_state=settings.seed,
+        use_exact_model_name=True,
+    )
+    set_seed(settings.seed)
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=config.lora.r,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
+        bias=config.lora.bias,
+        target_modules=_existing(model, config.lora.modules),
+        use_rslora=config.lora.rslora,
+        use_dora=config.lora.dora,
+        use_gradient_checkpointing="unsloth" if settings.gradient_checkpointing else False,
+        random_state=settings.seed,
+        max_seq_length=settings.max_length,
+    )
+    trained, total = _count_parameters(model)
+
+    trainer = _trainer(model, tokenizer, train_rows, validation_rows, work)
+    checkpoint = _last_checkpoint(work.scratch)
+    if checkpoint:
+        work.event("resume", checkpoint=checkpoint.name)
+    with progress("training", trainer.args.max_steps, "steps") as update:
+        trainer.add_callback(_reporter(update, work))
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    history = _history(trainer.state.log_history)
+    losses = [row["loss"] for row in history if "loss" in row]
+    if not losses or not all(math.isfinite(loss) for loss in losses):
+        raise PipelineError("the training loss is not finite; try a smaller train.learning_rate")
+    if max(losses) == 0:
+        raise PipelineError("the training loss is 0 from the start: no token is trained; look at data/summary.json")
+    _save(trainer.model, tokenizer, history, work)
+
+    validation = [row["eval_loss"] for row in history if "eval_loss" in row]
+    seconds = result.metrics["train_runtime"]
+    tokens = sum(len(row["input_ids"]) for row in train_rows) * trainer.state.global_step / max(1, _epoch(trainer))
+    return {
+        "steps": trainer.state.global_step,
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
+        **({"validation_loss_first": validation[0], "validation_loss_last": validation[-1]} if validation else {}),
+        "trained_parameters": trained,
+        "parameters": total,
+        "seconds_per_step": seconds / max(1, trainer.state.global_step),
+        "tokens_per_second": tokens / max(seconds, 1e-9),
+        "load_in_4bit": settings.load_in_4bit,
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        **({"peak_gpu_bytes": torch.cuda.max_memory_allocated()} if cuda else {}),
+        "resumed_from": checkpoint.name if checkpoint else None,
+        "seed": settings.seed,
+    }
+
+
+def _prepare_environment(work: Work) -> None:
+    """Keep what Unsloth writes inside the run's folder, and what it would fetch at home."""
+    os.environ["UNSLOTH_COMPILE_LOCATION"] = str(work.scratch / "unsloth_compiled_cache")
+    os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.chdir(work.scratch)
+
+
+def _read_rows(path: Path) -> list[dict[str, list[int]]]:
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8") as file:
+        return [{key: row[key] for key in ("input_ids", "labels")} for row in map(json.loads, file)]
+
+
+def _existing(model: Any, wanted: tuple[str, ...]) -> list[str]:
+    """The wanted module names, each of which the model must have."""
+    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    missing = [name for name in wanted if name not in names]
+    if missing:
+        import torch
+
+        linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+        raise UserError(
+            f"lora.target_modules: the base has no module named {', '.join(missing)}; it has {', '.join(linear)}"
+        )
+    return list(wanted)
+
+
+def _count_parameters(model: Any) -> tuple[int, int]:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trained, model.get_nb_trainable_parameters()[1]
+
+
+def _schedule(rows: int, config: Config) -> tuple[int, int, int]:
+    """Optimizer steps in all, between validations, between checkpoints."""
+    settings = config.train
+    assert settings.batch and settings.accumulation
+    per_epoch = max(1, math.ceil(math.ceil(rows / settings.batch) / settings.accumulation))
+    steps = settings.steps or max(1, round(per_epoch * float(settings.epochs or 1)))
+    evaluate = settings.eval_interval or max(1, steps // 10)
+    save = settings.save_interval or max(1, steps // 10)
+    if settings.early_stopping:  # the best adapter can only be kept where one was saved
+        save = evaluate
+    return steps, evaluate, save
+
+
+def _trainer(model: Any, tokenizer: Any, train_rows: list[Any], validation_rows: list[Any], work: Work) -> Any:
+    import torch
+    from datasets import Dataset
+    from transformers import EarlyStoppingCallback, TrainerCallback
+    from transformers.training_args import OptimizerNames
+    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    settings = work.config.train
+    if settings.optimizer not in {name.value for name in OptimizerNames}:
+        raise UserError(
+            f"train.optimizer: {settings.optimizer} is unknown to transformers; known are "
+            + ", ".join(sorted(name.value for name in OptimizerNames))
+        )
+    steps, evaluate, save = _schedule(len(train_rows), work.config)
+    cuda = torch.cuda.is_available()
+    arguments = SFTConfig(
+        output_dir=str(work.scratch / "checkpoints"),
+        max_steps=steps,
+        per_device_train_batch_size=settings.batch,
+        per_device_eval_batch_size=settings.batch,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.scheduler,
+        warmup_steps=math.ceil(steps * settings.warmup),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        optim=settings.optimizer,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        bf16=cuda and torch.cuda.is_bf16_supported(),
+        fp16=cuda and not torch.cuda.is_bf16_supported(),
+        use_cpu=not cuda,
+        logging_steps=1,
+        eval_strategy="steps" if validation_rows else "no",
+        eval_steps=evaluate,
+        eval_on_start=bool(validation_rows),
+        save_strategy="steps",
+        save_steps=save,
+        save_total_limit=2,
+        load_best_model_at_end=bool(settings.early_stopping),
+        metric_for_best_model="eval_loss" if settings.early_stopping else None,
+        greater_is_better=False if settings.early_stopping else None,
+        max_length=settings.max_length,
+        packing=False,
+        padding_free=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        report_to=settings.report_to,
+        disable_tqdm=True,
+        dataloader_pin_memory=cuda,
+    )
+
+    class MarkComplete(TrainerCallback):  # type: ignore[misc]
+        """Mark a checkpoint once all of it is on the disk."""
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if folder.is_dir():
+                (folder / COMPLETE).touch()
+
+    batches = work.scratch / "batches.jsonl"
+
+    class RecordingTrainer(SFTTrainer):  # type: ignore[misc]
+        """SFTTrainer that writes down every batch it trains on."""
+
+        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            record = {
+                "step": self.state.global_step,
+                "input_ids": inputs["input_ids"].tolist(),
+                "labels": inputs["labels"].tolist(),
+            }
+            with batches.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, separators=(",", ":")) + "\n")
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    return RecordingTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list(train_rows),
+        eval_dataset=Dataset.from_list(validation_rows) if validation_rows else None,
+        processing_class=tokenizer,
+        data_collator=DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id),
+        callbacks=[
+            MarkComplete(),
+            *([EarlyStoppingCallback(settings.early_stopping)] if settings.early_stopping else []),
+        ],
+    )
+
+
+def _reporter(update: Any, work: Work) -> Any:
+    from transformers import TrainerCallback
+
+    class Reporter(TrainerCallback):  # type: ignore[misc]
+        """Show steps on the bar and keep every logged figure in events.jsonl."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            update(state.global_step)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            work.event("log", step=state.global_step, **(logs or {}))
+
+    return Reporter()
+
+
+def _last_checkpoint(scratch: Path) -> Path | None:
+    """The newest whole checkpoint, with the record of batches cut back to it. Broken ones are removed."""
+    found: list[tuple[int, Path]] = []
+    for folder in (scratch / "checkpoints").glob("checkpoint-*"):
+        if (folder / COMPLETE).is_file():
+            found.append((int(folder.name.rpartition("-")[2]), folder))
+        else:
+            shutil.rmtree(folder)
+    step, folder = max(found, default=(0, Path()))
+    batches = scratch / "batches.jsonl"
+    if batches.is_file():
+        kept = [line for line in _whole_lines(batches) if json.loads(line)["step"] < step]
+        batches.write_text("".join(kept), encoding="utf-8")
+    return folder if found else None
+
+
+def _whole_lines(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8") as file:
+        yield from (line for line in file if line.endswith("\n"))
+
+
+def _history(log: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """The losses by step, without times: the same training has the same history."""
+    kept = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm")
+    rows = ({key: row[key] for key in kept if key in row} for row in log)
+    return [row for row in rows if "loss" in row or "eval_loss" in row]
+
+
+def _epoch(trainer: Any) -> float:
+    """Steps of one pass over the data."""
+    return float(trainer.state.global_step / trainer.state.epoch) if trainer.state.epoch else 1.0
+
+
+def _save(model: Any, tokenizer: Any, history: list[dict[str, float]], work: Work) -> None:
+    from pipeline.plots import loss_curve
+    from pipeline.model.card import write_model_card
+
+    adapter = work.output / "adapter"
+    for configuration in model.peft_config.values():
+        configuration.base_model_name_or_path = work.config.model.base
+        configuration.revision = work.config.model.revision
+    model.save_pretrained(adapter, safe_serialization=True)
+    tokenizer.save_pretrained(adapter)
+    write_model_card(adapter / "README.md", work.config, history)
+    shutil.copy(work.scratch / "batches.jsonl", work.output / "batches.jsonl")
+    (work.output / "history.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
+    loss_curve(history, work.output / "loss.svg")
