@@ -1,0 +1,200 @@
+"""data: from the user's files to token ids and labels that are known to be right before anything is trained.
+
+Conversations are read in any of the usual shapes, checked as a whole, split, rendered by the base's own chat
+template and labelled. What is left out is counted and said; what cannot be trained faithfully is an error
+with its line.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import quantiles
+from typing import TYPE_CHECKING, Any
+
+from pipeline.chat.checks import NEAR, check_expected, drop_duplicates, find_leaks, fit
+from pipeline.chat.formats import Conversation, read_conversations
+from pipeline.chat.labels import Tokenized, decode, leading_bos, tokenize_texts, trained_parts, training_texts
+from pipeline.console import progress
+from pipeline.errors import UserError
+from pipeline.model.base import resolve_base
+from pipeline.work import Work
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+
+SUMMARY = "Read, check, split, render and label the conversations."
+NEEDS = ()
+CONFIG = ("data", "model.base", "model.revision", "train.max_length", "train.seed", "eval.metric")
+
+BATCH = 1000  # rows tokenized in one call: enough for the tokenizer's threads, little memory
+EXAMPLES = 3  # rows shown in the summary
+
+
+def inputs(config: Config) -> list[Path]:
+    """The user's data files."""
+    return [
+        path for path in (config.data.train, config.data.validation, config.data.test) if path is not None
+    ]
+
+
+def main(work: Work) -> dict[str, Any]:
+    """Write {train,validation,test}.jsonl, {train,validation}.tokens.jsonl and summary.json; return its
+    figures.
+
+    A set that was not given is an empty file.
+    """
+    data, seed = work.config.data, work.config.train.seed
+    given = _read(work, data.train)
+    train = drop_duplicates(given)
+    duplicates = len(given) - len(train)
+    if data.validation is not None:
+        validation = _read(work, data.validation)
+    else:
+        train, validation = split(train, data.validation_fraction, seed)
+    test = _read(work, data.test) if data.test is not None else []
+    check_expected(test, work.config.eval.metric)
+    if duplicates:
+        work.warn(
+            f"{data.train.name}: {duplicates:,} of {len(given):,} rows repeat another; each is trained once"
+        )
+    leaks = {}
+    for name, held_out in (("validation", validation if data.validation else []), ("test", test)):
+        if found := find_leaks(train, held_out):
+            leak = max(found, key=lambda leak: leak.similarity)
+            work.warn(
+                f"{len(found):,} of {len(held_out):,} {name} rows ask what a training row asks "
+                f"(word pairs at least {NEAR:.0%} the same), so their score flatters; "
+                f"e.g. {leak.held_out} and {leak.train}"
+            )
+        leaks[name] = len(found)
+
+    tokenizer = _tokenizer(work.config)
+    figures: dict[str, Any] = {"test_rows": len(test), "duplicates_dropped": duplicates}
+    figures |= {f"{name}_leaks": count for name, count in leaks.items()}
+    summary: dict[str, Any] = {}
+    _write(work.output / "test.jsonl", (row.as_row() for row in test))
+    for name, rows in (("train", train), ("validation", validation)):
+        kept, tokenized, cut, dropped = _tokenize(work, tokenizer, name, rows)
+        _write(work.output / f"{name}.jsonl", (row.as_row() for row in kept))
+        _write(
+            work.output / f"{name}.tokens.jsonl",
+            ({"input_ids": row.input_ids, "labels": row.labels} for row in tokenized),
+        )
+        figures |= {f"{name}_{key}": value for key, value in _figures(tokenizer, kept, tokenized).items()}
+        figures |= {f"{name}_overlong_cut": cut, f"{name}_overlong_dropped": dropped}
+        summary[f"{name}_examples"] = [_example(tokenizer, row) for row in tokenized[:EXAMPLES]]
+    if not figures["train_rows"]:
+        raise UserError(f"{data.train}: no row is left to train on; see the warnings above")
+    text = json.dumps(figures | summary, ensure_ascii=False, indent=2)
+    (work.output / "summary.json").write_text(text + "\n", encoding="utf-8")
+    return figures
+
+
+def split(
+    rows: Sequence[Conversation], fraction: float, seed: int
+) -> tuple[list[Conversation], list[Conversation]]:
+    """Take a share of the rows for validation: at least one where the share is not 0, never all; the order
+    stays."""
+    count = min(max(1, round(fraction * len(rows))), len(rows) - 1) if fraction else 0
+    chosen = set(random.Random(seed).sample(range(len(rows)), count))
+    return (
+        [row for index, row in enumerate(rows) if index not in chosen],
+        [row for index, row in enumerate(rows) if index in chosen],
+    )
+
+
+def _read(work: Work, path: Path) -> list[Conversation]:
+    rows = read_conversations(path, work.config.data.format, work.config.data.system)
+    if cut := sum(row.cut for row in rows):
+        work.warn(
+            f"{path.name}: {cut:,} messages after a row's last answer were left off: nothing answers them"
+        )
+    return rows
+
+
+def _tokenizer(config: Config) -> Any:
+    from transformers import AutoTokenizer
+
+    folder = resolve_base(config.model.base, config.model.revision)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
+
+
+def _tokenize(
+    work: Work, tokenizer: Any, name: str, rows: Sequence[Conversation]
+) -> tuple[list[Conversation], list[Tokenized], int, int]:
+    """The rows that are kept, their sequences, and how many sequences were cut and dropped for their
+    length."""
+    limit, on_overlong = (
+        work.config.train.max_length or tokenizer.model_max_length,
+        work.config.data.on_overlong,
+    )
+    kept: list[Conversation] = []
+    sequences: list[Tokenized] = []
+    cut = dropped = merged = 0
+    if not rows:
+        return kept, sequences, cut, dropped
+    with progress(f"tokenize {name}", len(rows), "rows") as done:
+        for start in range(0, len(rows), BATCH):
+            batch = rows[start : start + BATCH]
+            texts = [_texts(tokenizer, row) for row in batch]
+            tokenized = iter(tokenize_texts(tokenizer, [text for of_row in texts for text in of_row]))
+            for row, of_row in zip(batch, texts, strict=True):
+                before = len(sequences)
+                for _ in of_row:
+                    sequence = next(tokenized)
+                    merged += sequence.merged
+                    fitting = fit(sequence, limit, on_overlong, row.place)
+                    dropped += fitting is None
+                    if fitting is not None:
+                        cut += fitting is not sequence
+                        sequences.append(fitting)
+                if len(sequences) > before:
+                    kept.append(row)
+            done(start + len(batch))
+    if dropped or cut:
+        what = f"{dropped:,} were dropped" if dropped else f"{cut:,} were cut, their ends are not trained"
+        work.warn(f"{name}: of {len(sequences) + dropped:,} sequences {what} (longer than {limit:,} tokens)")
+    if merged:
+        work.warn(
+            f"{name}: {merged:,} answers begin with characters that the tokenizer joins to the prompt's end "
+            "(most likely white space); that token is not trained, since the server cannot send it"
+        )
+    return kept, sequences, cut, dropped
+
+
+def _texts(tokenizer: Any, row: Conversation) -> list[Any]:
+    try:
+        return training_texts(tokenizer, row.messages, row.tools)
+    except UserError as error:
+        raise UserError(f"{row.place}: {error}") from None
+
+
+def _figures(tokenizer: Any, rows: Sequence[Conversation], sequences: Sequence[Tokenized]) -> dict[str, Any]:
+    """What can be said about a set in numbers. Lengths are in tokens."""
+    lengths = [len(sequence.input_ids) for sequence in sequences]
+    trained = sum(sequence.trained for sequence in sequences)
+    percentiles = quantiles(lengths, n=100, method="inclusive") if len(lengths) > 1 else lengths * 99
+    return {
+        "rows": len(rows),
+        "sequences": len(sequences),
+        "tokens": sum(lengths),
+        "tokens_trained": trained,
+        "share_trained": round(trained / sum(lengths), 4) if lengths else 0.0,
+        "longest": max(lengths, default=0),
+        "length_percentiles": {str(p): round(percentiles[p - 1]) for p in (50, 90, 95, 99)}
+        if lengths
+        else {},
+        "leading_bos": sorted({leading_bos(tokenizer, sequence.input_ids) for sequence in sequences}),
+    }
+
+
+def _example(tokenizer: Any, row: Tokenized) -> dict[str, Any]:
+    return {"text": decode(tokenizer, row.input_ids), "trained": trained_parts(tokenizer, row)}
+
+
+def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
