@@ -1,0 +1,39 @@
+# Thin: every target is one or two commands that work without make too.
+
+CONFIG ?= examples/home/pipeline.toml
+# The first Python on PATH that starts, is new enough and has wheels of everything; PYTHON=... chooses another.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.14 python3 python; do \
+	"$$python" -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' \
+	2>/dev/null && echo "$$python" && break; done)
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup all test lint clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+
+setup: $(BIN)/pipeline ## install the locked libraries; build llama.cpp and Ollama once per machine
+	@$(BIN)/pipeline setup
+
+all: setup ## fine-tune, quantize, deploy and check the example, or CONFIG=my/pipeline.toml
+	@$(BIN)/pipeline run $(CONFIG)
+
+test: lint ## set up, lint, and run all tests
+	@$(BIN)/pipeline setup --dev
+	@$(BIN)/python -m pytest
+
+lint: setup ## ruff, mypy, and the direction of the imports
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+clean: ## remove the virtual environment and what tools left here; runs and the machine's cache stay
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+
+$(BIN)/pipeline: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.14 with the venv module is on PATH;" \
+	"install one (on Debian: python3 and python3-venv) or name it: make PYTHON=/path/to/python3" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
