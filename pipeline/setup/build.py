@@ -1,5 +1,7 @@
-"""Building llama.cpp: fetch, check, unpack what is needed, configure, compile, and put programs and libraries in one
-folder. Every step leaves a whole result or none, and cmake and ninja continue what was interrupted."""
+"""Building llama.cpp: fetch, check, unpack what is needed, configure, compile, put programs and libraries together.
+
+Every step leaves a whole result or none, and ninja continues a build that was interrupted.
+"""
 
 import os
 import re
@@ -9,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from pipeline.console import progress
+from pipeline.console import progress, say
 from pipeline.errors import PipelineError
 from pipeline.setup.fetch import fetch_package, unpack
 from pipeline.setup.pins import SourcePin
@@ -47,6 +49,7 @@ def build_programs(pin: SourcePin, names: Sequence[str], holding: Sequence[int] 
             holding=holding,
         )
     what = f"building {', '.join(names)}"
+    say(what)
     with counted(what) as on_line:
         jobs = str(os.cpu_count() or 1)
         run(
@@ -91,8 +94,10 @@ def wanted_path(pin: SourcePin) -> Callable[[str], str | None]:
 
 
 def install_programs(built: Path, folder: Path, names: Sequence[str]) -> None:
-    """Copy programs, and every library that was built, into one folder: libraries first, so that a program that is
-    there can run."""
+    """Copy programs, and every library that was built, into one folder.
+
+    Libraries go first, so that a program that is there can run.
+    """
     libraries = [path for path in sorted(built.iterdir()) if ".so" in path.name]
     with disk_errors(folder.parent):
         folder.mkdir(parents=True, exist_ok=True)

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 def setup(torch: str, dev: bool) -> None:
     """Install the locked Python libraries, and build llama.cpp and Ollama.
 
-    Libraries go into the virtual environment that runs this command; programs into a cache that all checkouts share
-    (PIPELINE_CACHE names another folder). What is there already is left alone. After the first time no network is
-    needed.
+    Libraries go into the virtual environment that runs this command; programs into a cache that all checkouts
+    share (PIPELINE_CACHE names another folder). What is there already is left alone. After the first time no
+    network is needed.
     """
     started = time.monotonic()
     changed = set_up_libraries(torch)
@@ -129,8 +129,8 @@ def _build(pins: Pins, dev: bool, folder: Path, lock: int) -> list[str]:
         say(f"Ollama: using this machine's own, {own[0]} ({own[1]})")
     elif find_program("go") is None and toolchain.ollama_program() is None:
         warnings.append(
-            f"there is no Go and no Ollama {pins.ollama.version} or newer here, so there is no Ollama to deploy to. "
-            "Everything else works, and `deploy` says what to type elsewhere. With Go, `pipeline setup` builds Ollama"
+            f"there is neither Go nor an Ollama {pins.ollama.version} or newer here, so nothing to deploy to. "
+            "All the rest works, and `deploy` says what to type elsewhere. With Go, `pipeline setup` builds Ollama"
         )
     else:
         build_ollama(pins.ollama, folder, [lock])

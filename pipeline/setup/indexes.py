@@ -1,4 +1,4 @@
-"""uv told to ask where pip is configured to ask: a machine with a mirror or a folder of wheels set it up for pip.
+"""uv told to ask where pip is configured to ask: who has a mirror or a folder of wheels has told pip of it.
 
 uv does not read pip's configuration. What is set for uv itself wins.
 """

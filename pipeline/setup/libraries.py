@@ -1,8 +1,8 @@
 """The Python libraries: exactly those of requirements.lock, in the environment that runs `pipeline setup`.
 
 What is installed is read from the environment itself, so there is no stamp that could be wrong. The lock serves
-machines with and without a GPU; only torch differs, where an index or folder that the machine is configured for offers
-its CPU build.
+machines with and without a GPU; only torch differs, where an index or folder that the machine is configured for
+offers its CPU build.
 """
 
 import os
@@ -129,7 +129,7 @@ def install(lock_file: Path, environment: Environment, torch: str, *, nvidia_dri
         elif torch == CPU:
             version = pin.version if pin is not None else ""
             raise PipelineError(
-                f"torch {version}+cpu is not offered by the package indexes that pip and uv are configured for here; "
+                f"torch {version}+cpu is not offered by the package indexes that are configured here for pip and uv; "
                 "add one that has it, or leave out `--torch cpu`: the ordinary build runs on a CPU too"
             )
         else:
@@ -156,7 +156,7 @@ _WRONG_HASH = "a package is not the one that requirements.lock names (wrong hash
 
 
 def cpu_build(pin: Requirement, environment: Environment, variables: dict[str, str]) -> Requirement | None:
-    """The CPU build of a torch pin as this machine's indexes and folders offer it, with its hashes, or None."""
+    """The CPU build of torch, with its hashes, if the machine's indexes and folders offer it; else None."""
     wanted = f"{pin.name}=={pin.version}+cpu"
     try:
         answer = run(

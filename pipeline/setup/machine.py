@@ -19,8 +19,8 @@ def require_virtual_environment() -> None:
     """Refuse to install into a Python that other programs share."""
     if sys.prefix == sys.base_prefix:
         raise UserError(
-            f"{sys.executable} is not in a virtual environment, and set-up installs libraries into the Python that "
-            "runs it: `python3 -m venv .venv`, install this program there, and run `.venv/bin/pipeline setup`"
+            f"{sys.executable} is not in a virtual environment, and set-up installs libraries into the Python "
+            "that runs it: `python3 -m venv .venv`, install this program there, and run `.venv/bin/pipeline setup`"
         )
 
 
@@ -42,7 +42,8 @@ def require_compilers() -> None:
     if missing:
         raise PipelineError(
             f"llama.cpp cannot be built here: {', '.join(missing)} on PATH. Install what is missing, e.g. "
-            "`apt-get install g++ cmake ninja-build` (cmake and ninja also come from pip), and run `pipeline setup` again"
+            "`apt-get install g++ cmake ninja-build` (cmake and ninja also come from pip), "
+            "and run `pipeline setup` again"
         )
 
 
@@ -64,7 +65,7 @@ def require_space(needs: Mapping[Path, float]) -> None:
         free = shutil.disk_usage(place).free
         if free < size:
             raise PipelineError(
-                f"{place}: set-up needs about {size / GIB:.1f} GiB on this disk and {free / GIB:.1f} GiB are free; "
+                f"{place}: set-up needs about {size / GIB:.1f} GiB on this disk, {free / GIB:.1f} GiB are free; "
                 "free some space, or set PIPELINE_CACHE to a folder on another disk"
             )
 
@@ -75,7 +76,7 @@ def has_nvidia_driver() -> bool:
 
 
 def system_ollama(at_least: str) -> tuple[str, str] | None:
-    """The machine's own Ollama if it is new enough: its path and version. Only asked its version, never changed."""
+    """The machine's own Ollama, if it is new enough: its path and version. It is asked that, and never changed."""
     program = shutil.which("ollama")
     if program is None:
         return None

@@ -43,7 +43,8 @@ def build_ollama(pin: ModulePin, llamacpp: Path, holding: Sequence[int] = ()) ->
     module = json.loads(answer[answer.index("{") :])
     if module["Sum"] != pin.sum:
         raise PipelineError(
-            f"{name}: wrong hash: {module['Sum']}, pinned is {pin.sum}. It is not used; `go clean -modcache` removes it"
+            f"{name}: wrong hash: {module['Sum']}, pinned is {pin.sum}. "
+            "It is not used; `go clean -modcache` removes it"
         )
     flags = ["-trimpath", "-ldflags", f"-s -w -X {pin.module}/version.Version={pin.version}"]
     what = f"building Ollama {pin.version}"
@@ -79,7 +80,7 @@ def build_ollama(pin: ModulePin, llamacpp: Path, holding: Sequence[int] = ()) ->
 
 
 def link_programs(llamacpp: Path, folder: Path) -> None:
-    """Put the llama.cpp programs that Ollama runs, and their libraries, where it looks for them: ../lib/ollama."""
+    """Put the llama.cpp programs that Ollama runs, and their libraries, where it looks: ../lib/ollama."""
     with disk_errors(folder.parent):
         folder.mkdir(parents=True, exist_ok=True)
         libraries = [

@@ -72,11 +72,8 @@ class Pins:
 def load_pins(path: Path | None = None) -> Pins:
     """Read the pins: those of this program, or of another file of the same form."""
     table = tomllib.loads((path or resource("third_party/pins.toml")).read_text(encoding="utf-8"))
-    source = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in table["llama-cpp"].items()
-    }
     return Pins(
-        llama_cpp=SourcePin(**source),
+        llama_cpp=SourcePin(**_with_tuples(table["llama-cpp"])),
         ollama=ModulePin(**table["ollama"]),
         packaged_base=PackagePin(**table["packaged-base"]),
         tokenizers={name: NodePin(**pin) for name, pin in table.get("tokenizers", {}).items()},
@@ -93,6 +90,10 @@ def pins() -> dict[str, Any]:
         "ollama": asdict(known.ollama),
         "packaged base": asdict(known.packaged_base),
     }
+
+
+def _with_tuples(table: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
 
 
 _IN_MANIFEST = ("package", "version", "sha256", "commit")

@@ -1,4 +1,4 @@
-"""How set-up runs other programs: an argument list, its whole output in a log, and one message when it fails."""
+"""How set-up runs other programs: an argument list, all the output in a log, and one message when it fails."""
 
 import errno
 import fcntl
@@ -20,8 +20,9 @@ NO_SPACE = re.compile(
 )
 NO_NETWORK = re.compile(
     r"name or service not known|temporary failure in name resolution|could not resolve|connection refused"
-    r"|network is unreachable|failed to establish a new connection|cannot connect to proxy|max retries exceeded"
-    r"|dial tcp|proxyconnect|tunnel|error sending request|dns error|timed out|enotfound|econnrefused|eai_again",
+    r"|network is unreachable|failed to establish a new connection|cannot connect to proxy"
+    r"|max retries exceeded|dial tcp|proxyconnect|tunnel|error sending request|dns error|timed out"
+    r"|enotfound|econnrefused|eai_again",
     re.I,
 )
 _TELLING = re.compile(r"\berror\b|\bfatal\b|cannot|could not|not found|no such|requires", re.I)
@@ -65,7 +66,7 @@ def run(
     log = cache_folder() / "logs" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', what)}.log"
     with disk_errors(log.parent):
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("w", encoding="utf-8") as record:
+        with log.open("w", encoding="utf-8", buffering=1) as record:
             process = subprocess.Popen(
                 [str(argument) for argument in arguments],
                 cwd=cwd,
@@ -143,8 +144,8 @@ def exclusive(path: Path) -> Iterator[int]:
     """Hold a lock that only one set-up on the machine can hold; waits for it and says so.
 
     Yields:
-        The lock's descriptor. A child that inherits it keeps the lock: a compiler that outlives a killed set-up is
-        waited for.
+        The lock's descriptor. A child that inherits it keeps the lock: a compiler that outlives a killed set-up
+        is waited for.
     """
     with disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
