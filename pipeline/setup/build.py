@@ -1,4 +1,4 @@
-"""Building llama.cpp: fetch, check, unpack what is needed, configure, compile, put programs and libraries together.
+"""Building llama.cpp: fetch, check, unpack what is needed, configure, compile, put the results together.
 
 Every step leaves a whole result or none, and ninja continues a build that was interrupted.
 """

@@ -129,8 +129,9 @@ def _build(pins: Pins, dev: bool, folder: Path, lock: int) -> list[str]:
         say(f"Ollama: using this machine's own, {own[0]} ({own[1]})")
     elif find_program("go") is None and toolchain.ollama_program() is None:
         warnings.append(
-            f"there is neither Go nor an Ollama {pins.ollama.version} or newer here, so nothing to deploy to. "
-            "All the rest works, and `deploy` says what to type elsewhere. With Go, `pipeline setup` builds Ollama"
+            f"there is neither Go nor an Ollama {pins.ollama.version} or newer here: nothing to deploy to. "
+            "All the rest works, and `deploy` says what to type elsewhere. "
+            "With Go installed, `pipeline setup` builds Ollama"
         )
     else:
         build_ollama(pins.ollama, folder, [lock])

@@ -1,8 +1,8 @@
 """The Python libraries: exactly those of requirements.lock, in the environment that runs `pipeline setup`.
 
-What is installed is read from the environment itself, so there is no stamp that could be wrong. The lock serves
-machines with and without a GPU; only torch differs, where an index or folder that the machine is configured for
-offers its CPU build.
+What is installed is read from the environment itself, so there is no stamp that could be wrong. The lock
+serves machines with and without a GPU; only torch differs, where an index or folder that the machine is
+configured for offers its CPU build.
 """
 
 import os
@@ -129,7 +129,7 @@ def install(lock_file: Path, environment: Environment, torch: str, *, nvidia_dri
         elif torch == CPU:
             version = pin.version if pin is not None else ""
             raise PipelineError(
-                f"torch {version}+cpu is not offered by the package indexes that are configured here for pip and uv; "
+                f"torch {version}+cpu is not offered by the indexes that pip and uv are configured for here; "
                 "add one that has it, or leave out `--torch cpu`: the ordinary build runs on a CPU too"
             )
         else:

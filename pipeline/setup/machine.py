@@ -20,7 +20,8 @@ def require_virtual_environment() -> None:
     if sys.prefix == sys.base_prefix:
         raise UserError(
             f"{sys.executable} is not in a virtual environment, and set-up installs libraries into the Python "
-            "that runs it: `python3 -m venv .venv`, install this program there, and run `.venv/bin/pipeline setup`"
+            "that runs it: type `python3 -m venv .venv`, install this program there, and run "
+            "`.venv/bin/pipeline setup`"
         )
 
 
@@ -65,7 +66,7 @@ def require_space(needs: Mapping[Path, float]) -> None:
         free = shutil.disk_usage(place).free
         if free < size:
             raise PipelineError(
-                f"{place}: set-up needs about {size / GIB:.1f} GiB on this disk, {free / GIB:.1f} GiB are free; "
+                f"{place}: set-up needs about {size / GIB:.1f} GiB on this disk, {free / GIB:.1f} are free; "
                 "free some space, or set PIPELINE_CACHE to a folder on another disk"
             )
 
@@ -76,7 +77,7 @@ def has_nvidia_driver() -> bool:
 
 
 def system_ollama(at_least: str) -> tuple[str, str] | None:
-    """The machine's own Ollama, if it is new enough: its path and version. It is asked that, and never changed."""
+    """The machine's own Ollama, if it is new enough: its path and version. Nothing about it is changed."""
     program = shutil.which("ollama")
     if program is None:
         return None

@@ -1,4 +1,4 @@
-"""How set-up runs other programs: an argument list, all the output in a log, and one message when it fails."""
+"""How set-up runs other programs: an argument list, the output in a log, and one message when it fails."""
 
 import errno
 import fcntl
@@ -144,8 +144,8 @@ def exclusive(path: Path) -> Iterator[int]:
     """Hold a lock that only one set-up on the machine can hold; waits for it and says so.
 
     Yields:
-        The lock's descriptor. A child that inherits it keeps the lock: a compiler that outlives a killed set-up
-        is waited for.
+        The lock's descriptor. A child that inherits it keeps the lock: a compiler that outlives a killed
+        set-up is waited for.
     """
     with disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Where set-up puts things, so that whoever needs one finds it. Nothing is fetched or built here.
 
-A build is named after its pin and after the processor's instruction set, because the programs use all of it: a
-cache on a disk that two machines share holds a build for each.
+A build is named after its pin and after the processor's instruction set, because the programs use all of it:
+a cache on a disk that two machines share holds a build for each.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline.resources import cache_folder
 from pipeline.setup.pins import ModulePin, NodePin, PackagePin, SourcePin, load_pins
 
-# Instruction sets that a compiler may use when it builds for this processor; other flags change with the kernel.
+# Instruction sets that a compiler may use when it builds for this processor; other flags vary with kernels.
 _INSTRUCTION_SET = re.compile(
     r"(avx|sse|ssse|fma|f16c|bmi|adx|amx|aes|vaes|gfni|sha|pclmul|popcnt|abm|movbe)\w*"
     r"|(asimd|sve|sme|i8mm|bf16|fphp|neon)\w*"
