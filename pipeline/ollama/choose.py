@@ -1,0 +1,302 @@
+"""How a model's conversations are to be rendered in Ollama: `go`, `native`, or not at all.
+
+go: a derived TEMPLATE is exact on the whole suite, and Ollama really uses it.
+native: no TEMPLATE; Ollama has llama.cpp render the Jinja in the GGUF, which is exact.
+Neither: refused, with the first difference. Nothing is served that differs without being said.
+
+Both are judged by running the real servers on a scratch model (`pipeline.ollama.scratch`).
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pipeline.chat.conformance import Conversation, conversations
+from pipeline.errors import PipelineError, UserError
+from pipeline.llamacpp.server import LlamaServer
+from pipeline.ollama.client import Client, RenderRefused
+from pipeline.ollama.derive import Derivation, derive
+from pipeline.ollama.jinja import ChatTemplate
+from pipeline.ollama.scratch import write_scratch_model
+from pipeline.ollama.server import MINIMUM_VERSION, OllamaServer, find_ollama
+from pipeline.ollama.suite import Outcome, Report, for_ollama, judge, readable_difference
+
+# Without a TEMPLATE, `ollama create` compares the GGUF's Jinja with a built-in list and installs a stock template if
+# fewer than 100 characters differ. Every one of these 128 lines occurs in no template, so each is a difference.
+GUARD = "{# Rendered as it stands, not to be replaced by a stock template. " + "\u2550" * 128 + " #}"
+
+
+def guarded(source: str) -> str:
+    """The Jinja template with a comment in front that keeps Ollama from taking it for a stock one."""
+    if source.startswith(GUARD):
+        return source
+    # A line break right after a comment is not rendered: one more keeps the template's own.
+    return GUARD + ("\n" if source.startswith("\n") else "") + source
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen, and why.
+
+    Attributes:
+        way: "go", "native" or "refused".
+        go_template: the TEMPLATE for "go", else None.
+        requires: oldest Ollama that can serve it this way, or None.
+        reason: one sentence.
+        derivation: what came of deriving a Go template.
+        reports: the suite's results for each way that was tried.
+        warnings: what differs nonetheless, where the user forced a way.
+    """
+
+    way: str
+    reason: str
+    go_template: str | None = None
+    requires: str | None = None
+    derivation: Derivation | None = None
+    reports: Mapping[str, Report] = None  # type: ignore[assignment]
+    warnings: tuple[str, ...] = ()
+
+
+class Engine:
+    """Real servers that render: an Ollama of our own, or, where there is none, llama-server for the native way alone.
+
+    Args:
+        server: an Ollama to use; default: one is started, if there is one.
+    """
+
+    def __init__(self, server: OllamaServer | None = None) -> None:
+        self._server = server
+        self._stack = ExitStack()
+        self._client: Client | None = None
+
+    def __enter__(self) -> Engine:
+        with ExitStack() as stack:
+            self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pipeline-template-")))
+            if self._server is None and find_ollama() is not None:
+                self._server = stack.enter_context(OllamaServer(self._folder / "models"))
+            if self._server is not None:
+                self._client = stack.enter_context(Client(self._server.host))
+                self._make("scratch-go:latest", None)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    @property
+    def has_go(self) -> bool:
+        """Whether Go templates can be run."""
+        return self._client is not None
+
+    def _make(self, name: str, template: ChatTemplate | None) -> None:
+        assert self._client is not None
+        path = write_scratch_model(self._folder / "scratch.gguf", template)
+        digest = self._client.upload(path)
+        body = {"files": {"scratch.gguf": digest}, "parameters": {"num_ctx": 512, "num_thread": 1}}
+        self._client.create(name, body)
+
+    def judge_go(self, template: ChatTemplate, go_template: str, suite: Sequence[Conversation]) -> Report:
+        """Run a Go template on the suite, by itself (whether Ollama would use it is another question).
+
+        Raises:
+            UserError: Go cannot parse it.
+        """
+        client = self._client
+        assert client is not None, "there is no Go engine"
+        name = "scratch-go-template:latest"
+        try:
+            client.create(name, {"from": "scratch-go:latest", "template": go_template})
+        except PipelineError as error:
+            raise UserError(f"the Go template is not valid: {error}") from None
+        try:
+            return judge(template, suite, lambda case: self._ask(name, case), joins=True)
+        finally:
+            client.delete(name)
+
+    def judge_native(self, template: ChatTemplate, suite: Sequence[Conversation]) -> Report:
+        """Have the servers render the Jinja itself, guarded as it will be shipped.
+
+        Raises:
+            PipelineError: llama.cpp cannot load the template.
+        """
+        shipped = template.with_source(guarded(template.source))
+        if self._client is None:
+            path = write_scratch_model(self._folder / "scratch.gguf", shipped)
+            with LlamaServer(path, context=512) as server:
+                return judge(template, suite, lambda case: ask_llama_server(server, shipped, case), joins=False)
+        name = "scratch-native:latest"
+        self._make(name, shipped)
+        try:
+            if self._client.show(name)["template"] != "{{ .Prompt }}":
+                raise PipelineError("Ollama took the guarded chat template for a stock one")
+            return judge(template, suite, lambda case: self._ask(name, case), joins=False)
+        finally:
+            self._client.unload(name)
+            self._client.delete(name)
+
+    def uses_go(self, template: ChatTemplate, go_template: str) -> bool:
+        """Whether Ollama renders with this TEMPLATE when the GGUF carries this Jinja: asked of its log."""
+        client, server = self._client, self._server
+        assert client is not None
+        assert server is not None, "there is no Go engine"
+        name = "scratch-both:latest"
+        self._make(name, template)
+        client.create(name, {"from": name, "template": go_template})
+        try:
+            client.unload(name)
+            selections = len(template_selections(server.log_text()))
+            client.render(name, [{"role": "user", "content": "x"}])
+            return template_selections(server.log_text())[selections:][-1:] == ["go_template"]
+        finally:
+            client.unload(name)
+            client.delete(name)
+
+    def _ask(self, name: str, conversation: Conversation) -> str:
+        assert self._client is not None
+        return self._client.render(
+            name, for_ollama(conversation.messages), conversation.tools, conversation.think
+        )
+
+
+def template_selections(log: str) -> list[str]:
+    """The template sources that an Ollama's log names, oldest first: "go_template", "gguf_chat_template", ..."""
+    return re.findall(r'msg="template selection".*? selected=(\S+)', log)
+
+
+def ask_llama_server(server: LlamaServer, template: ChatTemplate, conversation: Conversation) -> str:
+    """A conversation's prompt from llama-server, asked for it as Ollama asks."""
+    fields: dict[str, Any] = {}
+    if conversation.tools:
+        fields["tools"] = list(conversation.tools)
+    think = conversation.think
+    if think is None and "<think>" in template.source and "</think>" in template.source:
+        think = True  # what Ollama says for a model that can think, when nothing is said
+    if think is not None:
+        fields["chat_template_kwargs"] = {"enable_thinking": think}
+    try:
+        return server.apply_template(conversation.messages, **fields)
+    except PipelineError as error:
+        raise RenderRefused(str(error)) from None
+
+
+def choose(template: ChatTemplate, way: str = "auto", engine: Engine | None = None) -> Choice:
+    """Choose how Ollama is to render this model's conversations.
+
+    Args:
+        template: the model's own.
+        way: "auto", "go", "native", or the path of a Go template.
+        engine: running servers; default: started and stopped here.
+
+    Raises:
+        UserError: a way was forced that is not possible.
+    """
+    if engine is None:
+        with Engine() as own:
+            return choose(template, way, own)
+    suite = conversations(template.special_tokens)
+    if way not in ("auto", "go", "native"):
+        return _from_file(template, Path(way), engine, suite)
+
+    reports: dict[str, Report] = {}
+    derivation = None
+    reasons = []
+    if way != "native":
+        derivation, reason = _try_go(template, engine, suite, reports)
+        if not reason:
+            assert derivation is not None
+            words = f"a derived TEMPLATE is exact ({reports['go'].summary})"
+            return Choice("go", words, derivation.template, None, derivation, reports)
+        reasons.append(f"go: {reason}")
+    if way != "go":
+        reason = _try_native(template, engine, suite, reports)
+        if not reason:
+            words = f"llama.cpp renders the Jinja exactly ({reports['native'].summary})"
+            reasons.append(words)
+            return Choice("native", "; ".join(reasons), None, MINIMUM_VERSION, derivation, reports)
+        reasons.append(f"native: {reason}")
+    return Choice("refused", "; ".join(reasons), None, None, derivation, reports)
+
+
+def _try_go(
+    template: ChatTemplate, engine: Engine, suite: Sequence[Conversation], reports: dict[str, Report]
+) -> tuple[Derivation, str]:
+    """Derive and judge; the second value says why it cannot be used, "" if it can."""
+    derivation = derive(template)
+    if derivation.template is None:
+        return derivation, derivation.reason
+    if not engine.has_go:
+        return derivation, "there is no Ollama here to prove the derived TEMPLATE"
+    reports["go"] = report = engine.judge_go(template, derivation.template, suite)
+    if report.only_trimming:
+        roles = ", ".join(derivation.trims) or "messages"
+        return derivation, f"the Jinja trims white space ({roles}), Go cannot ({report.summary})"
+    if not report.exact:
+        return derivation, f"the derived TEMPLATE is not exact ({report.summary})"
+    if not engine.uses_go(template, derivation.template):
+        return derivation, "exact, but Ollama ignores a TEMPLATE where the Jinja can do more (tools, thinking)"
+    return derivation, ""
+
+
+def _try_native(
+    template: ChatTemplate, engine: Engine, suite: Sequence[Conversation], reports: dict[str, Report]
+) -> str:
+    try:
+        reports["native"] = report = engine.judge_native(template, suite)
+    except PipelineError as error:
+        return f"llama.cpp cannot use the template: {error}"
+    return "" if report.exact else f"llama.cpp renders it differently ({report.summary})"
+
+
+def _from_file(template: ChatTemplate, path: Path, engine: Engine, suite: Sequence[Conversation]) -> Choice:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"ollama.template = {str(path)!r}: {error}; give auto, go, native, or the path of a Go template"
+        ) from None
+    if not text.strip():
+        raise UserError(f"{path}: the template is empty")
+    if not engine.has_go:
+        raise UserError(f"{path}: there is no Ollama here to prove a TEMPLATE with: run `pipeline setup`")
+    report = engine.judge_go(template, text, suite)
+    if not engine.uses_go(template, text):
+        raise UserError(
+            f"{path}: Ollama would ignore this TEMPLATE, because the model's own Jinja can do more (tools, thinking); "
+            "use ollama.template = 'native'"
+        )
+    warnings = [] if report.exact else [f"{path.name} does not send what was trained ({report.summary})"]
+    warnings += [explain(outcome) for outcome in [report.first_difference()] if outcome is not None]
+    return Choice("go", f"given by {path}", text, None, None, {"go": report}, tuple(warnings))
+
+
+def explain(outcome: Outcome) -> str:
+    """A difference for a person to read."""
+    if outcome.words:
+        return f"conversation {outcome.name!r}: the server says: {outcome.words}"
+    return (
+        f"conversation {outcome.name!r}: - is what was trained, + is what would be sent\n"
+        f"{readable_difference(outcome.expected, outcome.served)}"
+    )
+
+
+def refusal(choice: Choice) -> UserError:
+    """The error for a template that cannot be served exactly."""
+    lines = [f"the chat template cannot be served exactly: {choice.reason}"]
+    for way, report in choice.reports.items():
+        outcome = report.first_difference()
+        if outcome is not None:
+            lines.append(f"{way}: {explain(outcome)}")
+    lines.append(
+        "What can be done: write a Go template and name it in [ollama] template; or correct the Jinja of the base and "
+        "train again; or serve the GGUF with llama-server."
+    )
+    return UserError("\n".join(lines))

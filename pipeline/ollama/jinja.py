@@ -1,0 +1,134 @@
+"""A model's own chat template: the Jinja that the trainer used, rendered in the sandbox that transformers uses.
+
+This is the measure for everything that a server sends.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+
+
+class TemplateRefused(Exception):
+    """The template raised: it does not take this conversation."""
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A Jinja chat template and what it depends on.
+
+    Attributes:
+        source: the Jinja text.
+        bos_token, eos_token: their texts, "" where there is none.
+        adds_bos: whether the tokenizer puts BOS in front of every text by itself (as a server then does).
+        special_tokens: texts of all special tokens.
+        variables: further variables that transformers gives the template (unk_token, pad_token, ...).
+    """
+
+    source: str
+    bos_token: str = ""
+    eos_token: str = ""
+    adds_bos: bool = False
+    special_tokens: tuple[str, ...] = ()
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def from_folder(folder: Path) -> ChatTemplate:
+        """The template of a tokenizer's folder.
+
+        Raises:
+            UserError: there is no tokenizer, or it has no chat template.
+        """
+        from transformers import AutoTokenizer
+
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; give a model's folder or a .jinja file")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder}: no tokenizer can be loaded from it: {error}") from None
+        return ChatTemplate.from_tokenizer(tokenizer, str(folder))
+
+    @staticmethod
+    def from_tokenizer(tokenizer: Any, where: str = "the tokenizer") -> ChatTemplate:
+        """The template of a loaded tokenizer: the one that `apply_chat_template` takes by itself."""
+        source = tokenizer.chat_template
+        if isinstance(source, dict):
+            source = source.get("default")
+        if not source:
+            raise UserError(f"{where} has no chat template: there is nothing to say how a conversation is sent")
+        plain = {key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+        added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        beginning = tokenizer("a").input_ids[:1]
+        return ChatTemplate(
+            source,
+            plain.get("bos_token", ""),
+            plain.get("eos_token", ""),
+            adds_bos=bool(beginning) and beginning[0] == tokenizer.bos_token_id,
+            special_tokens=tuple(sorted(added | set(tokenizer.all_special_tokens))),
+            variables=dict(tokenizer.special_tokens_map),
+        )
+
+    @staticmethod
+    def from_file(path: Path) -> ChatTemplate:
+        """A template alone, e.g. one that llama.cpp ships; its BOS is taken to be "<s>"."""
+        try:
+            return ChatTemplate(path.read_text(encoding="utf-8"), "<s>", "</s>")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: cannot be read as text: {error}") from None
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        think: bool | None = None,
+        today: datetime.datetime | None = None,
+    ) -> str:
+        """The prompt, with the generation prompt at its end.
+
+        Args:
+            messages: the conversation.
+            tools: JSON schemas.
+            think: given to the template as `enable_thinking`, unless None.
+            today: the date that the template sees; default: the real one.
+
+        Raises:
+            TemplateRefused: with the template's own words.
+        """
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        names: dict[str, Any] = {"bos_token": self.bos_token, "eos_token": self.eos_token, **self.variables}
+        if think is not None:
+            names["enable_thinking"] = think
+        if today is not None:
+            names["strftime_now"] = today.strftime
+        plain = json.loads(json.dumps([dict(message) for message in messages]))
+        try:
+            rendered, _ = render_jinja_template(
+                conversations=[plain],
+                tools=[dict(tool) for tool in tools] or None,
+                chat_template=self.source,
+                add_generation_prompt=True,
+                **names,
+            )
+        except TemplateError as error:
+            raise TemplateRefused(str(error)) from None
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+            raise TemplateRefused(f"{type(error).__name__}: {error}") from None
+        text: str = rendered[0]
+        return text
+
+    def served(self, rendered: str) -> str:
+        """What a server has to send for this rendering: without the BOS that the tokenizer will add."""
+        return rendered.removeprefix(self.bos_token) if self.adds_bos and self.bos_token else rendered
+
+    def with_source(self, source: str) -> ChatTemplate:
+        """The same tokenizer with another template."""
+        return replace(self, source=source)
