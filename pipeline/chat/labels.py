@@ -5,14 +5,17 @@ generation prompt. If that text is a prefix of the training text, then what foll
 end-of-turn token, is exactly what the model has to produce. A template that breaks the property would be
 trained on a prompt that it will never see; it is refused.
 
-Templates that rewrite history (an earlier answer loses its thinking, or ends in another token) keep the
-property for the last answer only. Such a conversation becomes several training texts, each ending in an
-answer as it was first given.
+Two kinds of template are met on their own terms. Some put an empty, closed thinking block into the prompt and
+leave it out of a finished answer: the training text is then the prompt and the answer joined. And templates
+that rewrite history (an earlier answer loses its thinking, or ends in another token) keep the property for
+the last answer only. Such a conversation becomes several training texts, each ending in an answer as it was
+first given.
 """
 
 from __future__ import annotations
 
 import itertools
+import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +25,8 @@ from typing import Any
 from pipeline.chat.render import render
 from pipeline.errors import PipelineError, UserError
 
+# What a prompt ends with when thinking is switched off: a block that is opened and closed again.
+EMPTY_THOUGHT = re.compile(r"(<think>\s*</think>|<\|channel>thought\s*<channel\|>)\s*\Z")
 IGNORED = -100  # the label that torch's cross entropy leaves out
 
 
@@ -117,22 +122,30 @@ def _turn(
     prompt = render(tokenizer, messages[:-1], add_generation_prompt=True, tools=tools)
     text = render(tokenizer, messages, tools=tools)
     if not text.startswith(prompt):
-        same = next((i for i, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), len(text))
-        raise UserError(
-            "the model's chat template does not train what it serves: the prompt goes on with "
-            f"{prompt[same : same + 40]!r} where the training text has {text[same : same + 40]!r}. If the "
-            'prompt opens a thinking block, give the answers their "reasoning_content"; else take another '
-            "chat template"
-        )
+        without = EMPTY_THOUGHT.sub("", prompt)
+        if without == prompt or not text.startswith(without):
+            raise UserError(_not_what_is_served(prompt, text))
+        text = prompt + text[len(without) :]
     written = text.rstrip()
-    token = next((token for token in _added_tokens(tokenizer) if written.endswith(token)), None)
-    if token is None or len(written) <= len(prompt):
+    tokens = _added_tokens(tokenizer)
+    if not any(written[-length:] in tokens for length in {len(token) for token in tokens}):
         raise UserError(
             f"the model's chat template ends an answer with {text[-20:]!r}, which is no end-of-turn token: "
             "the model would never learn to stop. Take a chat template that writes one after each answer, "
             "e.g. eos_token"
         )
     return _Turn(text, len(prompt), len(written))
+
+
+def _not_what_is_served(prompt: str, text: str) -> str:
+    same = next((at for at, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), len(text))
+    served, trained = prompt[max(0, same - 20) : same + 40], text[max(0, same - 20) : same + 40]
+    thinking = "think" in prompt[same - 20 :].lower() or "thought" in prompt[same - 20 :].lower()
+    remedy = 'give the answers their "reasoning_content", or take' if thinking else "take"
+    return (
+        f"the model's chat template does not train what it serves: the prompt has {served!r} where the training "
+        f"text has {trained!r}; {remedy} another chat template"
+    )
 
 
 def tokenize_texts(tokenizer: Any, texts: Sequence[TrainingText]) -> list[Tokenized]:
@@ -219,8 +232,8 @@ def _adds_bos(tokenizer: Any) -> bool:
 
 
 @lru_cache(maxsize=8)
-def _added_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """The tokens that stay whole in any text, longest first. Runs of white space are added tokens in some
-    models."""
+def _added_tokens(tokenizer: Any) -> frozenset[str]:
+    """The tokens that stay whole in any text. Runs of white space are added tokens in some models: not
+    here."""
     tokens = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    return tuple(sorted((token for token in tokens if token.strip() == token != ""), key=len, reverse=True))
+    return frozenset(token for token in tokens if token.strip() == token != "")

@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.chat.checks import NEAR, check_expected, drop_duplicates, find_leaks, fit
 from pipeline.chat.formats import Conversation, read_conversations
-from pipeline.chat.labels import Tokenized, decode, leading_bos, tokenize_texts, trained_parts, training_texts
+from pipeline.chat.labels import (
+    IGNORED,
+    Tokenized,
+    decode,
+    leading_bos,
+    tokenize_texts,
+    trained_parts,
+    training_texts,
+)
 from pipeline.console import progress
 from pipeline.errors import UserError
 from pipeline.model.base import resolve_base
@@ -34,10 +42,13 @@ EXAMPLES = 3  # rows shown in the summary
 
 
 def inputs(config: Config) -> list[Path]:
-    """The user's data files."""
-    return [
-        path for path in (config.data.train, config.data.validation, config.data.test) if path is not None
-    ]
+    """The user's data files, and what of the base makes tokens of them."""
+    from pipeline.model.facts import base_files
+
+    data = config.data
+    given = [path for path in (data.train, data.validation, data.test) if path is not None]
+    base = base_files(config.model.base, config.model.revision)
+    return [*given, *(path for path in base if path.suffix != ".safetensors")]
 
 
 def main(work: Work) -> dict[str, Any]:
@@ -187,8 +198,14 @@ def _figures(tokenizer: Any, rows: Sequence[Conversation], sequences: Sequence[T
         "length_percentiles": {str(p): round(percentiles[p - 1]) for p in (50, 90, 95, 99)}
         if lengths
         else {},
+        "end_of_turn": sorted({_last_trained(tokenizer, sequence) for sequence in sequences}),
         "leading_bos": sorted({leading_bos(tokenizer, sequence.input_ids) for sequence in sequences}),
     }
+
+
+def _last_trained(tokenizer: Any, sequence: Tokenized) -> str:
+    last = max(index for index, label in enumerate(sequence.labels) if label != IGNORED)
+    return decode(tokenizer, [sequence.input_ids[last]])
 
 
 def _example(tokenizer: Any, row: Tokenized) -> dict[str, Any]:
