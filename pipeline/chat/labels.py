@@ -43,9 +43,10 @@ class Tokenized:
     """A sequence to train on.
 
     Attributes:
-        input_ids: token ids; at most one BOS in front. labels: the same ids where the loss is taken, IGNORED
-            elsewhere. merged: answers whose first characters became one token with the end of the prompt. The
-            server sends the prompt without them, so that token is not trained.
+        input_ids: token ids; at most one BOS in front, unless the template itself writes more.
+        labels: the same ids where the loss is taken, IGNORED elsewhere.
+        merged: answers whose first characters became one token with the end of the prompt. The server sends
+            the prompt without them, so that token is not trained.
     """
 
     input_ids: list[int]
@@ -143,8 +144,8 @@ def _not_what_is_served(prompt: str, text: str) -> str:
     thinking = "think" in prompt[same - 20 :].lower() or "thought" in prompt[same - 20 :].lower()
     remedy = 'give the answers their "reasoning_content", or take' if thinking else "take"
     return (
-        f"the model's chat template does not train what it serves: the prompt has {served!r} where the training "
-        f"text has {trained!r}; {remedy} another chat template"
+        f"the model's chat template does not train what it serves: the prompt has {served!r} where the "
+        f"training text has {trained!r}; {remedy} another chat template"
     )
 
 

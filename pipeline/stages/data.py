@@ -11,7 +11,6 @@ import json
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import quantiles
 from typing import TYPE_CHECKING, Any
 
 from pipeline.chat.checks import NEAR, check_expected, drop_duplicates, find_leaks, fit
@@ -185,9 +184,8 @@ def _texts(tokenizer: Any, row: Conversation) -> list[Any]:
 
 def _figures(tokenizer: Any, rows: Sequence[Conversation], sequences: Sequence[Tokenized]) -> dict[str, Any]:
     """What can be said about a set in numbers. Lengths are in tokens."""
-    lengths = [len(sequence.input_ids) for sequence in sequences]
+    lengths = sorted(len(sequence.input_ids) for sequence in sequences)
     trained = sum(sequence.trained for sequence in sequences)
-    percentiles = quantiles(lengths, n=100, method="inclusive") if len(lengths) > 1 else lengths * 99
     return {
         "rows": len(rows),
         "sequences": len(sequences),
@@ -195,9 +193,9 @@ def _figures(tokenizer: Any, rows: Sequence[Conversation], sequences: Sequence[T
         "tokens_trained": trained,
         "share_trained": round(trained / sum(lengths), 4) if lengths else 0.0,
         "longest": max(lengths, default=0),
-        "length_percentiles": {str(p): round(percentiles[p - 1]) for p in (50, 90, 95, 99)}
-        if lengths
-        else {},
+        "length_percentiles": {
+            str(p): lengths[(len(lengths) - 1) * p // 100] for p in (50, 90, 99) if lengths
+        },
         "end_of_turn": sorted({_last_trained(tokenizer, sequence) for sequence in sequences}),
         "leading_bos": sorted({leading_bos(tokenizer, sequence.input_ids) for sequence in sequences}),
     }
