@@ -117,34 +117,32 @@ def install(lock_file: Path, environment: Environment, torch: str, *, nvidia_dri
     Raises:
         PipelineError: a wrong hash, no network, no disk, or no CPU build where one was asked for.
     """
-    text = lock_file.read_text(encoding="utf-8")
-    lock = read_lock(text)
+    lock = read_lock(lock_file.read_text(encoding="utf-8"))
     variables = uv_environment()
+    chosen = None
     if torch == CPU or (torch == AUTO and not nvidia_driver):
-        pin = next((pin for pin in applicable(lock) if pin.name == "torch"), None)
-        offered = cpu_build(pin, environment, variables) if pin is not None else None
-        if offered is not None:
-            text = with_cpu_build(lock, offered)
-            say(f"torch: the CPU build {offered.version} is offered here and taken")
-        elif torch == CPU:
-            version = pin.version if pin is not None else ""
-            raise PipelineError(
-                f"torch {version}+cpu is not offered by the indexes that pip and uv are configured for here; "
-                "add one that has it, or leave out `--torch cpu`: the ordinary build runs on a CPU too"
-            )
-        else:
-            say("torch: no CPU build is offered here; taking the ordinary build, which runs on a CPU too")
+        chosen = _cpu_build_if_offered(lock, environment, variables, required=torch == CPU)
+    rest = with_cpu_build(lock, chosen) if chosen is not None else with_ordinary_build(lock)
+    _install(rest, environment, variables)
+    if chosen is not None and "--hash=" not in chosen.text:
+        # An index tells hashes, a folder of wheels does not: what lies there is its owner's choice.
+        _uv_install([f"{chosen.name}=={chosen.version}"], environment, variables)
+
+
+def _install(text: str, environment: Environment, variables: dict[str, str]) -> None:
+    """Install the packages of a lock, each only if a file with one of its hashes is to be had."""
     halves = [name for name, _, finished in environment.installed() if not finished]
-    derived = environment.prefix / "requirements.installed.lock"
+    lock_file = environment.prefix / "requirements.installed.lock"
     with disk_errors(environment.prefix):
-        derived.write_text(text, encoding="utf-8")
+        lock_file.write_text(text, encoding="utf-8")
+    again = [word for name in halves for word in ("--reinstall-package", name)]
+    _uv_install(["--require-hashes", "-r", str(lock_file), *again], environment, variables)
+
+
+def _uv_install(what: list[str], environment: Environment, variables: dict[str, str]) -> None:
     run(
-        [
-            *(_uv(), "pip", "install", "--python", environment.python, "--no-deps", "--require-hashes"),
-            # The hashes say which file is right, whichever index has it.
-            *("--index-strategy", "unsafe-best-match", "-r", derived),
-            *(word for name in halves for word in ("--reinstall-package", name)),
-        ],
+        # Hashes and local versions say which file is right, whichever index has it.
+        [_uv(), "pip", "install", "--python", environment.python, "--no-deps", *_ANY_INDEX, *what],
         "installing the Python libraries",
         env=variables,
         on_line=_Downloads(),
@@ -152,7 +150,27 @@ def install(lock_file: Path, environment: Environment, torch: str, *, nvidia_dri
     )
 
 
+_ANY_INDEX = ("--index-strategy", "unsafe-best-match")
 _WRONG_HASH = "a package is not the one that requirements.lock names (wrong hash); it was not installed"
+
+
+def _cpu_build_if_offered(
+    lock: list[Requirement], environment: Environment, variables: dict[str, str], *, required: bool
+) -> Requirement | None:
+    pin = next((pin for pin in applicable(lock) if pin.name == "torch"), None)
+    if pin is None:
+        return None
+    offered = cpu_build(pin, environment, variables)
+    if offered is not None:
+        say(f"torch: the CPU build {offered.version} is offered here and taken")
+    elif required:
+        raise PipelineError(
+            f"torch {pin.version}+cpu is not offered by the indexes that pip and uv are configured for here; "
+            "add one that has it, or leave out `--torch cpu`: the ordinary build runs on a CPU too"
+        )
+    else:
+        say("torch: no CPU build is offered here; taking the ordinary build, which runs on a CPU too")
+    return offered
 
 
 def cpu_build(pin: Requirement, environment: Environment, variables: dict[str, str]) -> Requirement | None:
@@ -171,8 +189,14 @@ def cpu_build(pin: Requirement, environment: Environment, variables: dict[str, s
                     "--no-header",
                     "--no-annotate",
                 ),
-                *("--no-emit-index-url", "--no-emit-find-links", "--index-strategy", "unsafe-best-match"),
-                *("--python", environment.python, "-"),
+                *(
+                    "--no-emit-index-url",
+                    "--no-emit-find-links",
+                    *_ANY_INDEX,
+                    "--python",
+                    environment.python,
+                    "-",
+                ),
             ],
             "looking for the CPU build of torch",
             env={**variables, "UV_HTTP_RETRIES": os.environ.get("UV_HTTP_RETRIES", "0")},
@@ -186,7 +210,12 @@ def cpu_build(pin: Requirement, environment: Environment, variables: dict[str, s
 def with_cpu_build(lock: list[Requirement], torch: Requirement) -> str:
     """The lock's text with torch's CPU build in place of the ordinary one and of what only that loads."""
     kept = [pin.text for pin in lock if pin.name != "torch" and not _CUDA_ONLY.match(pin.name)]
-    return "".join([*kept, torch.text.rstrip() + "\n"])
+    return "".join([*kept, f"{torch.text.rstrip()}\n"] if "--hash=" in torch.text else kept)
+
+
+def with_ordinary_build(lock: list[Requirement]) -> str:
+    """The lock's text with torch pinned so that no local version, such as 2.0+cpu for 2.0, satisfies it."""
+    return "".join(pin.text.replace("==", "===", 1) if pin.name == "torch" else pin.text for pin in lock)
 
 
 def _uv() -> str:

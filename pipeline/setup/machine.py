@@ -19,7 +19,7 @@ def require_virtual_environment() -> None:
     """Refuse to install into a Python that other programs share."""
     if sys.prefix == sys.base_prefix:
         raise UserError(
-            f"{sys.executable} is not in a virtual environment, and set-up installs libraries into the Python "
+            f"{sys.executable} is not in a virtual environment, and set-up installs into the Python "
             "that runs it: type `python3 -m venv .venv`, install this program there, and run "
             "`.venv/bin/pipeline setup`"
         )

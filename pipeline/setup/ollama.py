@@ -74,6 +74,7 @@ def build_ollama(pin: ModulePin, llamacpp: Path, holding: Sequence[int] = ()) ->
 
         compiled = [go, "build", "-C", module["Dir"], "-v", *flags, "-o", partial, "."]
         run(compiled, what, on_line=on_line, explain=too_old, holding=holding)
+        done(total)
     link_programs(llamacpp, home / "lib" / "ollama")
     with disk_errors(home):
         partial.replace(program)

@@ -131,7 +131,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise PipelineError(f"{folder}: {_NO_SPACE}") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             raise PipelineError(
                 f"{error.filename or folder}: cannot be written ({error.strerror}); "
                 "set PIPELINE_CACHE to a folder that can"
