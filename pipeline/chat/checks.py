@@ -35,9 +35,10 @@ class Leak:
 
 def drop_duplicates(conversations: Sequence[Conversation]) -> list[Conversation]:
     """The conversations without exact repetitions; the first of each stays."""
-    return list({json.dumps(row.as_row(), sort_keys=True): row for row in reversed(conversations)}.values())[
-        ::-1
-    ]
+    first: dict[str, Conversation] = {}
+    for row in conversations:
+        first.setdefault(json.dumps(row.as_row(), sort_keys=True), row)
+    return list(first.values())
 
 
 def find_leaks(train: Sequence[Conversation], held_out: Sequence[Conversation]) -> list[Leak]:
