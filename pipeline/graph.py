@@ -94,7 +94,8 @@ def with_needs(targets: Iterable[Node], config: Config) -> list[Node]:
         if (node := queue.pop()) not in wanted:
             wanted.add(node)
             queue.extend(needs(node, config))
-    return [node for node in nodes(config) if node in wanted]
+    order = {stage: place for place, stage in enumerate(STAGES)}
+    return sorted(wanted, key=lambda node: (order[node.stage], nodes_of(node.stage, config).index(node)))
 
 
 def examine(config: Config, manifest: dict[str, Any], targets: Sequence[Node]) -> list[State]:
@@ -242,7 +243,6 @@ def run(config: Config, sources: dict[str, str], targets: Sequence[Node], *, for
                 continue
             console.say(f"{node}: {state.reason}" if state.reason != "has not run" else f"{node}")
             _run_node(state, config, manifest)
-        _remove_leftovers(config, manifest)
         write_manifest(folder, manifest)
         if skipped:
             console.say(f"{skipped} of {len(wanted)} stages are up to date and were skipped")
@@ -286,7 +286,6 @@ def _run_node(state: State, config: Config, manifest: dict[str, Any]) -> None:
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 3),
         "peak_memory_bytes": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
     }
-    manifest["stages"] = {str(n): manifest["stages"][str(n)] for n in nodes(config) if str(n) in manifest["stages"]}
     write_manifest(folder, manifest)
     shutil.rmtree(work, ignore_errors=True)
     append_event(folder, "done", stage=str(node), seconds=round(seconds, 3))
@@ -339,12 +338,6 @@ def _publish(output: Path, final: Path, folder: Path) -> dict[str, dict[str, Any
     else:
         output.rename(final)
     return record_files(final, folder)
-
-
-def _remove_leftovers(config: Config, manifest: dict[str, Any]) -> None:
-    """Forget nodes that the configuration no longer has. Their files stay: a quantized model may be in use."""
-    current = {str(node) for node in nodes(config)}
-    manifest["stages"] = {name: record for name, record in manifest["stages"].items() if name in current}
 
 
 def status(config: Config) -> list[dict[str, Any]]:

@@ -240,6 +240,13 @@ def _trainer(model: Any, tokenizer: Any, train_rows: list[Any], validation_rows:
                 file.write(json.dumps(record, separators=(",", ":")) + "\n")
             return super().training_step(model, inputs, *args, **kwargs)
 
+        def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+            # The loss alone: TRL's own step also takes the entropy over the whole vocabulary of every token, which
+            # costs more than the forward pass.
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = model(**self._prepare_inputs(inputs)).loss
+            return loss.detach().float().mean(), None, None
+
     return RecordingTrainer(
         model=model,
         args=arguments,

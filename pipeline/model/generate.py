@@ -1,0 +1,121 @@
+"""Answers from transformers models: the rungs of the ladder that stand before the GGUF files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.config import Model
+
+
+def load_base(settings: Model) -> tuple[Any, Any]:
+    """The untouched base and its tokenizer; float32 on a CPU, as stored on a GPU."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from pipeline.model.base import resolve_base
+
+    folder = resolve_base(settings.base, settings.revision)
+    cuda = torch.cuda.is_available()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype="auto" if cuda else torch.float32,
+        device_map="cuda" if cuda else None,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    return model.eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
+
+
+def load_adapter(settings: Model, adapter: Path, *, in_4bit: bool) -> tuple[Any, Any]:
+    """The adapter on the base that it was trained on, and the trained tokenizer.
+
+    Args:
+        settings: the base.
+        adapter: a PEFT adapter's folder.
+        in_4bit: on the base in 4-bit NF4, as it was trained. A CPU gets these weights dequantized once, which is what
+            it would otherwise compute again for every token.
+    """
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    from pipeline.model.base import resolve_base
+
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    if not in_4bit:
+        model, _ = load_base(settings)
+        return PeftModel.from_pretrained(model, adapter).eval(), tokenizer
+    cuda = torch.cuda.is_available()
+    compute = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float16 if cuda else torch.float32
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        resolve_base(settings.base, settings.revision),
+        quantization_config=quantization,
+        dtype=compute,
+        device_map="cuda" if cuda else "cpu",
+        trust_remote_code=settings.trust_remote_code,
+    )
+    if not cuda:
+        model = model.dequantize(dtype=torch.float32)
+    return PeftModel.from_pretrained(model, adapter).eval(), tokenizer
+
+
+def answer_in_batches(
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[Sequence[dict[str, Any]]],
+    max_new_tokens: int,
+    update: Callable[[float], None],
+    batch: int = 32,
+) -> list[str]:
+    """Greedy answers, in the order of the questions.
+
+    Args:
+        model: a transformers causal language model.
+        tokenizer: its tokenizer, with the chat template.
+        questions: conversations that end where the assistant speaks.
+        max_new_tokens: longest answer.
+        update: called with the number of answers that are done.
+        batch: questions per forward pass; those of similar length go together.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    from pipeline.chat.render import render
+
+    prompts = [render(tokenizer, question, add_generation_prompt=True) for question in questions]
+    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    order = sorted(range(len(ids)), key=lambda place: len(ids[place]))
+    answers = [""] * len(ids)
+    # A configuration of its own: the base's may ask for sampling or penalties, and the answers must be greedy.
+    own = model.generation_config
+    stop = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    stop = sorted({token for token in (*stop, tokenizer.eos_token_id) if token is not None})
+    greedy = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stop, pad_token_id=tokenizer.pad_token_id or 0
+    )
+    done = 0
+    with torch.inference_mode():
+        for start in range(0, len(order), batch):
+            places = order[start : start + batch]
+            width = max(len(ids[place]) for place in places)
+            padded = torch.full((len(places), width), tokenizer.pad_token_id or 0)
+            mask = torch.zeros_like(padded)
+            for row, place in enumerate(places):
+                padded[row, width - len(ids[place]) :] = torch.tensor(ids[place])
+                mask[row, width - len(ids[place]) :] = 1
+            output = model.generate(
+                input_ids=padded.to(model.device), attention_mask=mask.to(model.device), generation_config=greedy
+            )
+            for row, place in enumerate(places):
+                answers[place] = tokenizer.decode(output[row, width:], skip_special_tokens=True)
+            done += len(places)
+            update(done)
+    return answers

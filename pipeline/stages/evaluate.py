@@ -1,0 +1,183 @@
+"""evaluate: the test questions asked at every rung, from the untouched base to Ollama, and the answers side by side.
+
+Each rung is a variant of its own, so a new quantization type asks that file only. Answers are greedy everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.chat.metric import score
+from pipeline.config import Config
+from pipeline.console import progress
+from pipeline.work import Work
+
+SUMMARY = "Ask the test questions at every rung, from the base to Ollama."
+CONFIG = ("eval", "model")
+
+OLLAMA = "ollama"  # the rung of the first quantized file as Ollama serves it
+TABLE = "table"
+
+
+def variants(config: Config) -> tuple[str, ...]:
+    """The rungs in the order of the work, then the table that joins them; none without test data."""
+    if config.data.test is None:
+        return ()
+    return ("base", "adapter", *config.export.quant, OLLAMA, TABLE)
+
+
+def NEEDS(variant: str) -> tuple[str, ...]:  # noqa: N802  (where other stages have a constant)
+    """What a rung reads."""
+    if variant == "base":
+        return ("data",)
+    if variant == "adapter":
+        return ("data", "train")
+    if variant == TABLE:
+        return ("data", "evaluate")
+    if variant == OLLAMA:
+        return ("data", "deploy")
+    return ("data", f"quantize/{variant}")
+
+
+def main(work: Work) -> dict[str, Any]:
+    """Ask one rung, or join the rungs to evaluation.json."""
+    if work.variant == TABLE:
+        return _table(work)
+    rows = read_questions(work.folder("data") / "test.jsonl", work.config.eval.limit)
+    started = time.monotonic()
+    with _rung(work) as answer_all:
+        if answer_all is None:
+            return {"asked": 0, "why": "not deployed"}
+        with progress(f"asking {work.variant}", len(rows), "questions") as update:
+            answers = answer_all([question for question, _ in rows], update)
+    seconds = time.monotonic() - started
+    results = [
+        {"expected": expected, "answer": answer, "correct": _correct(work.config, answer, expected)}
+        for (_, expected), answer in zip(rows, answers, strict=True)
+    ]
+    with (work.output / "answers.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
+    figures: dict[str, Any] = {"asked": len(rows), "seconds_per_answer": seconds / len(rows)}
+    if work.config.eval.metric != "none":
+        correct = sum(bool(result["correct"]) for result in results)
+        low, high = wilson_interval(correct, len(rows))
+        figures |= {"exact_match": correct / len(rows), "correct": correct, "interval_95": [low, high]}
+    return figures
+
+
+def read_questions(path: Path, limit: int | None) -> list[tuple[list[dict[str, Any]], str]]:
+    """The test rows as (messages up to the last answer, that answer)."""
+    rows = []
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            messages = json.loads(line)["messages"]
+            last = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
+            rows.append((messages[:last], messages[last]["content"]))
+    return rows[:limit]
+
+
+def wilson_interval(correct: int, asked: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % score interval of a share (E. B. Wilson, 1927, "Probable inference", JASA 22)."""
+    if asked == 0:
+        return 0.0, 1.0
+    share = correct / asked
+    middle = (share + z**2 / (2 * asked)) / (1 + z**2 / asked)
+    half = z / (1 + z**2 / asked) * (share * (1 - share) / asked + z**2 / (4 * asked**2)) ** 0.5
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+Answerer = Callable[[list[list[dict[str, Any]]], Callable[[float], None]], list[str]]
+
+
+@contextmanager
+def _rung(work: Work) -> Iterator[Answerer | None]:
+    """What answers at this rung; None where the model is not there to be asked."""
+    limit = work.config.eval.max_new_tokens
+    if work.variant in ("base", "adapter"):
+        yield _transformers(work, limit)
+    elif work.variant == OLLAMA:
+        from pipeline.ollama.serving import deployed
+
+        with deployed(work.run) as served:
+            if served is None:
+                yield None
+                return
+            client, name = served
+            options = {"temperature": 0, "num_predict": limit}
+
+            def ask(messages: list[dict[str, Any]]) -> str:
+                return str(client.chat(name, messages, options=options)["content"])
+
+            yield _one_by_one(ask)
+    else:
+        from pipeline.llamacpp.server import LlamaServer
+
+        model = work.folder("quantize", work.variant) / f"model-{work.variant}.gguf"
+        with LlamaServer(model, context=work.config.train.max_length or 4096) as server:
+            work.command(server.command)
+            yield _one_by_one(lambda messages: server.chat(messages, limit))
+
+
+def _one_by_one(ask: Callable[[list[dict[str, Any]]], str]) -> Answerer:
+    def answer_all(questions: list[list[dict[str, Any]]], update: Callable[[float], None]) -> list[str]:
+        answers = []
+        for question in questions:
+            answers.append(ask(question))
+            update(len(answers))
+        return answers
+
+    return answer_all
+
+
+def _transformers(work: Work, limit: int) -> Answerer:
+    from pipeline.model.generate import answer_in_batches, load_adapter, load_base
+
+    model_settings = work.config.model
+    if work.variant == "base":
+        model, tokenizer = load_base(model_settings)
+    else:
+        adapter = work.folder("train") / "adapter"
+        model, tokenizer = load_adapter(model_settings, adapter, in_4bit=work.config.train.load_in_4bit)
+    return lambda questions, update: answer_in_batches(model, tokenizer, questions, limit, update)
+
+
+def _correct(config: Config, answer: str, expected: str) -> bool | None:
+    return None if config.eval.metric == "none" else score(config.eval.metric, answer, expected)
+
+
+def _table(work: Work) -> dict[str, Any]:
+    questions = read_questions(work.folder("data") / "test.jsonl", work.config.eval.limit)
+    rungs: dict[str, list[dict[str, Any]]] = {}
+    for variant in variants(work.config):
+        path = work.folder("evaluate", variant) / "answers.jsonl"
+        if variant != TABLE and path.is_file():
+            rungs[variant] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [
+        {
+            "messages": messages,
+            "expected": expected,
+            "answers": {rung: results[place]["answer"] for rung, results in rungs.items()},
+            "correct": {rung: results[place]["correct"] for rung, results in rungs.items()},
+        }
+        for place, (messages, expected) in enumerate(questions)
+    ]
+    scores: dict[str, Any] = {}
+    if work.config.eval.metric != "none":
+        for rung, results in rungs.items():
+            correct = sum(bool(result["correct"]) for result in results)
+            scores[rung] = {
+                "exact_match": correct / len(results),
+                "correct": correct,
+                "asked": len(results),
+                "interval_95": wilson_interval(correct, len(results)),
+            }
+    document = {"metric": work.config.eval.metric, "rungs": scores, "rows": rows}
+    (work.output / "evaluation.json").write_text(
+        json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    return {rung: values["exact_match"] for rung, values in scores.items()}

@@ -1,0 +1,158 @@
+"""merge: `merge_and_unload` into the 16-bit base, never into 4-bit weights.
+
+The sum is taken in float32 and rounded once, to the type that the base is stored in. A merge that would leave a module
+out, or change nothing, is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.console import progress
+from pipeline.errors import PipelineError
+from pipeline.work import Work
+
+SUMMARY = "Merge the adapter into the 16-bit base."
+NEEDS = ("train",)
+CONFIG = ("model", "merge")
+
+
+def inputs(config: Config) -> list[Path]:
+    """The base's files."""
+    from pipeline.model.facts import base_files
+
+    return base_files(config.model.base, config.model.revision)
+
+
+def main(work: Work) -> dict[str, Any]:
+    """Write the merged model, with the tokenizer and the chat template that were trained."""
+    import torch
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+    from transformers import AutoModelForCausalLM
+
+    from pipeline.model.base import resolve_base
+
+    base = resolve_base(work.config.model.base, work.config.model.revision)
+    adapter = work.folder("train") / "adapter"
+    stored = stored_type(base)
+    with progress("loading the base", None):
+        model = AutoModelForCausalLM.from_pretrained(
+            base, dtype=_arithmetic(base, stored), trust_remote_code=work.config.model.trust_remote_code
+        )
+    arithmetic = str(model.dtype).removeprefix("torch.")
+    generation = model.generation_config
+    model = PeftModel.from_pretrained(model, adapter)
+    _refuse_partial(model, adapter)
+
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    change, size = 0.0, 0.0
+    with torch.no_grad(), progress("measuring the change", len(layers), "modules") as update:
+        for done, (name, layer) in enumerate(layers.items(), 1):
+            delta = layer.get_delta_weight("default").float().norm().item()
+            if not 0 < delta < float("inf"):
+                raise PipelineError(
+                    f"{name}: its adapter changes nothing, or is not finite; the training did not reach this module. "
+                    "Train again (`pipeline train --force`), or leave the module out of lora.target_modules"
+                )
+            change += delta**2
+            size += layer.get_base_layer().weight.float().norm().item() ** 2
+            update(done)
+
+    with progress("merging", None):
+        model = model.merge_and_unload(safe_merge=True)
+    left = [name for name, _ in model.named_parameters() if "lora_" in name]
+    if left:
+        raise PipelineError(f"the merge left parts of the adapter behind: {left[0]} and {len(left) - 1} more")
+    rounding = _round_to(model, stored, {name.removeprefix("base_model.model.") for name in layers})
+    model.config.dtype = stored
+    model.generation_config = generation
+
+    output = work.output / "model"
+    with progress("saving", None):
+        model.save_pretrained(output, max_shard_size="4GB")
+    _copy_tokenizer(adapter, base, output)
+    return {
+        "modules_merged": len(layers),
+        "relative_change": (change / size) ** 0.5,
+        "rounding_to_change": rounding / change**0.5,
+        "arithmetic": arithmetic,
+        "stored": str(stored).removeprefix("torch."),
+        "bytes": sum(path.stat().st_size for path in output.glob("*.safetensors")),
+    }
+
+
+def stored_type(folder: Path) -> Any:
+    """The 16-bit type of a model folder: that of its largest tensor; a float32 base is merged into bfloat16."""
+    import torch
+    from safetensors import safe_open
+
+    sizes: dict[str, int] = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (the file is no mapping)
+                part = file.get_slice(name)
+                count = 1
+                for length in part.get_shape():
+                    count *= length
+                sizes[part.get_dtype()] = sizes.get(part.get_dtype(), 0) + count
+    largest = max(sizes, key=lambda name: sizes[name])
+    return {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.bfloat16}[largest]
+
+
+def _arithmetic(folder: Path, stored: Any) -> Any:
+    """float32 where it fits into the memory, with room for one more copy of the largest matrix; else as stored."""
+    import psutil
+    import torch
+
+    stored_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return torch.float32 if 2.6 * stored_bytes < psutil.virtual_memory().available else stored
+
+
+def _refuse_partial(model: Any, adapter: Path) -> None:
+    """Every tensor of the adapter must have found its place in the model, and every place its tensor."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    saved = load_file(adapter / "adapter_model.safetensors")
+    loaded = get_peft_model_state_dict(model)
+    if not saved:
+        raise PipelineError(f"{adapter}: the adapter holds no tensors; train again (`pipeline train --force`)")
+    for name in saved.keys() ^ loaded.keys():
+        where = "the adapter has, and the base has no place for," if name in saved else "the adapter lacks"
+        raise PipelineError(f"partial merge: {where} {name}; was it trained on another base?")
+    for name, tensor in saved.items():
+        if not (tensor.to(loaded[name].dtype) == loaded[name].cpu()).all():
+            raise PipelineError(f"partial merge: {name} is not what the adapter's file says")
+
+
+def _round_to(model: Any, stored: Any, merged: set[str]) -> float:
+    """Round every weight to the stored type; return the norm of what that took off the merged ones."""
+    import torch
+
+    lost = 0.0
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            rounded = parameter.data.to(stored)
+            if not torch.isfinite(rounded).all():
+                raise PipelineError(f"{name}: not finite as {stored}; the base was stored in a type of smaller range")
+            if name.removesuffix(".weight") in merged:
+                lost += (rounded.float() - parameter.data.float()).norm().item() ** 2
+            parameter.data = rounded
+    return float(lost**0.5)
+
+
+def _copy_tokenizer(adapter: Path, base: Path, output: Path) -> None:
+    """The trained tokenizer byte for byte, and the base's SentencePiece model, which some converters ask for."""
+    for path in adapter.iterdir():
+        if path.name not in {"adapter_config.json", "adapter_model.safetensors", "README.md"}:
+            shutil.copy(path, output / path.name)
+    if (base / "tokenizer.model").is_file() and not (output / "tokenizer.model").exists():
+        shutil.copy(base / "tokenizer.model", output / "tokenizer.model")
+    config = json.loads((output / "config.json").read_text(encoding="utf-8"))
+    if "quantization_config" in config:
+        raise PipelineError(f"{output}: the merged model is quantized; the base must be a 16-bit one")

@@ -1,0 +1,177 @@
+"""report: one self-contained page. What was trained, what it cost, and what was lost where.
+
+Every figure comes from the run's folder; nothing is measured here. All text is escaped.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.resources import resource
+from pipeline.run import read_manifest
+from pipeline.work import Work
+
+SUMMARY = "Write the run's page: report.html."
+NEEDS = ("data", "train", "merge", "convert", "quantize", "modelfile", "deploy", "evaluate")
+CONFIG = ("model", "lora", "export", "ollama.name", "eval.metric")
+
+EXAMPLES = 8
+
+
+def inputs(config: Config) -> list[Path]:
+    """The page's template."""
+    return [resource("templates/report.html.j2")]
+
+
+def main(work: Work) -> dict[str, Any]:
+    """Write report.html."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    manifest = read_manifest(work.run)
+    stages = manifest["stages"]
+    evaluation = _read(work.folder("evaluate", "table") / "evaluation.json")
+    deployed = _read(work.folder("deploy") / "deploy.json")
+    loss_svg = (work.folder("train") / "loss.svg").read_text(encoding="utf-8")
+    served = deployed["models"][0]["name"] if deployed.get("deployed") else None
+    scores = [
+        {"rung": rung, "exact_match": score["exact_match"], "interval": score["interval_95"]}
+        for rung, score in evaluation.get("rungs", {}).items()
+    ]
+
+    environment = Environment(undefined=StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(resource("templates/report.html.j2").read_text(encoding="utf-8"))
+    page = template.render(
+        name=work.config.ollama.name,
+        base=work.config.model.base,
+        lora=work.config.lora,
+        types=work.config.export.quant,
+        served=served,
+        cards=_cards(work.config, stages, evaluation),
+        scores=scores,
+        asked=len(evaluation.get("rows", ())),
+        metric=work.config.eval.metric,
+        # Drawn by our own code from numbers: the one piece of markup that is not escaped.
+        loss_svg=Markup(loss_svg[loss_svg.index("<svg") :]),  # noqa: S704
+        examples=_examples(evaluation),
+        files=_files(stages),
+        stages=[_stage(name, record) for name, record in stages.items()],
+        warnings=[(name, warning) for name, record in stages.items() for warning in record["warnings"]],
+        made_with=_made_with(manifest),
+        configuration=_configuration(manifest),
+    )
+    (work.output / "report.html").write_text(page, encoding="utf-8")
+    return {"bytes": len(page.encode())}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return document
+
+
+def _cards(config: Config, stages: dict[str, Any], evaluation: dict[str, Any]) -> list[dict[str, str]]:
+    cards = []
+    rungs = evaluation.get("rungs", {})
+    if "base" in rungs and len(rungs) > 1:
+        last = list(rungs)[-1]
+        cards.append(
+            {
+                "value": f"{rungs['base']['exact_match']:.3f} → {rungs[last]['exact_match']:.3f}",
+                "meaning": f"exact match, base to {last}",
+            }
+        )
+    train = stages["train"]["figures"]
+    if "validation_loss_first" in train:
+        cards.append(
+            {
+                "value": f"{train['validation_loss_first']:.2f} → {train['validation_loss_last']:.3f}",
+                "meaning": "validation loss",
+            }
+        )
+    quantized = stages[f"quantize/{config.export.quant[0]}"]["figures"]
+    cards.append({"value": size(quantized["bytes"]), "meaning": f"{config.export.quant[0]} file"})
+    cards.append({"value": duration(sum(record["seconds"] for record in stages.values())), "meaning": "all stages"})
+    peak = max(record["peak_memory_bytes"] for record in stages.values())
+    cards.append({"value": size(peak), "meaning": "peak memory"})
+    return cards
+
+
+def _examples(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+    """The first rows, and first of all those that the last rung got wrong: they are what one wants to see."""
+    rows = evaluation.get("rows", [])
+    wrong = [row for row in rows if row["correct"] and list(row["correct"].values())[-1] is False]
+    right = [row for row in rows if row not in wrong]
+    chosen = wrong[: EXAMPLES // 2]
+    chosen += right[: EXAMPLES - len(chosen)]
+    return [
+        {
+            "question": row["messages"][-1]["content"],
+            "expected": row["expected"],
+            "answers": [(rung, answer[:400], row["correct"][rung]) for rung, answer in row["answers"].items()],
+        }
+        for row in chosen
+    ]
+
+
+def _files(stages: dict[str, Any]) -> list[dict[str, str]]:
+    kinds = (".gguf", ".safetensors")
+    return [
+        {"name": name, "size": size(file["size"]), "sha256": file["sha256"]}
+        for record in stages.values()
+        for name, file in record["outputs"].items()
+        if name.endswith(kinds) or name.endswith("Modelfile")
+    ]
+
+
+def _stage(name: str, record: dict[str, Any]) -> dict[str, str]:
+    figures = ", ".join(
+        f"{key.replace('_', ' ')} {value:.4g}" if isinstance(value, float) else f"{key.replace('_', ' ')} {value}"
+        for key, value in record["figures"].items()
+        if isinstance(value, int | float | str) and len(str(value)) < 60 and not key.endswith("bytes")
+    )
+    return {
+        "name": name,
+        "time": duration(record["seconds"]),
+        "memory": size(record["peak_memory_bytes"]),
+        "figures": figures,
+    }
+
+
+def _made_with(manifest: dict[str, Any]) -> list[tuple[str, Any]]:
+    machine = manifest["machine"]
+    rows: list[tuple[str, Any]] = [
+        ("machine", f"{machine['system']}, {machine['cores']} cores, {size(machine['memory_bytes'])} memory")
+    ]
+    rows += [(name, version) for name, version in manifest["versions"].items() if version]
+    for name, pin in manifest["pins"].items():
+        rows.append((f"{name} (pin)", " ".join(str(value) for value in pin.values())))
+    return rows
+
+
+def _configuration(manifest: dict[str, Any]) -> list[tuple[str, Any, str]]:
+    values, sources = manifest["config"]["values"], manifest["config"]["sources"]
+    rows = []
+    for key, source in sources.items():
+        section, name = key.split(".")
+        rows.append((key, json.dumps(values[section][name], ensure_ascii=False), source))
+    return rows
+
+
+def size(count: float) -> str:
+    """Bytes for a person: "145 MB"."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for a person: "8 min 20 s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
