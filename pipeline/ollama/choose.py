@@ -9,7 +9,6 @@ Both are judged by running the real servers on a scratch model (`pipeline.ollama
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -23,22 +22,11 @@ from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.server import LlamaServer
 from pipeline.ollama.client import Client, RenderRefused
 from pipeline.ollama.derive import Derivation, derive
+from pipeline.ollama.guard import guarded
 from pipeline.ollama.jinja import ChatTemplate
 from pipeline.ollama.scratch import write_scratch_model
 from pipeline.ollama.server import MINIMUM_VERSION, OllamaServer, find_ollama
 from pipeline.ollama.suite import Outcome, Report, for_ollama, judge, readable_difference
-
-# Without a TEMPLATE, `ollama create` compares the GGUF's Jinja with a built-in list and installs a stock template if
-# fewer than 100 characters differ. Every one of these 128 lines occurs in no template, so each is a difference.
-GUARD = "{# Rendered as it stands, not to be replaced by a stock template. " + "\u2550" * 128 + " #}"
-
-
-def guarded(source: str) -> str:
-    """The Jinja template with a comment in front that keeps Ollama from taking it for a stock one."""
-    if source.startswith(GUARD):
-        return source
-    # A line break right after a comment is not rendered: one more keeps the template's own.
-    return GUARD + ("\n" if source.startswith("\n") else "") + source
 
 
 @dataclass(frozen=True)
@@ -132,11 +120,13 @@ class Engine:
         if self._client is None:
             path = write_scratch_model(self._folder / "scratch.gguf", shipped)
             with LlamaServer(path, context=512) as server:
-                return judge(template, suite, lambda case: ask_llama_server(server, shipped, case), joins=False)
+                return judge(
+                    template, suite, lambda case: ask_llama_server(server, shipped, case), joins=False
+                )
         name = "scratch-native:latest"
         self._make(name, shipped)
         try:
-            if self._client.show(name)["template"] != "{{ .Prompt }}":
+            if self._client.show(name)["template"] != shipped.source:
                 raise PipelineError("Ollama took the guarded chat template for a stock one")
             return judge(template, suite, lambda case: self._ask(name, case), joins=False)
         finally:
@@ -144,20 +134,15 @@ class Engine:
             self._client.delete(name)
 
     def uses_go(self, template: ChatTemplate, go_template: str) -> bool:
-        """Whether Ollama renders with this TEMPLATE when the GGUF carries this Jinja: asked of its log."""
-        client, server = self._client, self._server
-        assert client is not None
-        assert server is not None, "there is no Go engine"
+        """Whether Ollama renders with this TEMPLATE when the GGUF carries this Jinja: it shows the one in force."""
+        client = self._client
+        assert client is not None, "there is no Go engine"
         name = "scratch-both:latest"
         self._make(name, template)
         client.create(name, {"from": name, "template": go_template})
         try:
-            client.unload(name)
-            selections = len(template_selections(server.log_text()))
-            client.render(name, [{"role": "user", "content": "x"}])
-            return template_selections(server.log_text())[selections:][-1:] == ["go_template"]
+            return bool(client.show(name)["template"] == go_template)
         finally:
-            client.unload(name)
             client.delete(name)
 
     def _ask(self, name: str, conversation: Conversation) -> str:
@@ -165,11 +150,6 @@ class Engine:
         return self._client.render(
             name, for_ollama(conversation.messages), conversation.tools, conversation.think
         )
-
-
-def template_selections(log: str) -> list[str]:
-    """The template sources that an Ollama's log names, oldest first: "go_template", "gguf_chat_template", ..."""
-    return re.findall(r'msg="template selection".*? selected=(\S+)', log)
 
 
 def ask_llama_server(server: LlamaServer, template: ChatTemplate, conversation: Conversation) -> str:
@@ -242,7 +222,10 @@ def _try_go(
     if not report.exact:
         return derivation, f"the derived TEMPLATE is not exact ({report.summary})"
     if not engine.uses_go(template, derivation.template):
-        return derivation, "exact, but Ollama ignores a TEMPLATE where the Jinja can do more (tools, thinking)"
+        return (
+            derivation,
+            "exact, but Ollama ignores a TEMPLATE where the Jinja can do more (tools, thinking)",
+        )
     return derivation, ""
 
 

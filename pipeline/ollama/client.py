@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     import ollama
 
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}"
-_NAME = re.compile(rf"(?:(?P<host>[A-Za-z0-9_][A-Za-z0-9_.:-]*)/)?(?:(?P<space>[A-Za-z0-9_][A-Za-z0-9_-]{{0,79}})/)?(?P<model>{_PART})(?::(?P<tag>{_PART}))?")
+_NAME = re.compile(
+    rf"(?:(?P<host>[A-Za-z0-9_][A-Za-z0-9_.:-]*)/)?(?:(?P<space>[A-Za-z0-9_][A-Za-z0-9_-]{{0,79}})/)?(?P<model>{_PART})(?::(?P<tag>{_PART}))?"
+)
 
 
 class RenderRefused(PipelineError):
@@ -80,7 +82,10 @@ class Client:
         return {model.model: model.digest or "" for model in models if model.model}
 
     def create(
-        self, name: str, body: Mapping[str, Any], progress: Callable[[str, float], None] = lambda status, share: None
+        self,
+        name: str,
+        body: Mapping[str, Any],
+        progress: Callable[[str, float], None] = lambda status, share: None,
     ) -> None:
         """Make a model, from files that have been uploaded or from another model.
 
@@ -93,7 +98,9 @@ class Client:
         Raises:
             PipelineError: the server refused; with its words.
         """
-        fields = {"from_" if key == "from" else key: value for key, value in body.items() if key != "requires"}
+        fields = {
+            "from_" if key == "from" else key: value for key, value in body.items() if key != "requires"
+        }
         stream = self._call(self._official.create, name, **fields, stream=True)
         for step in self._steps(stream):
             progress(step.status or "", (step.completed or 0) / step.total if step.total else 0.0)
@@ -208,7 +215,10 @@ class Client:
 
     @staticmethod
     def _chat_body(
-        name: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], think: bool | None
+        name: str,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]],
+        think: bool | None,
     ) -> dict[str, Any]:
         body: dict[str, Any] = {"model": name, "messages": [dict(message) for message in messages]}
         if tools:
@@ -236,7 +246,9 @@ class Client:
 
     def _check(self, answer: httpx.Response, what: str) -> None:
         if not answer.is_success:
-            raise PipelineError(f"{what}: {_helped(_error_text(answer))} (Ollama {self.version} at {self.host})")
+            raise PipelineError(
+                f"{what}: {_helped(_error_text(answer))} (Ollama {self.version} at {self.host})"
+            )
 
 
 def normal_host(host: str) -> str:
@@ -253,7 +265,11 @@ def normal_host(host: str) -> str:
         port = parts.port
     except ValueError:
         parts, port = urlsplit(""), None
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.hostname != parts.hostname.strip():
+    if (
+        parts.scheme not in ("http", "https")
+        or not parts.hostname
+        or parts.hostname != parts.hostname.strip()
+    ):
         raise UserError(f"ollama.host = {host!r}: not an address; write e.g. http://127.0.0.1:11434")
     name = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     if name == "0.0.0.0":  # noqa: S104 - an address to listen on, not one to call

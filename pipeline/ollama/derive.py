@@ -146,7 +146,8 @@ class _Probe:
             self.template.served(self.template.render(messages, think=think, today=day)) for day in _DAYS
         )
         texts = [
-            text.replace(day.strftime("%Y-%m-%d"), _DATE) for text, day in zip((first, second), _DAYS, strict=True)
+            text.replace(day.strftime("%Y-%m-%d"), _DATE)
+            for text, day in zip((first, second), _DAYS, strict=True)
         ]
         if texts[0] != texts[1]:
             raise NotDerivable("it writes the date in a form that Go templates in Ollama cannot write")
@@ -279,7 +280,9 @@ def _write(trees: Mapping[str, Tree], end: Tree, in_place: bool, empty_system_is
         if in_place:
             content = " (index .Messages 0).Content" if empty_system_is_none else ""
             test = '(eq (index .Messages 0).Role "system")'
-            lines.append("{{- $system := false }}{{ if .Messages }}{{ $system = and " + test + content + " }}{{ end }}")
+            lines.append(
+                "{{- $system := false }}{{ if .Messages }}{{ $system = and " + test + content + " }}{{ end }}"
+            )
             if not content:
                 lines[-1] = lines[-1].replace(f"and {test}", test[1:-1])
         else:
@@ -297,7 +300,9 @@ def _write(trees: Mapping[str, Tree], end: Tree, in_place: bool, empty_system_is
         after = "{{ $previous = .Role }}" if "previous" in asked else ""
         if role == "user" and "seen" in asked:
             after += "{{ $seen = true }}"
-        lines.append("{{- " + keyword + " " + condition + " }}" + _branch(trees[role], "{{ .Content }}" + after))
+        lines.append(
+            "{{- " + keyword + " " + condition + " }}" + _branch(trees[role], "{{ .Content }}" + after)
+        )
         keyword = "else if"
     if keyword != "if":
         lines.append("{{- end }}")

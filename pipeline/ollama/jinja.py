@@ -62,7 +62,9 @@ class ChatTemplate:
         if isinstance(source, dict):
             source = source.get("default")
         if not source:
-            raise UserError(f"{where} has no chat template: there is nothing to say how a conversation is sent")
+            raise UserError(
+                f"{where} has no chat template: there is nothing to say how a conversation is sent"
+            )
         plain = {key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
         added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         beginning = tokenizer("a").input_ids[:1]

@@ -24,7 +24,7 @@ DEFAULT_HOST = "http://127.0.0.1:11434"
 
 
 def version_tuple(version: str) -> tuple[int, ...]:
-    """"0.34.0-rc1" -> (0, 34, 0)."""
+    """ "0.34.0-rc1" -> (0, 34, 0)."""
     return tuple(int(part) for part in re.findall(r"\d+", version.split("-")[0])[:3])
 
 
@@ -195,4 +195,3 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-

@@ -112,7 +112,9 @@ def _outcome(
         served = render(conversation)
     except RenderRefused as refusal:
         unsupported = "does not support" in str(refusal)
-        return Outcome(conversation.name, NOT_SERVED if unsupported else DIFFERS, expected, words=str(refusal))
+        return Outcome(
+            conversation.name, NOT_SERVED if unsupported else DIFFERS, expected, words=str(refusal)
+        )
     if served == expected:
         return Outcome(conversation.name, EXACT)
     meant = joined(messages) if joins else list(messages)
@@ -158,7 +160,8 @@ def trimmed(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 def for_ollama(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The messages as Ollama's API spells them: a tool's name is `tool_name`."""
     return [
-        {("tool_name" if key == "name" else key): value for key, value in message.items()} for message in messages
+        {("tool_name" if key == "name" else key): value for key, value in message.items()}
+        for message in messages
     ]
 
 

@@ -1,0 +1,105 @@
+"""modelfile: how Ollama is to serve each GGUF file, proven before it is written down.
+
+The chat template is tried on real servers (`pipeline.ollama.choose`): a derived TEMPLATE where that is exact and used,
+the GGUF's own Jinja where that is. `create.json` carries everything for `deploy`; the Modelfile beside it is for
+people, and is left out where its format cannot say what is meant.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import PipelineError
+from pipeline.llamacpp.gguf_file import inspect
+from pipeline.ollama.choose import choose, explain, refusal
+from pipeline.ollama.guard import write_guarded
+from pipeline.ollama.jinja import ChatTemplate
+from pipeline.ollama.modelfile import ServedModel, write
+from pipeline.ollama.parameters import parameters
+from pipeline.work import Work
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+
+SUMMARY = (
+    "Write a Modelfile for each GGUF file, with a chat template that is proven to send what was trained."
+)
+CONFIG = (
+    "ollama.system",
+    "ollama.template",
+    "ollama.parameters",
+    "ollama.license",
+    "data.system",
+    "train.max_length",
+)
+
+
+def NEEDS(variant: str) -> tuple[str, ...]:
+    """The merged model's tokenizer, and the one GGUF file."""
+    return ("merge", f"quantize/{variant}") if variant else ("merge", "quantize")
+
+
+def variants(config: "Config") -> tuple[str, ...]:
+    """One node for every GGUF file."""
+    return config.export.quant
+
+
+def inputs(config: "Config") -> list[Path]:
+    """The user's own Go template, if there is one."""
+    return [] if config.ollama.template in ("auto", "go", "native") else [Path(config.ollama.template)]
+
+
+def main(work: Work) -> dict[str, Any]:
+    """Choose, check, write."""
+    config = work.config
+    model = work.folder("merge") / "model"
+    gguf = work.folder("quantize", work.variant) / f"model-{work.variant}.gguf"
+    template = ChatTemplate.from_folder(model)
+    carried = inspect(gguf).metadata.get("tokenizer.chat_template")
+    if carried != template.source:
+        raise PipelineError(
+            f"{gguf.name} carries another chat template than the merged model has: convert it again "
+            "(`pipeline run --from convert`)"
+        )
+    choice = choose(template, config.ollama.template)
+    if choice.way == "refused":
+        raise refusal(choice)
+    for warning in choice.warnings:
+        work.warn(warning)
+    final = work.run / "modelfile" / work.variant
+    if choice.way == "native":
+        write_guarded(gguf, work.output / gguf.name)
+        path = gguf.name
+    else:
+        path = Path(os.path.relpath(gguf, final)).as_posix()
+    served = ServedModel(
+        gguf=path,
+        template=choice.go_template or "",
+        # Rows without a system message were trained with data.system: without it the prompt would be another one.
+        system=config.ollama.system if config.ollama.system is not None else config.data.system or "",
+        parameters=parameters(model, template, config.ollama.parameters, config.train.max_length or 0),
+        licenses=(config.ollama.license,) if config.ollama.license else (),
+        requires=choice.requires or "",
+    )
+    not_written = write(served, work.output)
+    if not_written:
+        work.warn(f"{not_written}. `pipeline deploy` sends it through the JSON API, which carries everything")
+    reports = {
+        way: {
+            "summary": report.summary,
+            "outcomes": {outcome.name: outcome.status for outcome in report.outcomes},
+            "first_difference": explain(difference) if (difference := report.first_difference()) else None,
+        }
+        for way, report in choice.reports.items()
+    }
+    record = {"way": choice.way, "reason": choice.reason, "suite": reports}
+    (work.output / "template.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return {
+        "way": choice.way,
+        "reason": choice.reason,
+        "template_characters": len(served.template),
+        "parameters": served.parameters,
+        "modelfile": not not_written,
+        "suite": {way: report.summary for way, report in choice.reports.items()},
+    }
