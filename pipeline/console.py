@@ -83,7 +83,8 @@ def progress(description: str, total: float | None, unit: str = "") -> Iterator[
             done = amount
 
         yield update
-    say(f"  {description}: {_amount(done, total, unit, started)}, {time.monotonic() - started:.1f} s")
+    amount = f"{_amount(done, total, unit, started)}, " if done else ""
+    say(f"  {description}: {amount}{time.monotonic() - started:.1f} s")
 
 
 def _amount(done: float, total: float | None, unit: str, started: float) -> str:

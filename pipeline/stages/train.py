@@ -81,6 +81,10 @@ def main(work: Work) -> dict[str, Any]:
     trained, total = _count_parameters(model)
 
     trainer = _trainer(model, tokenizer, train_rows, validation_rows, work)
+    # TRL rounds the adapter on a 4-bit base to bfloat16; small updates would be lost in it, and so in a checkpoint.
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     checkpoint = _last_checkpoint(work.scratch)
     if checkpoint:
         work.event("resume", checkpoint=checkpoint.name)
@@ -317,7 +321,8 @@ def _save(model: Any, tokenizer: Any, history: list[dict[str, float]], work: Wor
     for configuration in model.peft_config.values():
         configuration.base_model_name_or_path = work.config.model.base
         configuration.revision = work.config.model.revision
-    model.save_pretrained(adapter, safe_serialization=True)
+    # Embeddings are not trained; without this PEFT asks the hub whether they were.
+    model.save_pretrained(adapter, save_embedding_layers=False)
     tokenizer.save_pretrained(adapter)
     write_model_card(adapter / "README.md", work.config, history)
     shutil.copy(work.scratch / "batches.jsonl", work.output / "batches.jsonl")
