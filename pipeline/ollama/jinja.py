@@ -14,6 +14,8 @@ from typing import Any
 
 from pipeline.errors import UserError
 
+_CONTROL = 3  # a special token, in tokenizer.ggml.token_type
+
 
 class TemplateRefused(Exception):
     """The template raised: it does not take this conversation."""
@@ -75,6 +77,37 @@ class ChatTemplate:
             adds_bos=bool(beginning) and beginning[0] == tokenizer.bos_token_id,
             special_tokens=tuple(sorted(added | set(tokenizer.all_special_tokens))),
             variables=dict(tokenizer.special_tokens_map),
+        )
+
+    @staticmethod
+    def from_gguf(path: Path) -> ChatTemplate:
+        """The template that a GGUF file carries.
+
+        Raises:
+            UserError: it carries none.
+        """
+        from pipeline.llamacpp.gguf_file import inspect
+
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+        metadata = inspect(path).metadata
+        if not metadata.get("tokenizer.chat_template"):
+            raise UserError(f"{path}: carries no chat template")
+        tokens = metadata.get("tokenizer.ggml.tokens", [])
+        kinds = metadata.get("tokenizer.ggml.token_type", [])
+
+        def text(key: str) -> str:
+            number = metadata.get(f"tokenizer.ggml.{key}_token_id")
+            return str(tokens[number]) if number is not None and number < len(tokens) else ""
+
+        return ChatTemplate(
+            metadata["tokenizer.chat_template"],
+            text("bos"),
+            text("eos"),
+            adds_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", metadata["tokenizer.ggml.model"] == "llama")),
+            special_tokens=tuple(
+                sorted(token for token, kind in zip(tokens, kinds, strict=False) if kind == _CONTROL)
+            ),
         )
 
     @staticmethod

@@ -1,0 +1,239 @@
+"""`pipeline template` and `pipeline chat`: look at how a model is spoken to, and speak to it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+    from pipeline.llamacpp.server import LlamaServer
+    from pipeline.ollama.choose import Choice
+    from pipeline.ollama.jinja import ChatTemplate
+
+Stream = Callable[[list[dict[str, Any]]], Iterator[str]]
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--way",
+    default="auto",
+    metavar="WAY",
+    help="auto (default), go, native, or the path of a Go template, as [ollama] template.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def template(model: str, way: str, as_json: bool) -> None:
+    """Show how a model's chat template reaches Ollama, and prove it.
+
+    MODEL is a model's folder, a packaged name, a hub id, a GGUF file or a .jinja file. The template is tried on the
+    conformance suite in a real Ollama and llama.cpp: the way that is chosen, the TEMPLATE, and every conversation's
+    result are shown. Exit status 1 if no way is exact.
+    """
+    from pipeline.ollama.choose import choose
+
+    chosen = choose(_template_of(model), way)
+    if as_json:
+        click.echo(json.dumps(_as_json(chosen), ensure_ascii=False, indent=2))
+    else:
+        _show(chosen)
+    if chosen.way == "refused":
+        sys.exit(1)
+
+
+def _template_of(model: str) -> ChatTemplate:
+    from pipeline.ollama.jinja import ChatTemplate
+
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        return ChatTemplate.from_gguf(path)
+    if path.is_file() or path.suffix == ".jinja":
+        return ChatTemplate.from_file(path)
+    if path.is_dir():
+        return ChatTemplate.from_folder(path)
+    from pipeline.model.base import resolve_base
+
+    return ChatTemplate.from_folder(resolve_base(model))
+
+
+def _as_json(chosen: Choice) -> dict[str, Any]:
+    return {
+        "way": chosen.way,
+        "reason": chosen.reason,
+        "template": chosen.go_template,
+        "derived": chosen.derivation.template if chosen.derivation else None,
+        "requires": chosen.requires,
+        "warnings": list(chosen.warnings),
+        "suite": {
+            way: {
+                outcome.name: {"status": outcome.status}
+                | ({"trained": outcome.expected, "sent": outcome.served} if outcome.served else {})
+                | ({"words": outcome.words} if outcome.words else {})
+                for outcome in report.outcomes
+            }
+            for way, report in chosen.reports.items()
+        },
+    }
+
+
+def _show(chosen: Choice) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from pipeline.ollama.choose import explain
+    from pipeline.ollama.suite import HARMLESS
+
+    click.echo(f"way: {chosen.way}\n{chosen.reason}\n")
+    shown = chosen.go_template or (chosen.derivation.template if chosen.derivation else None)
+    if shown:
+        click.echo(f"{'TEMPLATE' if chosen.way == 'go' else 'derived, not used'}:\n{shown}\n")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("conversation")
+    for way in chosen.reports:
+        table.add_column(way)
+    ways = [{outcome.name: outcome for outcome in report.outcomes} for report in chosen.reports.values()]
+    for name in ways[0] if ways else ():
+        cells = [way[name].status for way in ways]
+        table.add_row(name, *(cell if cell in HARMLESS else f"[red]{cell}[/red]" for cell in cells))
+    Console(highlight=False).print(table)
+    for way, report in chosen.reports.items():
+        click.echo(f"{way}: {report.summary}")
+        difference = report.first_difference()
+        if difference is not None:
+            click.echo(explain(difference))
+    for warning in chosen.warnings:
+        click.echo(f"warning: {warning}")
+
+
+@click.command()
+@click.argument("config", type=click.Path(path_type=Path), default="pipeline.toml")
+@click.option(
+    "--gguf",
+    is_flag=False,
+    flag_value="",
+    metavar="[FILE]",
+    help="Ask a GGUF file through llama-server: the run's first quantized one, or the one that is named.",
+)
+@click.option("--adapter", is_flag=True, help="Ask the trained adapter on its base, with transformers.")
+@click.option("-m", "--message", help="Ask this, and end.")
+@click.option("--system", help="A system message for this conversation.")
+def chat(config: Path, gguf: str | None, adapter: bool, message: str | None, system: str | None) -> None:
+    """Talk to the result: in Ollama, or at another rung.
+
+    CONFIG is a pipeline.toml whose run is done. Lines are asked one after the other; an empty line or end of file ends
+    the conversation.
+    """
+    if adapter and gguf is not None:
+        raise UserError("--gguf and --adapter exclude each other")
+    with _rung(config, gguf, adapter) as ask:
+        messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+        for text in [message] if message is not None else _typed():
+            messages.append({"role": "user", "content": text})
+            answer = ""
+            for piece in ask(messages):
+                answer += piece
+                click.echo(piece, nl=False)
+            click.echo()
+            messages.append({"role": "assistant", "content": answer})
+
+
+def _typed() -> Iterator[str]:
+    """Lines from the keyboard or a pipe, up to an empty one."""
+    interactive = sys.stdin.isatty()
+    while True:
+        if interactive:
+            click.echo("> ", nl=False, err=True)
+        line = sys.stdin.readline()
+        if not line.strip():
+            return
+        yield line.rstrip("\r\n")
+
+
+@contextmanager
+def _rung(path: Path, gguf: str | None, adapter: bool) -> Iterator[Stream]:
+    """What answers."""
+    if gguf:
+        with _llama_server(Path(gguf)) as ask:
+            yield ask
+        return
+    from pipeline.config import load_config
+
+    config, _ = load_config(path / "pipeline.toml" if path.is_dir() else path)
+    run = config.run_folder
+    if gguf == "":
+        kind = config.export.quant[0]
+        file = run / "quantize" / kind / f"model-{kind}.gguf"
+        with _llama_server(_made(file, "quantize")) as ask:
+            yield ask
+    elif adapter:
+        yield _adapter(config, _made(run / "train" / "adapter", "train"))
+    else:
+        from pipeline.ollama.serving import deployed
+
+        _made(run / "deploy" / "deploy.json", "deploy")
+        with deployed(run) as served:
+            if served is None:
+                raise UserError(f"{run}: the model is not in Ollama; `pipeline chat --gguf` asks its file")
+            client, name = served
+            yield lambda messages: client.stream(name, messages)
+
+
+def _made(path: Path, stage: str) -> Path:
+    if not path.exists():
+        raise UserError(f"{path}: not there yet; run `pipeline {stage}` first")
+    return path
+
+
+@contextmanager
+def _llama_server(file: Path) -> Iterator[Stream]:
+    from pipeline.llamacpp.server import LlamaServer
+
+    if not file.is_file():
+        raise UserError(f"{file}: no such file")
+    with LlamaServer(file) as server:
+        yield lambda messages: _stream(server, messages)
+
+
+def _stream(server: LlamaServer, messages: list[dict[str, Any]]) -> Iterator[str]:
+    """An answer of llama-server piece by piece (server-sent events)."""
+    body = {"messages": messages, "temperature": 0, "stream": True}
+    # llama-server ends a stream by closing the connection, so it is not kept for the next question.
+    headers = {"Connection": "close"}
+    with server.client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as answer:
+        answer.raise_for_status()
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                for choice in json.loads(line.removeprefix("data: "))["choices"]:
+                    yield choice["delta"].get("content") or ""
+
+
+def _adapter(config: Config, folder: Path) -> Stream:
+    """The adapter on its base as it was trained, answering greedily."""
+    from threading import Thread
+
+    from transformers import TextIteratorStreamer
+
+    from pipeline.chat.render import render
+    from pipeline.model.generate import load_adapter
+
+    model, tokenizer = load_adapter(config.model, folder, in_4bit=config.train.load_in_4bit)
+
+    def ask(messages: list[dict[str, Any]]) -> Iterator[str]:
+        prompt = render(tokenizer, messages, add_generation_prompt=True)
+        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
+        pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        options = {**ids, "streamer": pieces, "max_new_tokens": config.eval.max_new_tokens, "do_sample": False}
+        thread = Thread(target=model.generate, kwargs=options, daemon=True)
+        thread.start()
+        yield from pieces
+        thread.join()
+
+    return ask
