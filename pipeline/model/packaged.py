@@ -107,7 +107,7 @@ def wheel_file() -> Path:
         return Path(given)
     from pipeline.setup.toolchain import packaged_base_wheel
 
-    wheel = packaged_basewheel_file()
+    wheel = packaged_base_wheel()
     if wheel is None:
         raise UserError("the packaged base is not on this machine yet: run `pipeline setup`")
     return wheel
