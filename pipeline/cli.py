@@ -59,8 +59,8 @@ class Commands(click.Group):
             import difflib
 
             close = difflib.get_close_matches(args[0], self.list_commands(context), 1)
-            error.message += f" Did you mean '{close[0]}'?" if close else ""
-            raise
+            hint = f"Did you mean '{close[0]}'?" if close else "`pipeline --help` lists the commands."
+            raise click.UsageError(f"No such command '{args[0]}'. {hint}", context) from error
 
     def invoke(self, context: click.Context) -> Any:
         try:
@@ -68,6 +68,9 @@ class Commands(click.Group):
         except PipelineError as error:
             click.echo(f"error: {error}", err=True)
             context.exit(error.exit_status)
+        except KeyboardInterrupt:
+            click.echo("interrupted; the same command continues where this one stopped", err=True)
+            context.exit(130)
         except BrokenPipeError:
             context.exit(0)
 

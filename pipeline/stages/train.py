@@ -221,7 +221,7 @@ def _trainer(model: Any, tokenizer: Any, train_rows: list[Any], validation_rows:
         dataloader_pin_memory=cuda,
     )
 
-    class MarkComplete(TrainerCallback):  # type: ignore[misc]
+    class MarkComplete(TrainerCallback):
         """Mark a checkpoint once all of it is on the disk."""
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -231,7 +231,7 @@ def _trainer(model: Any, tokenizer: Any, train_rows: list[Any], validation_rows:
 
     batches = work.scratch / "batches.jsonl"
 
-    class RecordingTrainer(SFTTrainer):  # type: ignore[misc]
+    class RecordingTrainer(SFTTrainer):
         """SFTTrainer that writes down every batch it trains on."""
 
         def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -268,7 +268,7 @@ def _trainer(model: Any, tokenizer: Any, train_rows: list[Any], validation_rows:
 def _reporter(update: Any, work: Work) -> Any:
     from transformers import TrainerCallback
 
-    class Reporter(TrainerCallback):  # type: ignore[misc]
+    class Reporter(TrainerCallback):
         """Show steps on the bar and keep every logged figure in events.jsonl."""
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
