@@ -24,6 +24,15 @@ def program(name: str) -> Path:
     return _existing(programs_folder() / name, name, "PIPELINE_LLAMACPP")
 
 
+def installed(name: str) -> bool:
+    """Whether a program is there."""
+    try:
+        program(name)
+    except UserError:
+        return False
+    return True
+
+
 def programs_folder() -> Path:
     """The folder of the built programs and their shared libraries."""
     return _given("PIPELINE_LLAMACPP", "llamacpp_folder")

@@ -15,6 +15,9 @@ from pipeline.llamacpp.programs import program
 # The help text gives a size in GiB on these models: their numbers of parameters make it bits per weight.
 _PARAMETERS = {"Llama-3-8B": 8_030_261_248, "Mistral-7B": 7_241_732_096}
 _EXACT_BITS = {"F32": 32.0, "F16": 16.0, "BF16": 16.0}
+# Types whose files have tensors that llama-quantize refuses to make without an importance matrix
+# (tensor_requires_imatrix in src/llama-quant.cpp).
+_NEED_IMPORTANCE_MATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "Q2_K_S")
 _LINE = re.compile(r"^\s*(\d+)\s+or\s+(\w+)\s*:\s*(.*)$")
 
 
@@ -32,6 +35,11 @@ class QuantizationType:
     name: str
     number: int
     promised_bits: float | None
+
+    @property
+    def needs_importance_matrix(self) -> bool:
+        """Whether llama-quantize makes it only with an importance matrix."""
+        return self.name in _NEED_IMPORTANCE_MATRIX
 
 
 def quantization_type(name: str) -> QuantizationType:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import console
 from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.gguf_file import GGUFInfo, check, inspect
-from pipeline.llamacpp.programs import failure, program, require_space, run
+from pipeline.llamacpp.programs import failure, installed, program, require_space, run
 from pipeline.llamacpp.quantization import QuantizationType, quantization_type
 from pipeline.work import Work
 
@@ -22,6 +22,10 @@ SUMMARY = "Quantize the 16-bit GGUF file to each type of export.quant with llama
 NEEDS = ("convert",)
 CONFIG = ()
 
+_NO_IMPORTANCE_MATRIX = (
+    "export.quant: {} needs an importance matrix, which this program does not compute: take a larger type, e.g. "
+    "q3_k_m or iq3_m"
+)
 _FALLBACK = re.compile(
     r"warning: (\S+)\s+- ncols\s+(\d+) not divisible by (\d+) \(required for type\s+(\S+)\)"
     r"(?: -> falling back to\s+(\S+))?"
@@ -29,8 +33,12 @@ _FALLBACK = re.compile(
 
 
 def variants(config: "Config") -> tuple[str, ...]:
-    """One node for every type."""
-    return tuple(dict.fromkeys(name.lower() for name in config.export.quant))
+    """One node for every type. One that cannot be made is refused here, before anything is trained."""
+    names = tuple(dict.fromkeys(name.lower() for name in config.export.quant))
+    for name in names:
+        if installed("llama-quantize") and quantization_type(name).needs_importance_matrix:
+            raise UserError(_NO_IMPORTANCE_MATRIX.format(name.upper()))
+    return names
 
 
 def main(work: Work) -> dict[str, Any]:
@@ -117,10 +125,7 @@ def quantize(
     if status:
         said = "\n".join(output)
         if "requires an imatrix" in said or "importance matrix" in said:
-            raise UserError(
-                f"export.quant: {wanted.name} needs an importance matrix, which this program does not compute: "
-                "take a larger type, e.g. q3_k_m or iq3_m"
-            )
+            raise UserError(_NO_IMPORTANCE_MATRIX.format(wanted.name))
         if "no tensor type fallback" in said:
             rows = fallbacks[-1] if fallbacks else ("a tensor", "?", "?", "", "")
             raise UserError(

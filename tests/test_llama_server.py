@@ -1,0 +1,108 @@
+"""llama-server on the packaged base: asked, stopped, and readable when it cannot start."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import artefacts
+import httpx
+import psutil
+import pytest
+
+from pipeline.errors import PipelineError, UserError
+from pipeline.llamacpp.server import LlamaServer
+
+MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaServer]:
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    with LlamaServer(artefacts.quantized()[0], context=1024, log=log) as running:
+        yield running
+
+
+def test_tokens_there_and_back(server: LlamaServer) -> None:
+    text = "<|im_start|>user\nHéllo 123 🦙<|im_end|>\n"
+    ids = server.tokenize(text)
+    assert (ids[0], ids[-2]) == (1, 2)
+    assert server.detokenize(ids) == text
+    assert server.tokenize(text, parse_special=False)[0] != 1
+    assert server.tokenize("") == []
+
+
+def test_the_template_is_the_trained_one(server: LlamaServer) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(artefacts.base_folder())
+    expected = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    assert server.apply_template(MESSAGES) == expected
+    assert server.props()["chat_template"] == tokenizer.chat_template
+
+
+def test_answers_are_the_same_every_time(server: LlamaServer) -> None:
+    prompt = server.apply_template(MESSAGES)
+    first = server.complete(prompt, 24, n_probs=3)
+    server.complete("something else in between", 5)
+    again = server.complete(server.tokenize(prompt), 24, n_probs=3)
+    assert first["content"] == again["content"]
+    assert "France" in first["content"]
+    assert first["tokens"] == again["tokens"]
+    assert first["completion_probabilities"] == again["completion_probabilities"]
+    assert len(first["completion_probabilities"][0]["top_logprobs"]) == 3
+    assert server.chat(MESSAGES, 24).strip() == first["content"].strip()
+
+
+def test_a_stop_text_ends_the_answer(server: LlamaServer) -> None:
+    answer = server.complete(server.apply_template(MESSAGES), 50, stop=["France"])
+    assert answer["stop_type"] == "word"
+    assert "France" not in answer["content"]
+
+
+def test_a_refused_request_is_a_readable_error(server: LlamaServer) -> None:
+    with pytest.raises(PipelineError, match="exceeds the available context size"):
+        server.complete([5] * 3000, 1)
+
+
+def test_it_is_stopped_and_its_log_kept(tmp_path: Path) -> None:
+    log = tmp_path / "server.log"
+    with LlamaServer(artefacts.quantized()[0], context=256, log=log) as server:
+        url, process = server.url, server.process
+        assert url.startswith("http://127.0.0.1:")
+        assert httpx.get(f"{url}/health").is_success
+    assert process.poll() is not None
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"{url}/health")
+    assert "model loaded" in log.read_text()
+
+
+def test_it_ends_with_the_process_that_started_it() -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from pipeline.llamacpp.server import LlamaServer;"
+        "server = LlamaServer(Path(sys.argv[1]), context=256).__enter__();"
+        "print(server.process.pid, flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", code, str(artefacts.quantized()[0])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        assert child.is_running()
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "llama-server outlived its parent"
+        time.sleep(0.05)
+
+
+def test_a_file_that_cannot_be_loaded(tmp_path: Path) -> None:
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(artefacts.quantized()[0].read_bytes()[:50_000_000])
+    with (
+        pytest.raises(PipelineError, match=r"cannot load .*cut\.gguf(.|\n)*corrupted or incomplete"),
+        LlamaServer(cut),
+    ):
+        pass
+    with pytest.raises(UserError, match="no such file"), LlamaServer(tmp_path / "nothing.gguf"):
+        pass
