@@ -504,7 +504,8 @@ def test_killed_set_up_is_continued_after_its_compiler_has_ended(
         "from pathlib import Path\n"
         "from pipeline.setup.build import SourcePin, build_programs\n"
         "from pipeline.setup.processes import exclusive\n"
-        f"with exclusive(Path({str(cache)!r}) / 'lock') as lock: build_programs({pin!r}, ['tiny-first'], [lock])\n"
+        f"with exclusive(Path({str(cache)!r}) / 'lock') as lock:\n"
+        f"    build_programs({pin!r}, ['tiny-first'], [lock])\n"
     )
     command = [sys.executable, "-c", code]
     log = cache / "logs" / "building-tiny-first.log"
@@ -598,7 +599,8 @@ def one_error(answer: subprocess.CompletedProcess[str], status: int) -> str:
 def test_set_up_again_does_nothing_and_needs_no_network_and_no_tools(tmp_path: Path) -> None:
     answer = setup_command("--dev", PATH=str(tmp_path), GOPROXY="off", **NO_NETWORK)
     assert answer.returncode == 0, answer.stderr
-    assert answer.stderr.startswith("set up (")
+    assert answer.stderr.startswith("set up: libraries in ")
+    assert answer.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

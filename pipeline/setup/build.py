@@ -111,9 +111,7 @@ def install_programs(built: Path, folder: Path, names: Sequence[str]) -> None:
         # llama-quantize knows no --version and answers with its usage and status 1.
         if answer.returncode not in (0, 1):
             (folder / name).unlink()
-            raise PipelineError(
-                f"{name} was built and does not start: {answer.stderr.strip() or answer.returncode}"
-            )
+            raise PipelineError(f"{name} was built and does not start: {answer.stderr.strip() or answer.returncode}")
 
 
 @contextmanager

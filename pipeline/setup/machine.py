@@ -82,9 +82,7 @@ def system_ollama(at_least: str) -> tuple[str, str] | None:
     if program is None:
         return None
     try:
-        answer = subprocess.run(
-            [program, "--version"], capture_output=True, text=True, timeout=10, check=False
-        )
+        answer = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     # "ollama version is 1.2.3" is the running server's; without one it warns and names the client's.

@@ -43,8 +43,7 @@ def build_ollama(pin: ModulePin, llamacpp: Path, holding: Sequence[int] = ()) ->
     module = json.loads(answer[answer.index("{") :])
     if module["Sum"] != pin.sum:
         raise PipelineError(
-            f"{name}: wrong hash: {module['Sum']}, pinned is {pin.sum}. "
-            "It is not used; `go clean -modcache` removes it"
+            f"{name}: wrong hash: {module['Sum']}, pinned is {pin.sum}. It is not used; `go clean -modcache` removes it"
         )
     flags = ["-trimpath", "-ldflags", f"-s -w -X {pin.module}/version.Version={pin.version}"]
     what = f"building Ollama {pin.version}"
@@ -59,9 +58,7 @@ def build_ollama(pin: ModulePin, llamacpp: Path, holding: Sequence[int] = ()) ->
         "{{if .Stale}}{{.ImportPath}}{{end}}",
         ".",
     ]
-    total = sum(
-        bool(line.strip()) for line in run(stale, f"fetching what Ollama {pin.version} uses").splitlines()
-    )
+    total = sum(bool(line.strip()) for line in run(stale, f"fetching what Ollama {pin.version} uses").splitlines())
     partial = home / "bin" / ".ollama.partial"
     with progress(what, total, "packages") as done:
         built = 0
@@ -84,9 +81,7 @@ def link_programs(llamacpp: Path, folder: Path) -> None:
     """Put the llama.cpp programs that Ollama runs, and their libraries, where it looks: ../lib/ollama."""
     with disk_errors(folder.parent):
         folder.mkdir(parents=True, exist_ok=True)
-        libraries = [
-            path for path in sorted(llamacpp.iterdir()) if ".so" in path.name and path.name[0] != "."
-        ]
+        libraries = [path for path in sorted(llamacpp.iterdir()) if ".so" in path.name and path.name[0] != "."]
         for path in [*libraries, *(llamacpp / name for name in _PROGRAMS)]:
             target = folder / path.name
             target.unlink(missing_ok=True)

@@ -15,9 +15,7 @@ from pipeline.console import say
 from pipeline.errors import PipelineError
 from pipeline.resources import cache_folder
 
-NO_SPACE = re.compile(
-    r"no space left on device|disk quota exceeded|file too large|file size limit exceeded", re.I
-)
+NO_SPACE = re.compile(r"no space left on device|disk quota exceeded|file too large|file size limit exceeded", re.I)
 NO_NETWORK = re.compile(
     r"name or service not known|temporary failure in name resolution|could not resolve|connection refused"
     r"|network is unreachable|failed to establish a new connection|cannot connect to proxy"
@@ -100,9 +98,7 @@ def run(
         return output
     for pattern, meaning in (*explain, (NO_SPACE, _NO_SPACE), (NO_NETWORK, _NO_NETWORK)):
         if pattern.search(output):
-            raise PipelineError(
-                f"{what}: {meaning}\n  it said: {_telling(lines, pattern)}\n  all of it: {log}"
-            )
+            raise PipelineError(f"{what}: {meaning}\n  it said: {_telling(lines, pattern)}\n  all of it: {log}")
     raise PipelineError(
         f"{what} failed with exit status {status}\n  it said: {_telling(lines, _TELLING)}\n  all of it: {log}"
     )
@@ -118,9 +114,7 @@ _NO_NETWORK = (
 def _telling(lines: list[str], pattern: re.Pattern[str]) -> str:
     """The line that says most: the last one that matches, else the last that is not empty."""
     full = [line.strip() for line in lines if line.strip()]
-    return next((line for line in reversed(full) if pattern.search(line)), full[-1] if full else "nothing")[
-        :400
-    ]
+    return next((line for line in reversed(full) if pattern.search(line)), full[-1] if full else "nothing")[:400]
 
 
 @contextmanager
