@@ -240,8 +240,7 @@ def _stage_command(stage: str, summary: str, extra: Sequence[click.Parameter] = 
     )
 
 
-# Written here, and not read from the stages, so that `--help` imports none of them; a test holds the two together.
-SUMMARIES = {
+_SUMMARIES = {
     "data": "Check, split and render the conversations; account for every trained token.",
     "train": "Train the LoRA adapter with Unsloth and TRL's SFTTrainer.",
     "merge": "Merge the adapter into the 16-bit base.",
@@ -251,7 +250,7 @@ SUMMARIES = {
     "evaluate": "Ask the test questions at every rung, from the base to Ollama.",
     "report": "Write the run's page: report.html.",
 }
-for _stage, _summary in SUMMARIES.items():
+for _stage, _summary in _SUMMARIES.items():
     main.add_command(_stage_command(_stage, _summary))
 
 

@@ -58,7 +58,7 @@ class State:
 
 
 def stage_module(stage: str) -> ModuleType:
-    """The module of a stage; its docstring and SUMMARY say what it does."""
+    """The module of a stage; its docstring says what it does."""
     return importlib.import_module(f"pipeline.stages.{stage}")
 
 

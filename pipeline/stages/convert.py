@@ -17,7 +17,6 @@ from pipeline.llamacpp.gguf_file import GGUFInfo, check
 from pipeline.llamacpp.programs import failure, require_space, run, source_tree
 from pipeline.work import Work
 
-SUMMARY = "Convert the merged model to a 16-bit GGUF file with llama.cpp's converter."
 NEEDS = ("merge",)
 CONFIG = ("export.outtype", "ollama.name")
 

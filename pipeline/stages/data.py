@@ -32,7 +32,6 @@ from pipeline.work import Work
 if TYPE_CHECKING:
     from pipeline.config import Config
 
-SUMMARY = "Read, check, split, render and label the conversations."
 NEEDS = ()
 CONFIG = ("data", "model.base", "model.revision", "train.max_length", "train.seed", "eval.metric")
 

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from pipeline.ollama.client import Client
     from pipeline.ollama.modelfile import ServedModel
 
-SUMMARY = "Create the model in Ollama, prove that it is sent what was trained, and ask it something."
 NEEDS = ("data", "merge", "quantize", "modelfile")
 CONFIG = (
     "ollama.name",

@@ -17,7 +17,6 @@ from pipeline.config import Config
 from pipeline.console import progress
 from pipeline.work import Work
 
-SUMMARY = "Ask the test questions at every rung, from the base to Ollama."
 CONFIG = ("eval", "model")
 
 OLLAMA = "ollama"  # the rung of the first quantized file as Ollama serves it

@@ -16,7 +16,6 @@ from pipeline.console import progress
 from pipeline.errors import PipelineError
 from pipeline.work import Work
 
-SUMMARY = "Merge the adapter into the 16-bit base."
 NEEDS = ("train",)
 CONFIG = ("model", "merge")
 

@@ -18,7 +18,6 @@ from pipeline.work import Work
 if TYPE_CHECKING:
     from pipeline.config import Config
 
-SUMMARY = "Quantize the 16-bit GGUF file to each type of export.quant with llama-quantize."
 NEEDS = ("convert",)
 CONFIG = ()
 

@@ -14,7 +14,6 @@ from pipeline.resources import resource
 from pipeline.run import read_manifest
 from pipeline.work import Work
 
-SUMMARY = "Write the run's page: report.html."
 NEEDS = ("data", "train", "merge", "convert", "quantize", "modelfile", "deploy", "evaluate")
 CONFIG = ("model", "lora", "export", "ollama.name", "eval.metric")
 

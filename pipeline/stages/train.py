@@ -19,7 +19,6 @@ from pipeline.console import progress
 from pipeline.errors import PipelineError, UserError
 from pipeline.work import Work
 
-SUMMARY = "Train the LoRA adapter with Unsloth and TRL's SFTTrainer."
 NEEDS = ("data",)
 CONFIG = ("model", "lora", "train")
 
@@ -155,13 +154,18 @@ def _count_parameters(model: Any) -> tuple[int, int]:
     return trained, model.get_nb_trainable_parameters()[1]
 
 
-def _schedule(rows: int, config: Config) -> tuple[int, int, int]:
-    """Optimizer steps in all, between validations, between checkpoints."""
+def schedule(rows: int, validation_rows: int, config: Config) -> tuple[int, int, int]:
+    """Optimizer steps in all, between validations, between checkpoints.
+
+    Unless it is given, the interval between validations is a tenth of the steps, or longer where ten validations would
+    cost more than an eighth of the training: a row that is only looked at costs a third of one that is trained on.
+    """
     settings = config.train
     assert settings.batch and settings.accumulation
-    per_epoch = max(1, math.ceil(math.ceil(rows / settings.batch) / settings.accumulation))
-    steps = settings.steps or max(1, round(per_epoch * float(settings.epochs or 1)))
-    evaluate = settings.eval_interval or max(1, steps // 10)
+    rows_a_step = settings.batch * settings.accumulation
+    steps = settings.steps or max(1, round(math.ceil(rows / rows_a_step) * float(settings.epochs or 1)))
+    affordable = int(steps * rows_a_step / 8 / max(1, validation_rows / 3))
+    evaluate = settings.eval_interval or math.ceil(steps / max(2, min(10, affordable)))
     save = settings.save_interval or max(1, steps // 10)
     if settings.early_stopping:  # the best adapter can only be kept where one was saved
         save = evaluate
@@ -182,13 +186,13 @@ def _trainer(model: Any, tokenizer: Any, train_rows: list[Any], validation_rows:
             f"train.optimizer: {settings.optimizer} is unknown to transformers; known are "
             + ", ".join(sorted(name.value for name in OptimizerNames))
         )
-    steps, evaluate, save = _schedule(len(train_rows), work.config)
+    steps, evaluate, save = schedule(len(train_rows), len(validation_rows), work.config)
     cuda = torch.cuda.is_available()
     arguments = SFTConfig(
         output_dir=str(work.scratch / "checkpoints"),
         max_steps=steps,
         per_device_train_batch_size=settings.batch,
-        per_device_eval_batch_size=settings.batch,
+        per_device_eval_batch_size=4 * (settings.batch or 1),  # no gradients: there is room for more
         gradient_accumulation_steps=settings.accumulation,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.scheduler,
