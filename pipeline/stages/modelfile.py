@@ -22,8 +22,6 @@ from pipeline.work import Work
 if TYPE_CHECKING:
     from pipeline.config import Config
 
-    "Write a Modelfile for each GGUF file, with a chat template that is proven to send what was trained."
-)
 CONFIG = (
     "ollama.system",
     "ollama.template",
