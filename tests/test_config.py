@@ -1,0 +1,128 @@
+"""pipeline.toml: what is refused, in which words, and where values come from."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from pipeline.config import Config, load_config
+from pipeline.defaults import Facts, resolve
+from pipeline.errors import UserError
+
+MINIMAL = '[model]\nbase = "smollm2-135m-instruct"\n\n[data]\ntrain = "train.jsonl"\n'
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "pipeline.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(folder: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(write(folder, text), overrides)
+    return str(caught.value)
+
+
+def test_only_base_and_data_must_be_given(tmp_path: Path) -> None:
+    config, given = load_config(write(tmp_path, MINIMAL))
+    assert config.data.train == tmp_path / "train.jsonl"
+    assert config.run_folder == tmp_path / "run"
+    assert given == {"model.base": "pipeline.toml:2", "data.train": "pipeline.toml:5"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", ["model: must be given", "data: must be given", "smollm2-135m-instruct"]),
+        ('[model]\nbase = "x"\n', ["data: must be given"]),
+        ("[model]\n[data]\n", ["model.base: must be given", "data.train: must be given"]),
+        (MINIMAL + "[train]\nepoch = 2\n", ["pipeline.toml:7: train.epoch: unknown key", "did you mean train.epochs?"]),
+        (MINIMAL + "[lora]\nlearning_rate = 1\n", ["pipeline.toml:7", "did you mean train.learning_rate?"]),
+        (MINIMAL + "[trian]\nepochs = 2\n", ["pipeline.toml:7: [trian]: unknown section", "did you mean train?"]),
+        (MINIMAL + '[train]\nepochs = "many"\n', ["pipeline.toml:7: train.epochs = 'many'", "number"]),
+        (MINIMAL + "[train]\nepochs = 0\n", ["pipeline.toml:7: train.epochs = 0", "greater than 0"]),
+        (MINIMAL + "[train]\nepochs = 1\nsteps = 5\n", ["train.epochs and train.steps exclude each other"]),
+        (MINIMAL + "[lora]\nr = 0\n", ["pipeline.toml:7: lora.r = 0", "greater than or equal to 1"]),
+        (MINIMAL + '[lora]\ntarget_modules = "most"\n', ["lora.target_modules = 'most'", "minimal"]),
+        (MINIMAL + '[export]\nouttype = "f32"\n', ["export.outtype = 'f32'", "'auto', 'f16' or 'bf16'"]),
+        (MINIMAL + "[export]\nquant = []\n", ["export.quant"]),
+        (MINIMAL + "[export]\nquant = [4]\n", ["export.quant"]),
+        ("model = 3\n[data]\ntrain = 'x'\n", ["model: must be a table"]),
+        ("[model\n", ["not valid TOML", "line 1"]),
+        (MINIMAL + "[train]\nseed = -1\n", ["train.seed = -1"]),
+        (MINIMAL + "[data]\ntrain = 'y'\n", ["not valid TOML"]),
+    ],
+)
+def test_mistakes_are_named_with_place_and_remedy(tmp_path: Path, text: str, said: list[str]) -> None:
+    message = refusal(tmp_path, text)
+    for words in said:
+        assert words in message
+    assert str(tmp_path / "pipeline.toml") in message
+
+
+def test_overrides_win_and_say_so(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL + "[train]\nepochs = 1\n")
+    config, given = load_config(path, ["train.epochs=2.5", 'export.quant=["Q8_0", "q4_k_m"]', "ollama.name=home"])
+    assert config.train.epochs == 2.5
+    assert config.export.quant == ("q8_0", "q4_k_m")
+    assert config.ollama.name == "home"
+    assert given["train.epochs"] == "--set train.epochs=2.5"
+
+
+@pytest.mark.parametrize("override", ["train.epochs", "epochs=2", "=", "train.=3", "train epochs=2"])
+def test_malformed_overrides(tmp_path: Path, override: str) -> None:
+    assert "--set" in refusal(tmp_path, MINIMAL, override)
+
+
+def test_unknown_override_names_itself(tmp_path: Path) -> None:
+    message = refusal(tmp_path, MINIMAL, "train.epocks=2")
+    assert "--set train.epocks=2" in message
+    assert "train.epochs" in message
+
+
+@pytest.mark.parametrize("name", ["missing.toml", "."])
+def test_file_that_cannot_be_read(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="no such file|is a folder"):
+        load_config(tmp_path / name)
+
+
+def test_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "pipeline.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="UTF-8"):
+        load_config(tmp_path / "pipeline.toml")
+
+
+def test_a_config_is_frozen(tmp_path: Path) -> None:
+    config, _ = load_config(write(tmp_path, MINIMAL))
+    with pytest.raises(ValidationError):
+        config.train.seed = 1  # type: ignore[misc]
+
+
+def test_defaults_follow_the_size_and_the_machine(tmp_path: Path) -> None:
+    config, given = load_config(write(tmp_path, MINIMAL))
+    small, sources = resolve(config, given, Facts(135_000_000, 8192, None))
+    large, _ = resolve(config, given, Facts(8_000_000_000, 131072, 24 * 2**30))
+    assert small.train.learning_rate is not None
+    assert large.train.learning_rate is not None
+    assert small.train.learning_rate > large.train.learning_rate
+    assert small.train.optimizer == "adamw_torch"
+    assert large.train.optimizer == "adamw_8bit"
+    assert large.train.gradient_checkpointing
+    assert not small.train.gradient_checkpointing
+    assert sources["train.learning_rate"] == "default for 135 M parameters"
+    assert sources["model.base"] == "pipeline.toml:2"
+
+
+def test_given_values_are_never_replaced(tmp_path: Path) -> None:
+    text = MINIMAL + "[train]\nlearning_rate = 3e-5\nbatch = 3\nsteps = 7\n[ollama.parameters]\ntemperature = 0\n"
+    config, given = load_config(write(tmp_path, text))
+    resolved, sources = resolve(config, given, Facts(None, None, None))
+    assert (resolved.train.learning_rate, resolved.train.batch, resolved.train.epochs) == (3e-5, 3, None)
+    assert sources["ollama.parameters"] == "pipeline.toml:11"
+
+
+def test_resolved_config_survives_json(tmp_path: Path) -> None:
+    config, given = load_config(write(tmp_path, MINIMAL))
+    resolved, _ = resolve(config, given, Facts(1_000_000_000, 4096, None))
+    assert Config.model_validate_json(resolved.model_dump_json()) == resolved
