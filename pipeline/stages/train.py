@@ -57,7 +57,7 @@ def main(work: Work) -> dict[str, Any]:
         str(folder),
         max_seq_length=settings.max_length,
         load_in_4bit=settings.load_in_4bit,
-        dtype=None if cuda else torch.float32,
+        dtype=None,  # Unsloth knows what the device computes fast
         trust_remote_code=config.model.trust_remote_code,
         use_gradient_checkpointing="unsloth" if settings.gradient_checkpointing else False,
         random_state=settings.seed,
@@ -79,12 +79,12 @@ def main(work: Work) -> dict[str, Any]:
     )
     trained, total = _count_parameters(model)
 
-    trainer = _trainer(model, tokenizer, train_rows, validation_rows, work)
+    checkpoint = _last_checkpoint(work.scratch)
+    trainer = _trainer(model, tokenizer, train_rows, validation_rows, checkpoint is not None, work)
     # TRL rounds the adapter on a 4-bit base to bfloat16; small updates would be lost in it, and so in a checkpoint.
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    checkpoint = _last_checkpoint(work.scratch)
     if checkpoint:
         work.event("resume", checkpoint=checkpoint.name)
     with progress("training", trainer.args.max_steps, "steps") as update:
@@ -172,7 +172,9 @@ def schedule(rows: int, validation_rows: int, config: Config) -> tuple[int, int,
     return steps, evaluate, save
 
 
-def _trainer(model: Any, tokenizer: Any, train_rows: list[Any], validation_rows: list[Any], work: Work) -> Any:
+def _trainer(
+    model: Any, tokenizer: Any, train_rows: list[Any], validation_rows: list[Any], resuming: bool, work: Work
+) -> Any:
     import torch
     from datasets import Dataset
     from transformers import EarlyStoppingCallback, TrainerCallback
@@ -208,7 +210,7 @@ def _trainer(model: Any, tokenizer: Any, train_rows: list[Any], validation_rows:
         logging_steps=1,
         eval_strategy="steps" if validation_rows else "no",
         eval_steps=evaluate,
-        eval_on_start=bool(validation_rows),
+        eval_on_start=bool(validation_rows) and not resuming,
         save_strategy="steps",
         save_steps=save,
         save_total_limit=2,
