@@ -163,6 +163,7 @@ _THINKING = [
     _chat("thinking off", "What is 17 times 3?", think=False),
     _chat("thinking off, system, turns", "Hi", "Hello", "And?", system="Be brief.", think=False),
     _chat("an answer with a thinking block", "2 + 2?", "<think>\nEasy.\n</think>\n\n4", "And 3 + 3?"),
+    _chat("an answer with two thinking blocks", "2?", "<think>a</think> b <think>c</think> d ", "And 3?"),
 ]
 
 _TOOLS = [

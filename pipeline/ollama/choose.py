@@ -12,7 +12,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,7 +26,16 @@ from pipeline.ollama.guard import guarded
 from pipeline.ollama.jinja import ChatTemplate
 from pipeline.ollama.scratch import write_scratch_model
 from pipeline.ollama.server import MINIMUM_VERSION, OllamaServer, find_ollama
-from pipeline.ollama.suite import Outcome, Report, for_ollama, judge, readable_difference
+from pipeline.ollama.suite import (
+    NOT_SAID,
+    REORDERED,
+    UNTRIMMED,
+    Outcome,
+    Report,
+    for_ollama,
+    judge,
+    readable_difference,
+)
 
 
 @dataclass(frozen=True)
@@ -36,19 +45,21 @@ class Choice:
     Attributes:
         way: "go", "native" or "refused".
         go_template: the TEMPLATE for "go", else None.
+        jinja: the guarded Jinja for "native", else None.
         requires: oldest Ollama that can serve it this way, or None.
         reason: one sentence.
         derivation: what came of deriving a Go template.
         reports: the suite's results for each way that was tried.
-        warnings: what differs nonetheless, where the user forced a way.
+        warnings: what a user should know of it.
     """
 
     way: str
     reason: str
     go_template: str | None = None
+    jinja: str | None = None
     requires: str | None = None
     derivation: Derivation | None = None
-    reports: Mapping[str, Report] = None  # type: ignore[assignment]
+    reports: Mapping[str, Report] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
 
@@ -110,19 +121,21 @@ class Engine:
         finally:
             client.delete(name)
 
-    def judge_native(self, template: ChatTemplate, suite: Sequence[Conversation]) -> Report:
+    def judge_native(self, template: ChatTemplate, jinja: str, suite: Sequence[Conversation]) -> Report:
         """Have the servers render the Jinja itself, guarded as it will be shipped.
+
+        Args:
+            template: what was trained.
+            jinja: what is shipped.
 
         Raises:
             PipelineError: llama.cpp cannot load the template.
         """
-        shipped = template.with_source(guarded(template.source))
+        shipped = template.with_source(jinja)
         if self._client is None:
             path = write_scratch_model(self._folder / "scratch.gguf", shipped)
             with LlamaServer(path, context=512) as server:
-                return judge(
-                    template, suite, lambda case: ask_llama_server(server, shipped, case), joins=False
-                )
+                return judge(template, suite, lambda case: ask_llama_server(server, shipped, case), joins=False)
         name = "scratch-native:latest"
         self._make(name, shipped)
         try:
@@ -147,9 +160,7 @@ class Engine:
 
     def _ask(self, name: str, conversation: Conversation) -> str:
         assert self._client is not None
-        return self._client.render(
-            name, for_ollama(conversation.messages), conversation.tools, conversation.think
-        )
+        return self._client.render(name, for_ollama(conversation.messages), conversation.tools, conversation.think)
 
 
 def ask_llama_server(server: LlamaServer, template: ChatTemplate, conversation: Conversation) -> str:
@@ -194,16 +205,29 @@ def choose(template: ChatTemplate, way: str = "auto", engine: Engine | None = No
         if not reason:
             assert derivation is not None
             words = f"a derived TEMPLATE is exact ({reports['go'].summary})"
-            return Choice("go", words, derivation.template, None, derivation, reports)
+            return Choice("go", words, derivation.template, derivation=derivation, reports=reports)
         reasons.append(f"go: {reason}")
     if way != "go":
-        reason = _try_native(template, engine, suite, reports)
+        jinja, reason = _try_native(template, engine, suite, reports)
         if not reason:
-            words = f"llama.cpp renders the Jinja exactly ({reports['native'].summary})"
-            reasons.append(words)
-            return Choice("native", "; ".join(reasons), None, MINIMUM_VERSION, derivation, reports)
+            reasons.append(f"llama.cpp renders the Jinja exactly ({reports['native'].summary})")
+            why, warnings = "; ".join(reasons), _named(reports["native"])
+            return Choice("native", why, None, jinja, MINIMUM_VERSION, derivation, reports, warnings)
         reasons.append(f"native: {reason}")
-    return Choice("refused", "; ".join(reasons), None, None, derivation, reports)
+    return Choice("refused", "; ".join(reasons), derivation=derivation, reports=reports)
+
+
+_WARNINGS = {
+    UNTRIMMED: "the Jinja trims white space such as U+00A0 and U+3000 around a message, llama.cpp leaves it",
+    NOT_SAID: "a request to think is served as one that does not say, which is what was trained",
+    REORDERED: "Ollama reorders the keys of tools; train with tools in the order type, function (name, description, "
+    "parameters (type, required, properties))",
+}
+
+
+def _named(report: Report) -> tuple[str, ...]:
+    """What a user should know of an exact way."""
+    return tuple(words for status, words in _WARNINGS.items() if report.counts[status])
 
 
 def _try_go(
@@ -231,12 +255,17 @@ def _try_go(
 
 def _try_native(
     template: ChatTemplate, engine: Engine, suite: Sequence[Conversation], reports: dict[str, Report]
-) -> str:
+) -> tuple[str, str]:
+    """Guard and judge; the first value is the guarded Jinja, the second says why it cannot be used, "" if it can."""
+    jinja = guarded(template.source)
     try:
-        reports["native"] = report = engine.judge_native(template, suite)
+        reports["native"] = report = engine.judge_native(template, jinja, suite)
+        if report.thinking_switched_on:
+            jinja = guarded(template.source, thinking_not_said=True)
+            reports["native"] = report = engine.judge_native(template, jinja, suite)
     except PipelineError as error:
-        return f"llama.cpp cannot use the template: {error}"
-    return "" if report.exact else f"llama.cpp renders it differently ({report.summary})"
+        return jinja, f"llama.cpp cannot use the template: {error}"
+    return jinja, "" if report.exact else f"llama.cpp renders it differently ({report.summary})"
 
 
 def _from_file(template: ChatTemplate, path: Path, engine: Engine, suite: Sequence[Conversation]) -> Choice:
@@ -256,9 +285,9 @@ def _from_file(template: ChatTemplate, path: Path, engine: Engine, suite: Sequen
             f"{path}: Ollama would ignore this TEMPLATE, because the model's own Jinja can do more (tools, thinking); "
             "use ollama.template = 'native'"
         )
-    warnings = [] if report.exact else [f"{path.name} does not send what was trained ({report.summary})"]
-    warnings += [explain(outcome) for outcome in [report.first_difference()] if outcome is not None]
-    return Choice("go", f"given by {path}", text, None, None, {"go": report}, tuple(warnings))
+    if not report.exact:
+        return Choice("refused", f"{path} does not send what was trained ({report.summary})", reports={"go": report})
+    return Choice("go", f"given by {path} ({report.summary})", text, reports={"go": report})
 
 
 def explain(outcome: Outcome) -> str:

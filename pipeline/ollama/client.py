@@ -98,9 +98,7 @@ class Client:
         Raises:
             PipelineError: the server refused; with its words.
         """
-        fields = {
-            "from_" if key == "from" else key: value for key, value in body.items() if key != "requires"
-        }
+        fields = {"from_" if key == "from" else key: value for key, value in body.items() if key != "requires"}
         stream = self._call(self._official.create, name, **fields, stream=True)
         for step in self._steps(stream):
             progress(step.status or "", (step.completed or 0) / step.total if step.total else 0.0)
@@ -175,9 +173,7 @@ class Client:
     ) -> dict[str, Any]:
         """Ask, and wait for the whole answer: content, done_reason, prompt_eval_count, eval_count."""
         extra: dict[str, Any] = {"options": dict(options)} if options else {}
-        answer = self._call(
-            self._official.chat, **self._chat_body(name, messages, tools, think), **extra, stream=False
-        )
+        answer = self._call(self._official.chat, **self._chat_body(name, messages, tools, think), **extra, stream=False)
         return dict(answer.model_dump()) | {"content": answer.message.content or ""}
 
     def stream(self, name: str, messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -246,9 +242,7 @@ class Client:
 
     def _check(self, answer: httpx.Response, what: str) -> None:
         if not answer.is_success:
-            raise PipelineError(
-                f"{what}: {_helped(_error_text(answer))} (Ollama {self.version} at {self.host})"
-            )
+            raise PipelineError(f"{what}: {_helped(_error_text(answer))} (Ollama {self.version} at {self.host})")
 
 
 def normal_host(host: str) -> str:
@@ -265,11 +259,7 @@ def normal_host(host: str) -> str:
         port = parts.port
     except ValueError:
         parts, port = urlsplit(""), None
-    if (
-        parts.scheme not in ("http", "https")
-        or not parts.hostname
-        or parts.hostname != parts.hostname.strip()
-    ):
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.hostname != parts.hostname.strip():
         raise UserError(f"ollama.host = {host!r}: not an address; write e.g. http://127.0.0.1:11434")
     name = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     if name == "0.0.0.0":  # noqa: S104 - an address to listen on, not one to call

@@ -6,29 +6,34 @@ A decision tree over those few questions, small enough to be read, says which te
 Go template that walks `.Messages`. Nothing is guessed: what does not fit is reported, and what fits is still only a
 candidate until a real Go engine has rendered the whole conformance suite with it.
 
-What Go cannot do and a Jinja may want: trim a message, format a date, move a message's text elsewhere.
+What a Jinja does to the text of a message is learned too (`pipeline.ollama.handling`). What remains that Go cannot do:
+move a message's text elsewhere, count, or know the time of day.
 """
 
 from __future__ import annotations
 
 import datetime
 import itertools
-import json
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from pipeline.ollama.handling import Ends, Handling, learn, named, quoted
 from pipeline.ollama.jinja import ChatTemplate, TemplateRefused
 
 ROLES = ("system", "user", "assistant")
-LONGEST = 6
+LONGEST = 6  # messages of a probing conversation
+LONGEST_WITH_EMPTY = 4
 
 _DAYS = (datetime.datetime(1987, 3, 25, 7, 8, 9), datetime.datetime(2031, 11, 18, 22, 41, 53))
-_SYSTEM = "\ue000"  # stands for {{ $.System }} in a cut piece
-_DATE = "\ue001"  # stands for {{ currentDate }}
+_SYSTEM = "\ue000"  # stands for the system text in a cut piece
+_DATE = 0xE010  # the first of the characters that stand for a date, one for each format
+_THINK = {None: "unset", False: "off", True: "on"}
 
 Roles = tuple[str, ...]
 Piece = str | None  # None: this message leaves no trace at all
+Facts = Mapping[str, str]
 
 
 class NotDerivable(Exception):
@@ -42,12 +47,14 @@ class Derivation:
     Attributes:
         template: the Go template, or None.
         reason: why there is none.
-        trims: roles whose message the Jinja trims, which Go cannot.
+        trims: roles whose message the Jinja trims.
+        dated: the Jinja writes today's date.
     """
 
     template: str | None
     reason: str = ""
     trims: tuple[str, ...] = ()
+    dated: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ class Observation:
         piece: the text, or None if the message that should follow it was dropped.
     """
 
-    facts: Mapping[str, str]
+    facts: Facts
     piece: Piece
 
 
@@ -76,33 +83,51 @@ Tree = Piece | Question
 
 
 def derive(template: ChatTemplate) -> Derivation:
-    """Derive a Go template. It is exact only if the conformance suite, run through a real Go engine, says so."""
-    trims = tuple(role for role in ROLES if _trims(template, role))
+    """Derive a Go template. It is exact only if the suite, run through a real Go engine, says so."""
+    handling = {role: _handling(template, role) for role in ROLES}
+    trims = tuple(role for role in ROLES if handling[role].plain != Ends())
+    dated = _dated(template)
+    reasons = []
+    # A system message is rendered where it stands; or all of them, the last or the first somewhere else.
+    for slot in ("", "all", "last", "first"):
+        try:
+            return Derivation(_Probe(template, handling, slot).write(), "", trims, dated)
+        except NotDerivable as error:
+            reasons.append(str(error))
+    return Derivation(None, reasons[0], trims, dated)
+
+
+def _dated(template: ChatTemplate) -> bool:
     try:
-        return Derivation(_Probe(template, in_place=True).write(), trims=trims)
-    except NotDerivable as first:
+        first, second = (template.render([{"role": "user", "content": "x"}], today=day) for day in _DAYS)
+    except TemplateRefused:
+        return False
+    return first != second
+
+
+def _handling(template: ChatTemplate, role: str) -> Handling:
+    """What the template does to the text of a message of this role: an early one, as most messages are."""
+    roles = ("user", "assistant", "user") if role != "system" else ("system", "user")
+    place = roles.index(role)
+
+    def rendered(text: str) -> str:
+        turns = [{"role": name, "content": text if i == place else _mark(i)} for i, name in enumerate(roles)]
+        return template.render(turns, today=_DAYS[0])
+
+    try:
+        start, found, end = rendered(_mark(place)).partition(_mark(place))
+    except TemplateRefused:
+        return Handling()
+
+    def ask(text: str) -> str | None:
         try:
-            return Derivation(_Probe(template, in_place=False).write(), trims=trims)
-        except NotDerivable:
-            return Derivation(None, str(first), trims)
-
-
-def _trims(template: ChatTemplate, role: str) -> bool:
-    """Whether white space around a message of this role is taken away."""
-    before: Roles = ("user",) if role == "assistant" else ()
-    after: Roles = () if role == "user" else ("user",)
-    place = len(before)
-
-    def rendered(text: str) -> str | None:
-        roles = (*before, role, *after)
-        messages = [{"role": name, "content": text if i == place else "x"} for i, name in enumerate(roles)]
-        try:
-            return template.render(messages, today=_DAYS[0])
+            whole = rendered(text)
         except TemplateRefused:
             return None
+        inside = whole.startswith(start) and whole.endswith(end)
+        return whole[len(start) : len(whole) - len(end)] if inside else None
 
-    bare, spaced = rendered("qzx"), rendered(" \n qzx \n ")
-    return bare is not None and spaced is not None and " \n qzx \n " not in spaced
+    return learn(template.source, ask) if found else Handling()
 
 
 def _mark(number: int) -> str:
@@ -110,67 +135,85 @@ def _mark(number: int) -> str:
 
 
 class _Probe:
-    """One attempt: system messages are rendered where they stand (in_place), or wherever `.System` then goes."""
+    """One attempt to understand the template.
 
-    def __init__(self, template: ChatTemplate, in_place: bool) -> None:
+    Args:
+        handling: what it does to a text, by role.
+        slot: "" if system messages are taken to be rendered where they stand; else which of them, "all", "last" or
+            "first", goes somewhere else.
+    """
+
+    def __init__(self, template: ChatTemplate, handling: Mapping[str, Handling], slot: str) -> None:
         self.template = template
-        self.in_place = in_place
+        self.handling = handling
+        self.slot = slot
+        self.formats = date_formats(template.source)
         self.entries: dict[str, list[Observation]] = {role: [] for role in ROLES}
         self.ends: list[Observation] = []
-        self.empty_system_is_none = False
+        self.empty_matters: set[str] = set()
 
     def write(self) -> str:
         """Observe, decide, and write the Go template."""
-        for roles in _sequences():
+        for roles in _sequences(LONGEST):
             self._observe(roles)
         if not self.ends:
             raise NotDerivable("it refuses every plain conversation")
-        self._observe_empty_system()
+        self.empty_matters = {role for role in ROLES if self._empty_matters(role)}
+        for roles in _sequences(LONGEST_WITH_EMPTY):
+            for place, role in enumerate(roles):
+                if role in self.empty_matters:
+                    self._observe(roles, place)
         trees = {role: grow(seen) for role, seen in self.entries.items() if seen}
-        return _write(trees, grow(self.ends), self.in_place, self.empty_system_is_none)
+        return _Writer(self, trees, grow(self.ends)).text()
 
-    def _observe(self, roles: Roles) -> None:
-        for think in (None, False, True):
+    def _observe(self, roles: Roles, empty: int = -1) -> None:
+        for think, name in _THINK.items():
             try:
-                text = self._rendered(roles, think)
+                text = self._rendered(roles, think, empty)
             except TemplateRefused:
                 continue
-            self._cut(roles, text, {None: "unset", False: "off", True: "on"}[think])
+            self._cut(roles, text, name, empty)
 
     def _rendered(self, roles: Roles, think: bool | None, empty: int = -1) -> str:
         messages = [
-            {"role": role, "content": "" if number == empty else _mark(number)}
-            for number, role in enumerate(roles)
+            {"role": role, "content": "" if number == empty else _mark(number)} for number, role in enumerate(roles)
         ]
-        first, second = (
-            self.template.served(self.template.render(messages, think=think, today=day)) for day in _DAYS
-        )
-        texts = [
-            text.replace(day.strftime("%Y-%m-%d"), _DATE)
-            for text, day in zip((first, second), _DAYS, strict=True)
-        ]
+        texts = []
+        for day in _DAYS:
+            text = self.template.served(self.template.render(messages, think=think, today=day))
+            for number, form in enumerate(self.formats):
+                text = text.replace(day.strftime(form), chr(_DATE + number))
+            texts.append(text)
         if texts[0] != texts[1]:
-            raise NotDerivable("it writes the date in a form that Go templates in Ollama cannot write")
+            raise NotDerivable("it writes the date or the time in a form that Ollama's Go templates cannot write")
         return texts[0]
 
-    def _cut(self, roles: Roles, text: str, think: str) -> None:
+    def _cut(self, roles: Roles, text: str, think: str, empty: int) -> None:
         """Cut a rendering at its marks and note what lies between them."""
-        if not self.in_place:
-            systems = [_mark(number) for number, role in enumerate(roles) if role == "system"]
-            if systems:
-                text = text.replace("\n\n".join(systems), _SYSTEM)
+        systems = [number for number, role in enumerate(roles) if role == "system"]
+        if self.slot and systems:
+            chosen = {"all": systems, "last": systems[-1:], "first": systems[:1]}[self.slot]
+            full = [_mark(number) for number in chosen if number != empty]
+            if full:
+                text = text.replace("\n\n".join(full), _SYSTEM)
         facts = {
             "previous": "",
             "seen": "no",
-            "system": "yes" if roles[0] == "system" or (not self.in_place and "system" in roles) else "no",
+            "system": self._system_fact(roles, systems, empty),
             "last": "no",
+            "think": think,
         }
         for number, role in enumerate(roles):
-            if role == "system" and not self.in_place:
+            if role == "system" and self.slot:
                 if _mark(number) in text:
-                    raise NotDerivable("it puts the system message where Go cannot")
+                    raise NotDerivable("it moves the system message to where Go cannot")
                 continue
             facts = facts | {"last": "yes" if number == len(roles) - 1 else "no"}
+            seen = "yes" if role == "user" else facts["seen"]
+            if number == empty:
+                # It writes nothing by itself; what follows is written with it in mind.
+                facts = facts | {"previous": _after_empty(facts["previous"], role), "seen": seen}
+                continue
             count = text.count(_mark(number))
             if count == 0:
                 self.entries[role].append(Observation(facts, None))
@@ -181,30 +224,44 @@ class _Probe:
             if "Qzx" in piece:
                 raise NotDerivable("it changes the order of the messages")
             self.entries[role].append(Observation(facts, piece))
-            facts = facts | {"previous": role, "seen": "yes" if role == "user" else facts["seen"]}
+            facts = facts | {"previous": role, "seen": seen}
         if "Qzx" in text:
             raise NotDerivable("it changes the order of the messages")
-        end = {key: value for key, value in facts.items() if key != "last"}
-        self.ends.append(Observation(end | {"think": think}, text))
+        self.ends.append(Observation({key: value for key, value in facts.items() if key != "last"}, text))
 
-    def _observe_empty_system(self) -> None:
-        """Some templates take an empty system message for none."""
-        for after in (("user",), ("user", "assistant", "user")):
-            try:
-                empty = self._rendered(("system", *after), None, empty=0)
-                full = self._rendered(("system", *after), None).replace(_mark(0), "")
-                none = self._rendered(after, None)
-            except TemplateRefused:
-                continue
-            for number in reversed(range(len(after))):
-                none = none.replace(_mark(number), _mark(number + 1))
-            if empty != full and empty == none:
-                self.empty_system_is_none = True
+    def _system_fact(self, roles: Roles, systems: Sequence[int], empty: int) -> str:
+        counted = systems if self.slot else [0] if roles[0] == "system" else []
+        if not counted:
+            return "no"
+        return "empty" if "system" in self.empty_matters and set(counted) <= {empty} else "yes"
+
+    def _empty_matters(self, role: str) -> bool:
+        """Whether an empty message is more than its text left out."""
+        for roles in _sequences(3):
+            for place, name in enumerate(roles):
+                if name == role:
+                    try:
+                        full = self._rendered(roles, None).replace(_mark(place), "")
+                        if self._rendered(roles, None, place) != full:
+                            return True
+                    except TemplateRefused:
+                        continue
+        return False
 
 
-def _sequences() -> Iterator[Roles]:
+def _after_empty(previous: str, role: str) -> str:
+    return f"{previous} -{role}"
+
+
+def date_formats(source: str) -> list[str]:
+    """The date formats of a Jinja that Go can write too: those of year, month and day, the longest first."""
+    found = set(re.findall(r"""strftime_now\(\s*['"]([^'"]*)['"]""", source)) | {"%Y-%m-%d"}
+    return sorted((form for form in found if not re.sub(r"%[YmdbB]", "", form).count("%")), key=lambda f: (-len(f), f))
+
+
+def _sequences(longest: int) -> Iterator[Roles]:
     """Orders of roles as Ollama's Go templates meet them: no two neighbours alike, a user at the end."""
-    for length in range(1, LONGEST + 1):
+    for length in range(1, longest + 1):
         for roles in itertools.product(ROLES, repeat=length):
             alike = any(a == b for a, b in itertools.pairwise(roles))
             if roles[-1] == "user" and not alike:
@@ -259,55 +316,135 @@ def _size(tree: Tree) -> int:
 _CONDITIONS = {
     ("seen", "yes"): "$seen",
     ("seen", "no"): "not $seen",
-    ("system", "yes"): "$system",
-    ("system", "no"): "not $system",
     ("last", "yes"): "$last",
     ("last", "no"): "not $last",
     ("think", "on"): "$.Think",
     ("think", "off"): "and $.IsThinkSet (not $.Think)",
     ("think", "unset"): "not $.IsThinkSet",
 }
+_MONTH = "%m"
+_SLICES = {"%Y": "slice currentDate 0 4", "%m": "slice currentDate 5 7", "%d": "slice currentDate 8 10"}
 
 
-def _write(trees: Mapping[str, Tree], end: Tree, in_place: bool, empty_system_is_none: bool) -> str:
-    asked = {fact for tree in (*trees.values(), end) for fact in _facts(tree)}
-    lines = []
-    if asked & {"previous"}:
-        lines.append('{{- $previous := "" }}')
-    if "seen" in asked:
-        lines.append("{{- $seen := false }}")
-    if "system" in asked:
-        if in_place:
-            content = " (index .Messages 0).Content" if empty_system_is_none else ""
-            test = '(eq (index .Messages 0).Role "system")'
+class _Writer:
+    """Writes the Go template of a probe's trees."""
+
+    def __init__(self, probe: _Probe, trees: Mapping[str, Tree], end: Tree) -> None:
+        self.trees, self.end = trees, end
+        self.slot, self.formats, self.empty_matters = probe.slot, probe.formats, probe.empty_matters
+        self.names = named([(role, probe.handling[role]) for role in ROLES if role in trees or probe.slot])
+        self.handling = probe.handling
+        self.asked = {fact for tree in (*trees.values(), end) for fact in _facts(tree)}
+
+    def text(self) -> str:
+        """The whole template."""
+        lines = [handled.go(name) for handled, name in self.names.items()]
+        lines += self._months() + self._beginning()
+        lines.append("{{- range $index, $_ := .Messages }}")
+        if "last" in self.asked:
+            lines.append("{{- $last := eq (len (slice $.Messages $index)) 1 }}")
+        keyword = "if"
+        for role in (role for role in ROLES if role in self.trees):
+            after = self._after(role)
+            if role in self.empty_matters:
+                empty = "{{ $previous = printf " + quoted(_after_empty("%s", role)) + " $previous }}"
+                seen = "{{ $seen = true }}" if role == "user" and "seen" in self.asked else ""
+                lines.append(f'{{{{- {keyword} and (eq .Role "{role}") (not .Content) }}}}{empty}{seen}')
+                keyword = "else if"
+            body = self._branch(self.trees[role], self._content(role, ".Content") + after)
+            lines.append(f'{{{{- {keyword} eq .Role "{role}" }}}}{body}')
+            keyword = "else if"
+        lines += ["{{- end }}"] * (keyword != "if")
+        lines.append("{{- end }}" + self._branch(self.end, ""))
+        return "\n".join(lines)
+
+    def _beginning(self) -> list[str]:
+        """The variables that the trees ask for."""
+        lines = []
+        if "previous" in self.asked or self.empty_matters - ({"system"} if self.slot else set()):
+            lines.append('{{- $previous := "" }}')
+        if "seen" in self.asked:
+            lines.append("{{- $seen := false }}")
+        if self.slot == "all":
+            lines.append("{{- $text := .System }}")
+        elif self.slot:
+            once = " (not $text)" if self.slot == "first" else ""
+            test = f'and (eq .Role "system"){once}' if once else 'eq .Role "system"'
             lines.append(
-                "{{- $system := false }}{{ if .Messages }}{{ $system = and " + test + content + " }}{{ end }}"
+                '{{- $text := "" }}{{ range .Messages }}{{ if ' + test + " }}{{ $text = .Content }}{{ end }}{{ end }}"
             )
-            if not content:
-                lines[-1] = lines[-1].replace(f"and {test}", test[1:-1])
+        if "system" in self.asked:
+            lines.append('{{- $system := "no" }}')
+            test = '{{ if eq .Role "system" }}{{ $system = "yes" }}{{ end }}'
+            lines.append("{{- range .Messages }}" + test + ("" if self.slot else "{{ break }}") + "{{ end }}")
+            if "system" in self.empty_matters:
+                text = "$text" if self.slot else "(index .Messages 0).Content"
+                lines.append(
+                    '{{- if eq $system "yes" }}{{ if not ' + text + ' }}{{ $system = "empty" }}{{ end }}{{ end }}'
+                )
+        return lines
+
+    def _after(self, role: str) -> str:
+        """What is remembered after a message."""
+        text = "{{ $previous = .Role }}" if "previous" in self.asked or self.empty_matters else ""
+        return text + ("{{ $seen = true }}" if role == "user" and "seen" in self.asked else "")
+
+    def _content(self, role: str, value: str) -> str:
+        name = self.names.get(self.handling[role])
+        return f'{{{{ template "{name}" {value} }}}}' if name else f"{{{{ {value} }}}}"
+
+    def _months(self) -> list[str]:
+        """A template that writes a month's name, if one is wanted."""
+        used = [form for number, form in enumerate(self.formats) if self._uses(chr(_DATE + number))]
+        lines = []
+        for code in ("%b", "%B"):
+            if any(code in form for form in used):
+                months = [datetime.date(2000, number, 1) for number in range(1, 13)]
+                tests = [f'if eq . "{month.strftime(_MONTH)}" }}}}{month.strftime(code)}' for month in months]
+                lines.append(f'{{{{- define "{code}" }}}}{{{{ ' + "{{ else ".join(tests) + "{{ end }}{{ end }}")
+        return lines
+
+    def _uses(self, character: str) -> bool:
+        return any(character in piece for tree in (*self.trees.values(), self.end) for piece in _pieces(tree))
+
+    def _branch(self, tree: Tree, then: str) -> str:
+        """Go text for a tree; `then` follows every piece that is followed by a message."""
+        if tree is None:
+            return ""
+        if not isinstance(tree, Question):
+            return self._literal(tree) + then
+        *firsts, (_, otherwise) = tree.answers
+        text = ""
+        for number, (answers, subtree) in enumerate(firsts):
+            text += "{{ " + ("else " if number else "") + f"if {_condition(tree.fact, answers)}" + " }}"
+            text += self._branch(subtree, then)
+        return text + "{{ else }}" + self._branch(otherwise, then) + "{{ end }}"
+
+    def _literal(self, piece: str) -> str:
+        """A piece of text, with the system text and the date where they stand."""
+        dates = {chr(_DATE + number): form for number, form in enumerate(self.formats)}
+        parts = re.split(f"([{_SYSTEM}{''.join(dates)}])", piece)
+        text = ""
+        for number, part in enumerate(parts):
+            if part == _SYSTEM:
+                text += self._content("system", "$text")
+            elif part in dates:
+                text += _date(dates[part])
+            else:
+                text += go_text(part)
+        return text
+
+
+def _date(form: str) -> str:
+    if form == "%Y-%m-%d":
+        return "{{ currentDate }}"
+    text = ""
+    for part in re.split("(%.)", form):
+        if part in ("%b", "%B"):
+            text += f'{{{{ template "{part}" (slice currentDate 5 7) }}}}'
         else:
-            lines.append("{{- $system := .System }}")
-    lines.append("{{- range $index, $_ := .Messages }}")
-    if "last" in asked:
-        lines.append("{{- $last := eq (len (slice $.Messages $index)) 1 }}")
-    keyword = "if"
-    for role in ROLES:
-        if role not in trees:
-            continue
-        condition = f'eq .Role "{role}"'
-        if role == "system" and empty_system_is_none:
-            condition = f"and ({condition}) .Content"
-        after = "{{ $previous = .Role }}" if "previous" in asked else ""
-        if role == "user" and "seen" in asked:
-            after += "{{ $seen = true }}"
-        lines.append(
-            "{{- " + keyword + " " + condition + " }}" + _branch(trees[role], "{{ .Content }}" + after)
-        )
-        keyword = "else if"
-    if keyword != "if":
-        lines.append("{{- end }}")
-    lines.append("{{- end }}" + _branch(end, ""))
-    return "\n".join(lines)
+            text += f"{{{{ {_SLICES[part]} }}}}" if part in _SLICES else go_text(part)
+    return text
 
 
 def _facts(tree: Tree) -> Iterable[str]:
@@ -317,42 +454,32 @@ def _facts(tree: Tree) -> Iterable[str]:
             yield from _facts(subtree)
 
 
-def _branch(tree: Tree, then: str) -> str:
-    """Go text for a tree; `then` follows every piece that is followed by a message."""
-    if tree is None:
-        return ""
-    if not isinstance(tree, Question):
-        return go_text(tree) + then
-    *firsts, (_, otherwise) = tree.answers
-    text = ""
-    for number, (answers, subtree) in enumerate(firsts):
-        text += "{{ " + ("else " if number else "") + f"if {_condition(tree.fact, answers)}" + " }}"
-        text += _branch(subtree, then)
-    return text + "{{ else }}" + _branch(otherwise, then) + "{{ end }}"
+def _pieces(tree: Tree) -> Iterable[str]:
+    if isinstance(tree, Question):
+        for _, subtree in tree.answers:
+            yield from _pieces(subtree)
+    elif tree is not None:
+        yield tree
 
 
 def _condition(fact: str, answers: Sequence[str]) -> str:
-    if fact == "previous":
-        return "eq $previous " + " ".join(f'"{answer}"' for answer in answers)
+    if fact in ("previous", "system"):
+        return f"eq ${fact} " + " ".join(quoted(answer) for answer in answers)
     conditions = [_CONDITIONS[fact, answer] for answer in answers]
     return conditions[0] if len(conditions) == 1 else "or " + " ".join(f"({text})" for text in conditions)
 
 
-def go_text(piece: str) -> str:
+def go_text(text: str) -> str:
     """Text as a Go template writes it, in characters that a Modelfile can carry too."""
-    text = ""
-    for number, character in enumerate(piece):
-        following = piece[number + 1 : number + 2]
-        if character == _SYSTEM:
-            text += "{{ $.System }}"
-        elif character == _DATE:
-            text += "{{ currentDate }}"
-        elif character == "{" and following in ("{", "", _SYSTEM, _DATE):
-            text += '{{ "{" }}'
-        elif character == '"' and piece[max(0, number - 2) : number] == '""':
-            text += '{{ "\\"" }}'
-        elif character not in "\n\t" and (unicodedata.category(character)[0] in "CZ" and character != " "):
-            text += "{{ " + json.dumps(character) + " }}"
+    written = ""
+    for number, character in enumerate(text):
+        following = text[number + 1 : number + 2]
+        if character == "{" and following in ("{", ""):
+            written += '{{ "{" }}'
+        elif character == '"' and text[max(0, number - 2) : number] == '""':
+            written += '{{ "\\"" }}'
+        elif character not in "\n\t " and unicodedata.category(character)[0] in "CZ":
+            written += "{{ " + quoted(character) + " }}"
         else:
-            text += character
-    return text
+            written += character
+    return written

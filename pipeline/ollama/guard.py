@@ -1,15 +1,33 @@
-"""The guard: a comment in front of a GGUF's Jinja that keeps Ollama from replacing it.
+"""The guard: a few characters in front of a GGUF's Jinja that make servers render it as it was trained.
 
-Without a TEMPLATE, `ollama create` compares the Jinja with a built-in list and installs a stock Go template where fewer
-than 100 characters differ. A comment renders to nothing, and each of its 128 double lines occurs in no template, so
-each is one difference.
+Two things would change it. Without a TEMPLATE, `ollama create` compares the Jinja with a built-in list and installs a
+stock Go template where fewer than 100 characters differ; a comment renders to nothing, and each of its 128 double
+lines occurs in no template, so each is one difference. And llama.cpp gives the template variables that transformers
+does not give it (today's date, whether to keep earlier thinking); setting them to a name that is not defined takes
+them away again, in Jinja2 and in llama.cpp alike.
 """
 
+import re
 import struct
 from pathlib import Path
 
 from pipeline.errors import PipelineError
 from pipeline.llamacpp.gguf_file import inspect
+
+# What llama.cpp defines and transformers does not (its common/chat.cpp and common/jinja/caps.cpp).
+FOREIGN = (
+    "date_string",
+    "datetime",
+    "preserve_reasoning",
+    "preserve_thinking",
+    "clear_thinking",
+    "truncate_history_thinking",
+    "drop_thinking",
+)
+# Ollama asks a model to think when a request does not say: "yes" then becomes "not said", and "no" stays.
+THINKING_NOT_SAID = (
+    "{% if enable_thinking is defined and enable_thinking %}{% set enable_thinking = _not_given %}{% endif %}"
+)
 
 _SIZE = 512  # bytes: a multiple of every alignment in use, so that what follows in the file only moves
 _WORDS = "{# Rendered by llama.cpp as it stands, and not to be taken for one of Ollama's stock templates. "
@@ -17,35 +35,41 @@ _LINES = "\u2550" * 128
 _PIECE = 16 << 20
 
 
-def _guard(end: str) -> str:
-    bare = f"{_WORDS}{_LINES}#}}{end}"
-    return f"{_WORDS}{_LINES}{' ' * (_SIZE - len(bare.encode()))}#}}{end}"
+def guarded(source: str, *, thinking_not_said: bool = False) -> str:
+    """The Jinja template with the guard in front; unchanged if it has one already.
 
-
-def guarded(source: str) -> str:
-    """The Jinja template with the comment in front; unchanged if it has it already."""
+    Args:
+        source: the template.
+        thinking_not_said: take a request to think for one that does not say.
+    """
     if source.startswith(_WORDS):
         return source
-    # A line break right after a comment is not rendered: one more keeps the template's own.
-    return _guard("\n" if source.startswith("\n") else "") + source
+    mentioned = [name for name in FOREIGN if re.search(rf"\b{name}\b", source)]
+    sets = "".join(f"{{% set {name} = _not_given %}}" for name in mentioned)
+    # A line break right after a tag or a comment is not rendered: one more keeps the template's own.
+    end = sets + THINKING_NOT_SAID * thinking_not_said + "\n" * source.startswith("\n")
+    bare = len(f"{_WORDS}{_LINES}#}}{end}".encode())
+    return f"{_WORDS}{_LINES}{' ' * (-bare % _SIZE)}#}}{end}{source}"
 
 
-def write_guarded(source: Path, target: Path) -> None:
-    """Copy a GGUF file, putting the guard in front of its chat template; everything else stays as it is.
+def write_with_template(source: Path, target: Path, shipped: str) -> None:
+    """Copy a GGUF file, with a guard in front of its chat template; everything else stays as it is.
+
+    Args:
+        shipped: the guarded template.
 
     Raises:
-        PipelineError: it has no chat template, or a form that is not understood.
+        PipelineError: the file has another chat template, or a form that is not understood.
     """
     info = inspect(source)
     template = info.metadata.get("tokenizer.chat_template")
-    if not isinstance(template, str):
-        raise PipelineError(f"{source}: has no chat template (tokenizer.chat_template)")
+    if not isinstance(template, str) or not shipped.endswith(template):
+        raise PipelineError(f"{source}: has another chat template (tokenizer.chat_template) than the merged model")
     text = template.encode()
-    added = guarded(template).encode()[: len(guarded(template).encode()) - len(text)]
-    if len(added) % int(info.metadata.get("general.alignment", 32)):
-        raise PipelineError(
-            f"{source}: general.alignment is {info.metadata['general.alignment']}, a guard needs 512 or less"
-        )
+    added = shipped.encode()[: -len(text)]
+    alignment = int(info.metadata.get("general.alignment", 32))
+    if len(added) % alignment:
+        raise PipelineError(f"{source}: general.alignment is {alignment}, but a guard is made for {_SIZE} or less")
     key = b"tokenizer.chat_template"
     entry = struct.pack("<Q", len(key)) + key + struct.pack("<IQ", 8, len(text)) + text
     with source.open("rb") as old, target.open("wb") as new:

@@ -64,9 +64,7 @@ class ChatTemplate:
         if isinstance(source, dict):
             source = source.get("default")
         if not source:
-            raise UserError(
-                f"{where} has no chat template: there is nothing to say how a conversation is sent"
-            )
+            raise UserError(f"{where} has no chat template: there is nothing to say how a conversation is sent")
         plain = {key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
         added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         beginning = tokenizer("a").input_ids[:1]
@@ -105,9 +103,7 @@ class ChatTemplate:
             text("bos"),
             text("eos"),
             adds_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", metadata["tokenizer.ggml.model"] == "llama")),
-            special_tokens=tuple(
-                sorted(token for token, kind in zip(tokens, kinds, strict=False) if kind == _CONTROL)
-            ),
+            special_tokens=tuple(sorted(token for token, kind in zip(tokens, kinds, strict=False) if kind == _CONTROL)),
         )
 
     @staticmethod

@@ -149,9 +149,7 @@ def _path(text: str) -> str:
 def _why(name: str, text: str) -> str:
     troubles = _troubles(text)
     return (
-        f"{name.upper()} holds {' and '.join(troubles)}"
-        if troubles
-        else f"{name.upper()} {text[:60]!r} does not fit"
+        f"{name.upper()} holds {' and '.join(troubles)}" if troubles else f"{name.upper()} {text[:60]!r} does not fit"
     )
 
 

@@ -37,9 +37,7 @@ _SAMPLING = {
 }
 
 
-def parameters(
-    model: Path, template: ChatTemplate, given: Mapping[str, Any], max_length: int
-) -> dict[str, Any]:
+def parameters(model: Path, template: ChatTemplate, given: Mapping[str, Any], max_length: int) -> dict[str, Any]:
     """All PARAMETERs of a model.
 
     Args:
@@ -78,21 +76,10 @@ def check_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
 def _typed(key: str, value: Any, wanted: type) -> Any:
     if wanted is list:
         texts = [value] if isinstance(value, str) else value
-        if (
-            isinstance(texts, list | tuple)
-            and texts
-            and all(isinstance(text, str) and text for text in texts)
-        ):
+        if isinstance(texts, list | tuple) and texts and all(isinstance(text, str) and text for text in texts):
             return list(texts)
-        raise UserError(
-            f"ollama.parameters.{key} = {value!r}: must be a text or a list of texts, none of them empty"
-        )
-    if (
-        wanted is float
-        and isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-    ):
+        raise UserError(f"ollama.parameters.{key} = {value!r}: must be a text or a list of texts, none of them empty")
+    if wanted is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
     if wanted is int and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31:
         return value
@@ -106,11 +93,7 @@ def context_length(model: Path, max_length: int) -> int:
     """Tokens of context: what the model was made for, up to a limit that every machine can bear."""
     config = _json(model / "config.json")
     text = config.get("text_config", {})
-    most = (
-        config.get("max_position_embeddings")
-        or text.get("max_position_embeddings")
-        or LARGEST_DEFAULT_CONTEXT
-    )
+    most = config.get("max_position_embeddings") or text.get("max_position_embeddings") or LARGEST_DEFAULT_CONTEXT
     return max(min(int(most), LARGEST_DEFAULT_CONTEXT), min(max_length, int(most)))
 
 

@@ -64,9 +64,7 @@ def write_scratch_model(path: Path, template: ChatTemplate | None = None) -> Pat
         "output_norm.weight": (_WIDTH,),
         "blk.0.attn_norm.weight": (_WIDTH,),
         "blk.0.ffn_norm.weight": (_WIDTH,),
-        **{
-            f"blk.0.{name}.weight": (_WIDTH, _WIDTH) for name in ("attn_q", "attn_k", "attn_v", "attn_output")
-        },
+        **{f"blk.0.{name}.weight": (_WIDTH, _WIDTH) for name in ("attn_q", "attn_k", "attn_v", "attn_output")},
         **{f"blk.0.{name}.weight": (_WIDTH, _WIDTH) for name in ("ffn_gate", "ffn_up", "ffn_down")},
     }
     for name, shape in shapes.items():

@@ -1,29 +1,37 @@
 """The conformance suite, put to a server: for every conversation, is the prompt that it sends the one that was trained?
 
-A prompt is compared byte for byte. Three things are no fault of a template and are named instead: the template itself
-refuses the conversation; the server refuses it (it offers no tools or no thinking for this model); or Ollama has joined
-neighbouring messages of one role before any Go template saw them, and the prompt is exact for the joined ones.
+A prompt is compared byte for byte. Some things are no fault of a template, cannot be helped by one, and are named
+instead of being called a difference: what the template itself refuses; what the server refuses (tools or thinking for
+a model that has none); and what Ollama or llama.cpp does to every conversation before, or besides, any template. For
+these the prompt has to be exact once the same is done to what was trained.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.chat.conformance import Conversation
 from pipeline.ollama.client import RenderRefused
+from pipeline.ollama.handling import WHITE_SPACE
 from pipeline.ollama.jinja import ChatTemplate, TemplateRefused
 
 EXACT = "exact"
 JOINED = "exact, joined"  # Ollama joins neighbours of one role before a Go template sees them
+REORDERED = "exact, tool keys reordered"  # Ollama reads tools into structures and writes them out again
+UNTRIMMED = "exact, U+00A0 and the like untrimmed"  # llama.cpp's trim knows the white space of ASCII only
 NOT_TRAINED = "template refuses"
 NOT_SERVED = "server refuses"
 TRIMMED = "differs in trimmed white space"
 DIFFERS = "differs"
-HARMLESS = (EXACT, JOINED, NOT_TRAINED, NOT_SERVED)
+NOT_SAID = "exact, thinking not said"  # the guard takes a request to think for one that does not say
+THINKING = "differs, thinking switched on"  # Ollama asks a model to think unless told not to
+NAMED = (JOINED, REORDERED, UNTRIMMED, NOT_SAID)
+HARMLESS = (EXACT, *NAMED, NOT_TRAINED, NOT_SERVED)
 
 Render = Callable[[Conversation], str]
 
@@ -48,7 +56,9 @@ class Report:
     @property
     def exact(self) -> bool:
         """Whether no prompt differs and at least one could be compared."""
-        return all(outcome.status in HARMLESS for outcome in self.outcomes) and self.counts[EXACT] > 0
+        return all(outcome.status in HARMLESS for outcome in self.outcomes) and any(
+            self.counts[status] for status in (EXACT, *NAMED)
+        )
 
     @property
     def only_trimming(self) -> bool:
@@ -65,9 +75,14 @@ class Report:
         """One line: "58 exact, 3 template refuses"."""
         return ", ".join(f"{count} {status}" for status, count in self.counts.most_common())
 
+    @property
+    def thinking_switched_on(self) -> bool:
+        """Whether prompts differ because the server asks the model to think without being asked to."""
+        return self.counts[THINKING] > 0
+
     def first_difference(self) -> Outcome | None:
         """The first conversation that differs, those that differ in more than white space first."""
-        for status in (DIFFERS, TRIMMED):
+        for status in (DIFFERS, THINKING, TRIMMED):
             for outcome in self.outcomes:
                 if outcome.status == status:
                     return outcome
@@ -91,9 +106,7 @@ def judge(
         joins: the server joins neighbouring messages of one role, as Ollama does for Go templates.
         default_system: the served model's own system text, which the server puts before a conversation without one.
     """
-    return Report(
-        tuple(_outcome(template, conversation, render, joins, default_system) for conversation in suite)
-    )
+    return Report(tuple(_outcome(template, conversation, render, joins, default_system) for conversation in suite))
 
 
 def _outcome(
@@ -112,26 +125,83 @@ def _outcome(
         served = render(conversation)
     except RenderRefused as refusal:
         unsupported = "does not support" in str(refusal)
-        return Outcome(
-            conversation.name, NOT_SERVED if unsupported else DIFFERS, expected, words=str(refusal)
-        )
+        return Outcome(conversation.name, NOT_SERVED if unsupported else DIFFERS, expected, words=str(refusal))
     if served == expected:
         return Outcome(conversation.name, EXACT)
-    meant = joined(messages) if joins else list(messages)
-    for status, turns in ((JOINED, meant), (TRIMMED, trimmed(meant))):
+    for status, expectation in _explanations(template, conversation, messages, joins):
         try:
-            same = turns != list(messages) and _alike(status, trained(turns), served)
+            if expectation() == (_bare(served) if status == TRIMMED else served):
+                return Outcome(conversation.name, status, expected, served)
         except TemplateRefused:
             continue
-        if same:
-            return Outcome(conversation.name, status, expected, served)
     return Outcome(conversation.name, DIFFERS, expected, served)
 
 
-def _alike(status: str, expected: str, served: str) -> bool:
-    if status == TRIMMED:
-        return "".join(expected.split()) == "".join(served.split())
-    return expected == served
+def _explanations(
+    template: ChatTemplate, conversation: Conversation, messages: Sequence[Mapping[str, Any]], joins: bool
+) -> Iterator[tuple[str, Callable[[], str]]]:
+    """What a server is known to do, and the prompt that it then has to send."""
+
+    def trained(turns: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], think: bool | None) -> str:
+        return template.served(template.render(turns, tools, think))
+
+    think, tools = conversation.think, reordered(conversation.tools)
+    meant = joined(messages) if joins else list(messages)
+    if meant != messages:
+        yield JOINED, lambda: trained(meant, tools, think)
+    if tools != list(conversation.tools) or json.dumps(tools) != json.dumps(conversation.tools):
+        yield REORDERED, lambda: trained(meant, tools, think)
+    if not joins:
+        yield UNTRIMMED, lambda: _unhidden(trained(hidden(meant), tools, think))
+    if think:
+        yield NOT_SAID, lambda: trained(meant, tools, None)
+    if think is None:
+        yield THINKING, lambda: trained(meant, tools, True)
+    yield TRIMMED, lambda: _bare(trained(trimmed(meant), tools, think))
+
+
+def _bare(text: str) -> str:
+    return "".join(text.split())
+
+
+# Property names as Ollama's structures have them: what it knows, in its order.
+_TOOL = ("type", "items", "function")
+_FUNCTION = ("name", "description", "parameters")
+_PARAMETERS = ("type", "$defs", "items", "required", "properties")
+_PROPERTY = ("anyOf", "type", "items", "description", "enum", "properties", "required")
+
+
+def reordered(tools: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The tools as Ollama hands them on: the keys that it knows, in the order of its own structures."""
+
+    def ordered(values: Any, keys: Sequence[str]) -> dict[str, Any]:
+        return {key: values[key] for key in keys if key in values}
+
+    result: list[Mapping[str, Any]] = []
+    for tool in tools:
+        function = ordered(tool.get("function", {}), _FUNCTION)
+        parameters = ordered(function.get("parameters", {}), _PARAMETERS)
+        if "properties" in parameters:
+            parameters["properties"] = {
+                name: ordered(value, _PROPERTY) for name, value in parameters["properties"].items()
+            }
+        result.append(ordered({**tool, "function": {**function, "parameters": parameters}}, _TOOL))
+    return result
+
+
+# Stand for characters that Python's strip takes away and llama.cpp's does not.
+_UNUSUAL = [character for character in WHITE_SPACE if character not in " \t\n\r\v\f"]
+_HIDE = {ord(character): 0xE100 + number for number, character in enumerate(_UNUSUAL)}
+_UNHIDE = {private: character for character, private in _HIDE.items()}
+
+
+def hidden(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The messages with the unusual white space replaced by characters that nothing trims."""
+    return [{**message, "content": message["content"].translate(_HIDE)} for message in messages]
+
+
+def _unhidden(text: str) -> str:
+    return text.translate(_UNHIDE)
 
 
 def with_system(messages: Sequence[Mapping[str, Any]], system: str) -> list[Mapping[str, Any]]:
@@ -159,10 +229,7 @@ def trimmed(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def for_ollama(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The messages as Ollama's API spells them: a tool's name is `tool_name`."""
-    return [
-        {("tool_name" if key == "name" else key): value for key, value in message.items()}
-        for message in messages
-    ]
+    return [{("tool_name" if key == "name" else key): value for key, value in message.items()} for message in messages]
 
 
 def readable_difference(expected: str, served: str, width: int = 400) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import PipelineError
 from pipeline.llamacpp.gguf_file import inspect
 from pipeline.ollama.choose import choose, explain, refusal
-from pipeline.ollama.guard import write_guarded
+from pipeline.ollama.guard import write_with_template
 from pipeline.ollama.jinja import ChatTemplate
 from pipeline.ollama.modelfile import ServedModel, write
 from pipeline.ollama.parameters import parameters
@@ -65,8 +65,8 @@ def main(work: Work) -> dict[str, Any]:
     for warning in choice.warnings:
         work.warn(warning)
     final = work.run / "modelfile" / work.variant
-    if choice.way == "native":
-        write_guarded(gguf, work.output / gguf.name)
+    if choice.jinja is not None:
+        write_with_template(gguf, work.output / gguf.name, choice.jinja)
         path = gguf.name
     else:
         path = Path(os.path.relpath(gguf, final)).as_posix()
