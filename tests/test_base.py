@@ -83,9 +83,7 @@ def test_packaged_tokenizer_gives_the_ids_of_the_original() -> None:
     ours = [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
     assert [texts[i] for i in range(len(texts)) if ours[i] != original[i]] == []
 
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
-        add_prefix_space=False
-    )  # forgets that digits stand alone
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # forgets that digits stand alone
     wrong = [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
     assert sum(a != b for a, b in zip(wrong, original, strict=True)) > 200
 

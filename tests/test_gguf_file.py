@@ -21,8 +21,7 @@ def test_the_same_as_gguf_py_reads(make: Callable[[], Path]) -> None:
     theirs = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
     assert info.metadata == theirs
     assert [(tensor.name, tensor.shape, tensor.type.lower()) for tensor in info.tensors] == [
-        (tensor.name, tuple(tensor.shape.tolist()), tensor.tensor_type.name.lower())
-        for tensor in reader.tensors
+        (tensor.name, tuple(tensor.shape.tolist()), tensor.tensor_type.name.lower()) for tensor in reader.tensors
     ]
     assert [tensor.bytes for tensor in info.tensors] == [tensor.n_bytes for tensor in reader.tensors]
     assert info.parameter_count == 134_515_008
@@ -31,9 +30,7 @@ def test_the_same_as_gguf_py_reads(make: Callable[[], Path]) -> None:
     for ours, other in zip(info.tensors, reader.tensors, strict=True):
         if ours.type not in seen:
             seen.add(ours.type)
-            assert np.allclose(
-                info.values(ours), dequantize(other.data, other.tensor_type), rtol=1e-6, atol=0
-            )
+            assert np.allclose(info.values(ours), dequantize(other.data, other.tensor_type), rtol=1e-6, atol=0)
     assert len(seen) > 2
 
 
@@ -48,9 +45,7 @@ def test_a_good_file_passes() -> None:
 VOCABULARY = [f"t{number}" for number in range(16)]
 
 
-def tiny(
-    path: Path, change: Callable[[dict[str, Any], dict[str, Any]], None] = lambda keys, tensors: None
-) -> Path:
+def tiny(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], None] = lambda keys, tensors: None) -> Path:
     """A GGUF of a few numbers, changed before it is written."""
     generator = np.random.default_rng(0)
     keys: dict[str, Any] = {

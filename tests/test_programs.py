@@ -37,7 +37,13 @@ def test_without_set_up_the_message_names_it(tmp_path: Path, monkeypatch: pytest
 
 
 def test_lines_arrive_one_by_one_and_carriage_returns_end_them() -> None:
-    code = r"import sys; sys.stdout.write('one\rtwo\nthree'); sys.stdout.flush(); sys.stderr.write('\nfour\n'); sys.exit(3)"
+    code = r"""
+import sys
+sys.stdout.write("one\rtwo\nthree")
+sys.stdout.flush()
+sys.stderr.write("\nfour\n")
+sys.exit(3)
+"""
     lines: list[str] = []
     assert programs.run([sys.executable, "-c", code], on_line=lines.append) == 3
     assert lines == ["one", "two", "three", "four"]

@@ -66,18 +66,14 @@ def test_every_name_in_any_case() -> None:
     assert quantization_type("iq4_xs").promised_bits == 4.25
 
 
-@pytest.mark.parametrize(
-    ("name", "near"), [("q4_k_n", "Q4_K_M"), ("q4km", "Q4_K_M"), ("int4", "known are: ")]
-)
+@pytest.mark.parametrize(("name", "near"), [("q4_k_n", "Q4_K_M"), ("q4km", "Q4_K_M"), ("int4", "known are: ")])
 def test_an_unknown_name(name: str, near: str) -> None:
     with pytest.raises(UserError, match=rf"export\.quant: llama-quantize has no type {name}; .*{near}"):
         quantization_type(name)
 
 
 def test_the_variants_are_the_types_of_the_configuration() -> None:
-    config = artefacts.make_work(
-        artefacts.scratch(), "x", export={"quant": ["Q4_K_M", "q8_0", "q4_k_m"]}
-    ).config
+    config = artefacts.make_work(artefacts.scratch(), "x", export={"quant": ["Q4_K_M", "q8_0", "q4_k_m"]}).config
     assert quantize.variants(config) == ("q4_k_m", "q8_0")
 
 

@@ -49,9 +49,7 @@ class Divergence:
             self._lead.append(p[rows, p_top] - p[rows, q_top])
             # Of likely tokens only: the logarithm of nothing differs by much and means nothing.
             likely = np.maximum(p, q) > np.log(1e-4)
-            self.largest_difference = max(
-                self.largest_difference, float(np.abs(p - q)[likely].max(initial=0.0))
-            )
+            self.largest_difference = max(self.largest_difference, float(np.abs(p - q)[likely].max(initial=0.0)))
 
     @property
     def positions(self) -> int:

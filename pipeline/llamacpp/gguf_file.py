@@ -1,7 +1,7 @@
 """A GGUF file, opened and believed only after a look: its metadata, its tensors, and whether they can be right.
 
-Converter, quantizer and copy programs exit 0 on files that do not work. What is checked here is what such files showed:
-cut short, keys missing, NaN, tensors of nothing but zeros, a vocabulary without merges, a head that is missing or doubled.
+Converter, quantizer and copy programs exit 0 on files that do not work. What is checked here is what such files
+showed: cut short, keys missing, NaN, tensors of nothing but zeros, a vocabulary without merges.
 
 The format is read directly (it is one page: ggml/docs/gguf.md): an array of 150,000 merges takes a tenth of a second,
 and a file that ends too early can be told from one that is wrong.
@@ -186,9 +186,7 @@ def _parse(path: Path, data: mmap.mmap, size: int) -> GGUFInfo:
     for name, shape, type_id, offset in rows:
         storage = tensor_type(type_id)
         if storage is None:
-            raise PipelineError(
-                f"{path}: {name} has the type number {type_id}, which this llama.cpp does not know"
-            )
+            raise PipelineError(f"{path}: {name} has the type number {type_id}, which this llama.cpp does not know")
         if not shape or shape[0] % storage.block:
             raise PipelineError(f"{path}: {name} has the shape {shape}, which {storage.name} cannot store")
         elements = 1
@@ -323,6 +321,4 @@ def _bad_values(info: GGUFInfo) -> Iterator[str]:
 def _is_zero(tensor: TensorInfo, data: "NDArray[np.uint8]") -> bool:
     """Nothing but zeros; nearly always known after the first few blocks."""
     few = 256 * tensor.storage.bytes
-    return (
-        not dequantize(tensor.storage, data[:few]).any() and not dequantize(tensor.storage, data[few:]).any()
-    )
+    return not dequantize(tensor.storage, data[:few]).any() and not dequantize(tensor.storage, data[few:]).any()

@@ -162,9 +162,7 @@ def _llama() -> ctypes.CDLL:
         context.ctx_other,
     )
     if known != (512, 2048, 512, _F16, -1.0, None) or not (model.use_extra_bufts and not model.vocab_only):
-        raise UserError(
-            "libllama is not of the pinned version: unset PIPELINE_LLAMACPP and run `pipeline setup`"
-        )
+        raise UserError("libllama is not of the pinned version: unset PIPELINE_LLAMACPP and run `pipeline setup`")
     library.llama_log_set(_keep_errors, None)
     library.llama_backend_init()
     return library
@@ -232,8 +230,7 @@ class LlamaModel:
         self._handle = library.llama_init_from_model(model, parameters)
         if not self._handle:
             raise PipelineError(
-                f"llama.cpp has no room for {self.context} tokens of {self.path}:\n  "
-                + "\n  ".join(_errors[-6:])
+                f"llama.cpp has no room for {self.context} tokens of {self.path}:\n  " + "\n  ".join(_errors[-6:])
             )
         stack.callback(library.llama_free, self._handle)
         self._vocabulary = library.llama_model_get_vocab(model)
@@ -244,9 +241,7 @@ class LlamaModel:
         data = text.encode("utf-8")
         room = len(data) + 8
         ids = (ctypes.c_int32 * room)()
-        count = _llama().llama_tokenize(
-            self._vocabulary, data, len(data), ids, room, add_special, parse_special
-        )
+        count = _llama().llama_tokenize(self._vocabulary, data, len(data), ids, room, add_special, parse_special)
         if count < 0:
             raise PipelineError(f"{self.path}: a text of {len(data)} bytes cannot be tokenized ({count})")
         return list(ids[:count])
@@ -270,13 +265,9 @@ class LlamaModel:
         import numpy as np
 
         if not ids or len(ids) > self.context:
-            raise PipelineError(
-                f"{self.path}: a sequence of {len(ids)} tokens in a context of {self.context}"
-            )
+            raise PipelineError(f"{self.path}: a sequence of {len(ids)} tokens in a context of {self.context}")
         if min(ids) < 0 or max(ids) >= self.vocabulary_size:
-            raise PipelineError(
-                f"{self.path}: a token id is outside the vocabulary of {self.vocabulary_size}"
-            )
+            raise PipelineError(f"{self.path}: a token id is outside the vocabulary of {self.vocabulary_size}")
         library = _llama()
         library.llama_memory_clear(library.llama_get_memory(self._handle), True)
         result = np.empty((len(ids), self.vocabulary_size), dtype=np.float32)
@@ -285,13 +276,9 @@ class LlamaModel:
             tokens = (ctypes.c_int32 * len(part))(*part)
             wanted = (ctypes.c_int8 * len(part))(*[1] * len(part))
             # Positions and the sequence's number are left out: llama.cpp goes on where it was.
-            status = library.llama_decode(
-                self._handle, _Batch(n_tokens=len(part), token=tokens, logits=wanted)
-            )
+            status = library.llama_decode(self._handle, _Batch(n_tokens=len(part), token=tokens, logits=wanted))
             if status:
-                raise PipelineError(
-                    f"{self.path}: llama_decode returned {status}: " + "; ".join(_errors[-3:])
-                )
+                raise PipelineError(f"{self.path}: llama_decode returned {status}: " + "; ".join(_errors[-3:]))
             rows = library.llama_get_logits(self._handle)
             result[start : start + len(part)] = np.ctypeslib.as_array(rows, (len(part), self.vocabulary_size))
         return result

@@ -58,11 +58,7 @@ def _given(variable: str, from_setup: str) -> Path:
 
 def _existing(path: Path, what: str, variable: str) -> Path:
     if not path.is_file():
-        remedy = (
-            f"{variable} names another folder: correct it"
-            if variable in os.environ
-            else "run `pipeline setup`"
-        )
+        remedy = f"{variable} names another folder: correct it" if variable in os.environ else "run `pipeline setup`"
         raise UserError(f"{what} is not at {path}: {remedy}")
     return path
 

@@ -17,7 +17,7 @@ _PARAMETERS = {"Llama-3-8B": 8_030_261_248, "Mistral-7B": 7_241_732_096}
 _EXACT_BITS = {"F32": 32.0, "F16": 16.0, "BF16": 16.0}
 # Types whose files have tensors that llama-quantize refuses to make without an importance matrix
 # (tensor_requires_imatrix in src/llama-quant.cpp).
-_NEED_IMPORTANCE_MATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "Q2_K_S")
+_NEED_IMPORTANCE_MATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "Q2_K_S")
 _LINE = re.compile(r"^\s*(\d+)\s+or\s+(\w+)\s*:\s*(.*)$")
 
 
@@ -60,18 +60,10 @@ def quantization_type(name: str) -> QuantizationType:
 @cache
 def quantization_types() -> dict[str, QuantizationType]:
     """Every name that llama-quantize takes, in its order, aliases included."""
-    result = subprocess.run(
-        [program("llama-quantize"), "--help"], capture_output=True, text=True, check=False
-    )
-    rows = [
-        match.groups()
-        for line in (result.stdout + result.stderr).splitlines()
-        if (match := _LINE.match(line))
-    ]
+    result = subprocess.run([program("llama-quantize"), "--help"], capture_output=True, text=True, check=False)
+    rows = [match.groups() for line in (result.stdout + result.stderr).splitlines() if (match := _LINE.match(line))]
     if not rows:
-        raise PipelineError(
-            f"llama-quantize lists no types: {(result.stderr or result.stdout).strip()[-500:]}"
-        )
+        raise PipelineError(f"llama-quantize lists no types: {(result.stderr or result.stdout).strip()[-500:]}")
     types = {
         name: QuantizationType(name, int(number), _promised_bits(name, text))
         for number, name, text in rows

@@ -45,6 +45,9 @@ class LlamaServer:
         process: the running program.
     """
 
+    client: "httpx.Client"
+    process: "subprocess.Popen[bytes]"
+
     def __init__(
         self,
         model: Path,

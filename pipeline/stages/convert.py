@@ -119,20 +119,15 @@ def sixteen_bit_type(weights: dict[str, tuple[tuple[int, ...], str]]) -> str:
 def parameter_count(folder: Path, weights: dict[str, tuple[tuple[int, ...], str]]) -> int:
     """Parameters that a GGUF must hold: a tied head counts once, and buffers do not count."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    tied = config.get("text_config", config).get(
-        "tie_word_embeddings", config.get("tie_word_embeddings", False)
-    )
+    tied = config.get("text_config", config).get("tie_word_embeddings", config.get("tie_word_embeddings", False))
     return sum(
         _elements(shape)
         for name, (shape, _) in weights.items()
-        if not (tied and name.endswith("lm_head.weight"))
-        and not name.endswith(("rotary_emb.inv_freq", "masked_bias"))
+        if not (tied and name.endswith("lm_head.weight")) and not name.endswith(("rotary_emb.inv_freq", "masked_bias"))
     )
 
 
-def check_against(
-    info: GGUFInfo, merged: Path, weights: dict[str, tuple[tuple[int, ...], str]], work: Work
-) -> None:
+def check_against(info: GGUFInfo, merged: Path, weights: dict[str, tuple[tuple[int, ...], str]], work: Work) -> None:
     """Compare a GGUF with the Hugging Face folder that it was made from.
 
     Raises:
@@ -166,9 +161,7 @@ def check_against(
         if id is not None and written[name] != id
     ]
     if differing:
-        raise PipelineError(
-            f"{info.path.name}: other special tokens than were trained: {', '.join(differing)}"
-        )
+        raise PipelineError(f"{info.path.name}: other special tokens than were trained: {', '.join(differing)}")
     if len(vocabulary) < len(tokenizer):
         raise PipelineError(f"{info.path.name} has {len(vocabulary)} tokens, the tokenizer {len(tokenizer)}")
     template = tokenizer.chat_template

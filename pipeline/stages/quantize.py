@@ -86,9 +86,7 @@ def sixteen_bit_file(folder: Path) -> Path:
     files = sorted(folder.glob("*.gguf"))
     if len(files) != 1:
         found = ", ".join(file.name for file in files) or "none"
-        raise PipelineError(
-            f"{folder} should hold one GGUF file and holds {found}: run `pipeline convert` again"
-        )
+        raise PipelineError(f"{folder} should hold one GGUF file and holds {found}: run `pipeline convert` again")
     return files[0]
 
 
