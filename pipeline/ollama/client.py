@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     import ollama
 
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}"
-_NAME = re.compile(
-    rf"(?:(?P<host>[A-Za-z0-9_][A-Za-z0-9_.:-]*)/)?(?:(?P<space>[A-Za-z0-9_][A-Za-z0-9_-]{{0,79}})/)?(?P<model>{_PART})(?::(?P<tag>{_PART}))?"
-)
+_SPACE = r"[A-Za-z0-9_][A-Za-z0-9_-]{0,79}"
+_HOST = r"[A-Za-z0-9_][A-Za-z0-9_.:-]*"
+_NAME = re.compile(rf"(?:(?:{_HOST}/)?{_SPACE}/)?{_PART}(?::(?P<tag>{_PART}))?")
 
 
 class RenderRefused(PipelineError):
@@ -37,7 +37,7 @@ def check_name(name: str) -> str:
         UserError: Ollama would not take the name; with what it takes.
     """
     match = _NAME.fullmatch(name)
-    if match is None or (match["host"] and not match["space"]):
+    if match is None:
         raise UserError(
             f"ollama.name = {name!r}: not a name that Ollama takes; use letters, digits, '_', '-' and '.', at most 80 "
             "of them, with an optional namespace and tag: namespace/model:tag"

@@ -105,7 +105,7 @@ def learn(source: str, ask: Ask) -> Handling:
         source: the Jinja text: its own `split(...)` arguments are what is tried as separators.
         ask: renders a message with this text, and gives what became of it.
     """
-    plain = _ends(lambda before, after: ask(f"{before}{_MARK}{after}"))
+    plain = _ends(ask)
     separators = dict.fromkeys(re.findall(r"""split\(\s*['"]([^'"\\]+)['"]""", source))
     if "</think>" in source:
         separators["</think>"] = None
@@ -117,17 +117,16 @@ def learn(source: str, ask: Ask) -> Handling:
             kept = opener if opener and ask(f"Before.{start}{_MARK}") == f"Before.{_MARK}" else ""
             first = ask(f"{start}Two.{separator}{_MARK}") == f"Two.{separator}{_MARK}"
             between = ask(f"{start}Two.{separator}{_MARK}") == "Two."
-            after = _ends(lambda before, after, start=start: ask(f"{start}{before}{_MARK}{after}"))
-            return Handling(plain, separator, first, between, kept, after)
+            return Handling(plain, separator, first, between, kept, _ends(ask, start))
     return Handling(plain)
 
 
-def _ends(ask: Callable[[str, str], str | None]) -> Ends:
+def _ends(ask: Ask, start: str = "") -> Ends:
+    """What is taken from the ends of a text, or of what follows `start`."""
+
     def taken(left: bool) -> str:
-        gone = ""
-        for character in _ASKED:
-            if ask(character if left else "", "" if left else character) == _MARK:
-                gone += character
+        texts = {character: character + _MARK if left else _MARK + character for character in _ASKED}
+        gone = "".join(character for character, text in texts.items() if ask(start + text) == _MARK)
         return WHITE_SPACE if gone == _ASKED else gone
 
     return Ends(taken(left=True), taken(left=False))
