@@ -1,0 +1,33 @@
+"""verify: every stage against the one before it, and the first broken one by name.
+
+A broken link is written down and does not stop the stages after it, so that the report can show it; the command that ran
+this ends with status 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline import console
+from pipeline.verify.chain import verify
+from pipeline.verify.result import FAIL, explain, write
+from pipeline.verify.subject import Subject
+from pipeline.work import Work
+
+SUMMARY = "Prove every stage against the one before it, and name the first broken one."
+NEEDS = ("data", "train", "merge", "convert", "quantize", "modelfile", "deploy", "evaluate")
+CONFIG = ("verify", "model", "export", "ollama.parameters", "ollama.system", "data.system", "eval")
+
+
+def main(work: Work) -> dict[str, Any]:
+    """Write verify.json."""
+    content = verify(Subject.of_run(work.run, work.config, work.scratch))
+    write(work.output / "verify.json", content)
+    if content["verdict"] == FAIL:
+        console.say(f"  {explain(content)}")
+    return {
+        "verdict": content["verdict"],
+        **{verdict.replace(" ", "_"): count for verdict, count in content["counts"].items()},
+        "first_broken": content["first_broken"] and content["first_broken"]["id"],
+        "divergence": content.get("divergences", {}).get("convert"),
+    }

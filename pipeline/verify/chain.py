@@ -1,0 +1,71 @@
+"""All checks, one after the other, over one subject.
+
+A check that breaks on a broken file has found it: its error is a failure. Only what a check itself says it cannot do
+counts as not run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from pipeline.errors import PipelineError, UserError
+from pipeline.verify import (
+    answers,
+    labels,
+    logits,
+    merge_base,
+    prompt,
+    quantization,
+    stopping,
+    tokenizer,
+    toolchain,
+    weights,
+)
+from pipeline.verify.result import Claim, Result, document
+from pipeline.verify.subject import Subject
+
+Check = Callable[[Subject], Iterator[Result]]
+
+# Name, check, and the rung that is blamed when the check itself breaks. Answers come last: they read what others measured.
+CHECKS: dict[str, tuple[Check, str]] = {
+    "labels": (labels.check, "train"),
+    "weights": (weights.check, "merge"),
+    "tokenizer": (tokenizer.check, "convert"),
+    "prompt": (prompt.check, "convert"),
+    "logits": (logits.check, "convert"),
+    "quantization": (quantization.check, "quantize"),
+    "stopping": (stopping.check, "convert"),
+    "merge_base": (merge_base.check, "merge"),
+    "answers": (answers.check, "evaluate"),
+    "toolchain": (toolchain.check, "convert"),
+}
+# What a folder and a GGUF file alone can show.
+EXPORT_CHECKS = ("weights", "tokenizer", "prompt", "logits", "quantization", "stopping", "toolchain")
+
+
+def run_checks(subject: Subject, names: Sequence[str] = tuple(CHECKS)) -> list[Result]:
+    """Run checks by name and collect their results."""
+    results: list[Result] = []
+    for name in names:
+        check, rung = CHECKS[name]
+        started = time.monotonic()
+        try:
+            results += check(subject)
+        except UserError as error:
+            results.append(Claim(name, rung, "the check can be run").not_run(str(error)))
+        except PipelineError as error:
+            results.append(Claim(name, rung, "the files can be read").holds(False, str(error)))
+        except Exception as error:
+            words = f"{type(error).__name__}: {str(error).strip()[:300]}"
+            results.append(Claim(name, rung, "the files can be read").holds(False, words))
+        subject.shared.setdefault("seconds", {})[name] = round(time.monotonic() - started, 1)
+    return results
+
+
+def verify(subject: Subject, names: Sequence[str] = tuple(CHECKS)) -> dict[str, Any]:
+    """verify.json of a subject: verdicts, and the ladders of losses, divergences and answers for the report."""
+    results = run_checks(subject, names)
+    kept = ("losses", "divergences", "quantized", "answers", "mcnemar", "seconds")
+    return document(results, **{key: subject.shared[key] for key in kept if key in subject.shared})

@@ -1,0 +1,214 @@
+"""logits: the same next-token distribution, position by position, at every step from the merged model to the last file.
+
+The merged model in float32 is the measure for the 16-bit file, computed exactly on both sides; the 16-bit file is the
+measure for the quantized ones, in llama.cpp's own statistics. The perplexity of the base against the tuned model says
+nothing about either, and is not taken.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.chat.labels import IGNORED
+from pipeline.console import progress
+from pipeline.errors import PipelineError
+from pipeline.llamacpp.divergence import Divergence
+from pipeline.llamacpp.gguf_file import inspect
+from pipeline.llamacpp.library import LlamaModel
+from pipeline.llamacpp.perplexity import compare, write_reference
+from pipeline.llamacpp.server import LlamaServer
+from pipeline.verify.result import Claim, Result
+from pipeline.verify.subject import Subject
+
+CHUNK = 512  # tokens that llama-perplexity takes at once; it scores the second half of each
+_ENOUGH = 200  # positions below which a divergence says little
+
+# The largest mean divergence by the bits of a type, about four times what SmolLM2-135M loses: small models lose most.
+_LIMITS = ((16.0, 1e-3), (8.0, 0.01), (6.0, 0.05), (5.0, 0.1), (4.0, 0.3), (3.0, 1.2), (0.0, 6.0))
+
+
+def check(subject: Subject) -> Iterator[Result]:
+    """Judge the 16-bit file, then the quantized ones."""
+    yield from _sixteen_bit(subject)
+    yield from _quantized(subject)
+
+
+def _sixteen_bit(subject: Subject) -> Iterator[Result]:
+    settings = subject.settings
+    mean = Claim("logits.mean", "convert", "the 16-bit GGUF file predicts what the merged model predicts (mean KL)")
+    tail = Claim("logits.tail", "convert", "it does so at nearly every position (99.9th percentile of KL)")
+    top = Claim("logits.top", "convert", "both think the same token the likeliest")
+    lead = Claim("logits.lead", "convert", "where they do not, it was a close call (lead in log probability)")
+    claims = (mean, tail, top, lead)
+    path = subject.sixteen_bit
+    if path is None:
+        yield from (claim.not_run("there is no unquantized GGUF file") for claim in claims)
+        return
+    rows = subject.compared_rows()
+    if why := _cannot_load(path) or _cannot_compare(subject, path):
+        yield mean.holds(False, why)
+        yield from (claim.not_run("no logits could be compared") for claim in claims[1:])
+        return
+    model = subject.shared.get("model") or _load(subject.model)
+    divergence, losses = _diverge(model, path, rows, subject.held_out[0])
+    subject.shared["model"] = None
+    subject.shared.setdefault("losses", {}).update(losses)
+    where = f"over {divergence.positions:,} positions of {subject.held_out[0]}"
+    subject.shared["divergences"] = {"convert": divergence.mean}
+    yield mean.at_most(divergence.mean, settings.divergence, f"mean KL {divergence.mean:.2g} {where}")
+    high = divergence.quantile(0.999)
+    yield tail.at_most(
+        high,
+        settings.divergence_999,
+        f"the 99.9th percentile of KL is {high:.2g} {where}, a log probability differs by up to "
+        f"{divergence.largest_difference:.2g}",
+    )
+    words = f"the likeliest token is the same at {divergence.same_top:.2%} {where}"
+    yield top.at_least(divergence.same_top, settings.same_top, words)
+    lost = divergence.largest_lead_lost
+    yield lead.at_most(lost, settings.lead, f"a token that led by {lost:.3g} is no longer the likeliest")
+
+
+def _cannot_load(path: Path) -> str:
+    """Why llama.cpp cannot run a file. Tried in a process of its own: what it aborts on would end this one."""
+    try:
+        inspect(path)
+        with LlamaServer(path, context=256) as server:
+            server.complete([1, 1], 1)
+    except PipelineError as error:
+        return f"llama.cpp cannot run it: {error}"
+    return ""
+
+
+def _cannot_compare(subject: Subject, path: Path) -> str:
+    config = subject.tokenizer
+    vocabulary = len(inspect(path).metadata.get("tokenizer.ggml.tokens", ()))
+    largest = max((max(ids) for ids, _ in subject.compared_rows() if ids), default=0)
+    if largest >= vocabulary:
+        return f"its vocabulary has {vocabulary:,} tokens, the trained one {len(config):,}"
+    return ""
+
+
+def _load(folder: Path) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from pipeline.model.quiet import quiet_transformers
+
+    with quiet_transformers():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
+
+
+Rows = list[tuple[list[int], list[int]]]
+
+
+def _diverge(model: Any, path: Path, rows: Rows, where: str) -> tuple[Divergence, dict[str, float]]:
+    """Compare both models on rows, and take both losses on the way."""
+    import numpy as np
+    import torch
+
+    divergence = Divergence()
+    total = sum(len(ids) for ids, _ in rows)
+    ours, theirs, trained, done = 0.0, 0.0, 0, 0
+    longest = max(len(ids) for ids, _ in rows)
+    with LlamaModel(path, context=-(-longest // 256) * 256) as file, torch.inference_mode():
+        with progress(f"logits on {where}", total, "tokens") as update:
+            for ids, labels in rows:
+                reference = model(input_ids=torch.tensor([ids])).logits[0].float().numpy()
+                other = file.logits(ids)
+                width = min(reference.shape[1], other.shape[1])  # an embedding may be padded beyond the vocabulary
+                if reference.shape[1] != other.shape[1]:
+                    reference, other = (np.ascontiguousarray(x[:, :width]) for x in (reference, other))
+                divergence.add(reference, other)
+                places = _trained_places(labels)
+                ours += loss_of(reference, ids, places)
+                theirs += loss_of(other, ids, places)
+                trained += len(places)
+                done += len(ids)
+                update(done)
+    if not trained:
+        return divergence, {}
+    return divergence, {"merged": ours / trained, "16-bit GGUF": theirs / trained}
+
+
+def _trained_places(labels: list[int]) -> list[int]:
+    """Positions that predict a trained token."""
+    return [place for place in range(len(labels) - 1) if labels[place + 1] != IGNORED]
+
+
+def loss_of(logits: Any, ids: list[int], places: list[int]) -> float:
+    """The summed negative log likelihood of the tokens after these places."""
+    import numpy as np
+
+    if not places:
+        return 0.0
+    rows = logits[places].astype(np.float64)
+    highest = rows.max(-1, keepdims=True)
+    log_sum = np.log(np.exp(rows - highest).sum(-1)) + highest[:, 0]
+    chosen = rows[np.arange(len(places)), [ids[place + 1] for place in places]]
+    return float((log_sum - chosen).sum())
+
+
+def _quantized(subject: Subject) -> Iterator[Result]:
+    if not subject.quantized:
+        return
+    ids = list(itertools.chain.from_iterable(row for row, _ in subject.compared_rows()))
+    context = min(CHUNK, len(ids))
+    reference = subject.scratch / "reference.bin"
+    threads = len(os.sched_getaffinity(0))
+    broken = _cannot_load(subject.reference)
+    if not broken:
+        add_bos = inspect(subject.reference).metadata.get("tokenizer.ggml.add_bos_token")
+        if add_bos and subject.tokenizer.bos_token_id is not None:
+            ids = _with_bos(ids, subject.tokenizer.bos_token_id, context)
+        chunks = len(ids) // context
+        with LlamaModel(subject.reference, context=context) as model:
+            with progress("logits of the 16-bit file", chunks, "chunks") as update:
+                write_reference(model, ids, reference, context, update)
+    for kind, path in subject.quantized.items():
+        claim = Claim("logits.quantized", f"quantize/{kind}", "quantizing changed the predictions little (mean KL)")
+        if broken:
+            yield claim.not_run(f"the 16-bit file cannot be run: {broken}")
+        elif why := _cannot_load(path):
+            yield claim.holds(False, why)
+        else:
+            yield _against_reference(subject, claim, path, reference, threads, len(ids) // context)
+    reference.unlink(missing_ok=True)
+
+
+def _with_bos(ids: list[int], bos: int, context: int) -> list[int]:
+    """Chunks that begin with BOS: llama-perplexity writes it there."""
+    parts = [ids[start : start + context - 1] for start in range(0, len(ids), context - 1)]
+    return list(itertools.chain.from_iterable([bos, *part] for part in parts if len(part) == context - 1))
+
+
+def _against_reference(
+    subject: Subject, claim: Claim, path: Path, reference: Path, threads: int, chunks: int
+) -> Result:
+    with progress(f"logits of {claim.rung}", chunks, "chunks") as update:
+        found = compare(path, reference, threads, update)
+    subject.shared.setdefault("divergences", {})[claim.rung] = found.mean
+    subject.shared.setdefault("quantized", {})[claim.rung] = vars(found)
+    limit = subject.settings.quantized_divergence or _limit(claim.rung.partition("/")[2], inspect(path).bits_per_weight)
+    few = "" if found.positions >= _ENOUGH else "; few positions, so this is rough"
+    return claim.at_most(
+        found.mean,
+        limit,
+        f"mean KL {found.mean:.3g} over {found.positions:,} positions, the same likeliest token at "
+        f"{found.same_top:.1%}{few}",
+    )
+
+
+def _limit(kind: str, bits: float) -> float:
+    """What a type may lose: by the bits that its name promises."""
+    from pipeline.llamacpp.quantization import quantization_type
+
+    try:
+        bits = quantization_type(kind).promised_bits or bits
+    except PipelineError:
+        pass  # the name says nothing: then the file's own bits
+    return next(limit for least, limit in _LIMITS if bits >= least)

@@ -1,0 +1,209 @@
+"""prompt: transformers, llama.cpp and Ollama make the same bytes, and the same ids, of every conversation of the suite.
+
+The measure is the template that was trained. The GGUF files are asked through llama-server; what the Modelfile says is
+tried in a real Ollama, and so is the model that was deployed, as it is now.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.chat.conformance import Conversation, conversations
+from pipeline.errors import PipelineError
+from pipeline.llamacpp.gguf_file import inspect
+from pipeline.llamacpp.server import LlamaServer
+from pipeline.ollama.choose import Engine, ask_llama_server, explain
+from pipeline.ollama.jinja import ChatTemplate, TemplateRefused
+from pipeline.ollama.parameters import stop_strings
+from pipeline.ollama.proof import shown_parameters
+from pipeline.ollama.serving import deployed
+from pipeline.ollama.suite import Report, for_ollama, judge
+from pipeline.verify.result import Claim, Result
+from pipeline.verify.subject import Subject
+
+_Suite = tuple[Conversation, ...]
+
+
+def check(subject: Subject) -> Iterator[Result]:
+    """Judge every GGUF file, every Modelfile and the deployed model."""
+    if not subject.tokenizer.chat_template:
+        yield Claim("prompt.template", "base", "there is a chat template").holds(
+            False, f"{subject.model} has no chat template: there is nothing to say how a conversation is sent"
+        )
+        return
+    suite = conversations(subject.template.special_tokens)
+    for rung, path in subject.files:
+        yield from _file(subject.template, subject.tokenizer, rung, path, suite)
+    yield from _modelfiles(subject, suite)
+    yield from _deployed(subject, suite)
+
+
+def _file(
+    template: ChatTemplate, tokenizer: Any, rung: str, path: Path, suite: _Suite
+) -> Iterator[Result]:
+    carried = Claim("prompt.template", rung, "the GGUF file carries the trained chat template, byte for byte")
+    rendered = Claim("prompt.llamacpp", rung, "llama.cpp renders the trained prompt")
+    tokens = Claim("prompt.tokens", rung, "a served prompt has the trained ids, BOS included")
+    try:
+        source = inspect(path).metadata.get("tokenizer.chat_template")
+    except PipelineError as error:
+        yield from (claim.not_run(f"the file cannot be read: {error}") for claim in (carried, rendered, tokens))
+        return
+    yield carried.holds(source == template.source, _template_difference(source, template.source))
+    try:
+        with LlamaServer(path, context=256) as server:
+            report = judge(
+                template, suite, lambda case: ask_llama_server(server, template, case), joins=False
+            )
+            yield _judged(rendered, report)
+            yield _same_tokens(tokens, template, tokenizer, server, suite)
+    except PipelineError as error:
+        yield rendered.holds(False, f"llama-server cannot use it: {error}")
+
+
+def _template_difference(ours: Any, theirs: str) -> str:
+    if not isinstance(ours, str):
+        return "it carries none"
+    at = next(
+        (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
+    )
+    return f"from character {at} it is {ours[at : at + 40]!r} instead of {theirs[at : at + 40]!r}"
+
+
+def _judged(claim: Claim, report: Report) -> Result:
+    difference = report.first_difference()
+    words = explain(difference) if difference else "no conversation could be compared"
+    return claim.holds(report.exact, words, report.summary, "no difference")
+
+
+def _same_tokens(
+    claim: Claim, template: ChatTemplate, tokenizer: Any, server: LlamaServer, suite: _Suite
+) -> Result:
+    differing, compared, words = 0, 0, ""
+    for case in suite:
+        try:
+            trained = template.render(case.messages, case.tools, case.think)
+        except TemplateRefused:
+            continue
+        compared += 1
+        expected = list(tokenizer(trained, add_special_tokens=False)["input_ids"])
+        served = server.tokenize(template.served(trained), add_special=True)
+        if served != expected:
+            differing += 1
+            words = words or f"conversation {case.name!r} is served as {served[:8]}, trained as {expected[:8]}"
+    more = f" ({differing} of {compared} differ)" if differing else ""
+    return claim.at_most(differing, 0, words + more)
+
+
+def _modelfiles(subject: Subject, suite: _Suite) -> Iterator[Result]:
+    rendered = Claim("prompt.modelfile", "modelfile", "what the Modelfile says renders the trained prompt in Ollama")
+    if subject.run is None:
+        yield rendered.not_run("this export has no Modelfile of this program")
+        return
+    judged: dict[str, Result] = {}
+    with Engine() as engine:
+        for kind in subject.quantized:
+            rung = f"modelfile/{kind}"
+            claim = Claim(rendered.id, rung, rendered.sentence)
+            path = subject.run / "modelfile" / kind / "create.json"
+            if not path.is_file():
+                yield claim.not_run(f"{path} is missing")
+                continue
+            body = json.loads(path.read_text(encoding="utf-8"))["request"]
+            yield _stops(subject, rung, body)
+            yield _system(subject, rung, body)
+            if not engine.has_go:
+                yield claim.not_run("there is no Ollama on this machine: `pipeline setup` builds one")
+                continue
+            go_template = body.get("template") or ""
+            if go_template not in judged:  # the same for every type of a run
+                judged[go_template] = _rendered(claim, engine, subject.template, go_template, path.parent, suite)
+            result = judged[go_template]
+            yield Result(**{**vars(result), "rung": rung})
+
+
+def _rendered(
+    claim: Claim, engine: Engine, template: ChatTemplate, go_template: str, folder: Path, suite: _Suite
+) -> Result:
+    try:
+        if not go_template:
+            # Rendered by the Jinja of the file that is shipped, with what keeps Ollama from replacing it.
+            shipped = folder / json.loads((folder / "create.json").read_text(encoding="utf-8"))["gguf"]
+            jinja = str(inspect(shipped).metadata["tokenizer.chat_template"])
+            return _judged(claim, engine.judge_native(template, jinja, suite))
+        report = engine.judge_go(template, go_template, suite)
+        if report.exact and not engine.uses_go(template, go_template):
+            return claim.holds(False, "Ollama ignores this TEMPLATE: the model's own Jinja can do more")
+    except PipelineError as error:
+        return claim.holds(False, str(error))
+    return _judged(claim, report)
+
+
+def _stops(subject: Subject, rung: str, body: dict[str, Any]) -> Result:
+    wanted = set(stop_strings(subject.template))
+    if subject.config is not None and "stop" in subject.config.ollama.parameters:
+        wanted = set()  # the user's own
+    missing = sorted(wanted - set((body.get("parameters") or {}).get("stop") or ()))
+    claim = Claim("prompt.stop", rung, "every text that ends a turn is a stop string")
+    return claim.holds(not missing, f"the stop strings lack {', '.join(map(repr, missing))}", len(missing), "at most 0")
+
+
+def _system(subject: Subject, rung: str, body: dict[str, Any]) -> Result:
+    """Rows without a system message were trained with data.system; the served model must have it too."""
+    claim = Claim("prompt.system", rung, "the served system text is the trained one")
+    config = subject.config
+    meant = "" if config is None else config.ollama.system if config.ollama.system is not None else config.data.system
+    served = body.get("system") or ""
+    return claim.holds(served == (meant or ""), f"it is {served!r} instead of {meant or ''!r}")
+
+
+def _deployed(subject: Subject, suite: _Suite) -> Iterator[Result]:
+    claim = Claim("prompt.ollama", "deploy", "the deployed model is sent the trained prompt")
+    told = Claim("prompt.deployed", "deploy", "Ollama says of the deployed model what it was told")
+    if subject.run is None or not (subject.run / "deploy" / "deploy.json").is_file():
+        yield claim.not_run("nothing was deployed")
+        return
+    try:
+        with deployed(subject.run, log=subject.scratch / "ollama.log") as served:
+            if served is None:
+                yield claim.not_run("there was no Ollama to deploy to")
+                return
+            client, name = served
+            body = _told(subject)
+            shown = client.show(name)
+            yield _as_told(told, shown, body)
+            report = judge(
+                subject.template,
+                suite,
+                lambda case: client.render(name, for_ollama(case.messages), case.tools, case.think),
+                joins=bool(body.get("template")),
+                default_system=body.get("system") or "",
+            )
+            yield _judged(claim, report)
+    except PipelineError as error:
+        yield claim.holds(False, str(error))
+
+
+def _told(subject: Subject) -> dict[str, Any]:
+    """What the deployed file's create.json says."""
+    assert subject.run is not None
+    record = json.loads((subject.run / "deploy" / "deploy.json").read_text(encoding="utf-8"))
+    path = subject.run / "modelfile" / record["models"][0]["variant"] / "create.json"
+    body: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["request"]
+    return body
+
+
+def _as_told(claim: Claim, shown: dict[str, Any], body: dict[str, Any]) -> Result:
+    wrong = []
+    if body.get("template") and shown.get("template") != body["template"]:
+        wrong.append(f"the template in force is {str(shown.get('template'))[:100]!r}")
+    if (shown.get("system") or "") != (body.get("system") or ""):
+        wrong.append(f"the system text is {shown.get('system')!r} instead of {body.get('system')!r}")
+    parameters = shown_parameters(str(shown.get("parameters") or ""))
+    for key, value in (body.get("parameters") or {}).items():
+        if parameters.get(key) != (value if isinstance(value, list) else [value]):
+            wrong.append(f"parameter {key} is {parameters.get(key)!r} instead of {value!r}")
+    return claim.holds(not wrong, "; ".join(wrong), len(wrong), "at most 0")

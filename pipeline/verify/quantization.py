@@ -1,0 +1,128 @@
+"""quantization: is the file what its name promises? The type of every tensor, the bits it takes, and how much it lost.
+
+What the name stands for on this very model is asked of the pinned llama-quantize, which can say it without quantizing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.console import progress
+from pipeline.errors import PipelineError, UserError
+from pipeline.llamacpp.gguf_file import GGUFInfo, check as check_gguf, inspect
+from pipeline.llamacpp.programs import failure, program, run
+from pipeline.llamacpp.quantization import QuantizationType, quantization_type
+from pipeline.verify.result import Claim, Result
+from pipeline.verify.subject import Subject
+
+_PLAN = re.compile(r"\[\s*\d+/\s*\d+\]\s+(\S+)\s+- \[.*?\], type =\s+(\S+), size =.*?(?:\((\S+)\))?\s*$")
+_FALLBACK = re.compile(r"warning: (\S+)\s+- ncols")
+
+
+def check(subject: Subject) -> Iterator[Result]:
+    """Judge every quantized file."""
+    if not subject.quantized:
+        yield Claim("quantization.types", "quantize", "a file is what its name promises").not_run("no file is quantized")
+    for kind, path in subject.quantized.items():
+        yield from _file(subject, kind, path)
+
+
+def _file(subject: Subject, kind: str, path: Path) -> Iterator[Result]:
+    rung = f"quantize/{kind}"
+    whole = Claim("quantization.file", rung, "the file is whole, and no tensor is NaN or all zeros")
+    types = Claim("quantization.types", rung, "every tensor has the type that the name stands for")
+    try:
+        info = check_gguf(path)
+    except PipelineError as error:
+        yield whole.holds(False, str(error))
+        try:
+            info = inspect(path)
+        except PipelineError:
+            yield types.not_run("the file is not whole")
+            return
+    else:
+        yield whole.holds(True)
+    try:
+        wanted = quantization_type(kind)
+    except UserError:
+        yield types.holds(False, f"neither its name nor general.file_type says what {path.name} is")
+        return
+    plan, fallen = _plan(subject.reference, wanted)
+    yield _named(rung, info, wanted)
+    yield _types(types, info, plan)
+    yield from _bits(rung, subject, info, wanted, fallen)
+    yield _error(rung, subject, info)
+
+
+def _plan(source: Path, wanted: QuantizationType) -> tuple[dict[str, str], list[str]]:
+    """The type of every tensor, and the names of those that fall back, as llama-quantize would make them."""
+    output: list[str] = []
+    arguments: list[str | Path] = [program("llama-quantize"), "--dry-run", source, wanted.name]
+    status = run(arguments, on_line=output.append)
+    plan = {match[1]: match[3] or match[2] for line in output if (match := _PLAN.search(line))}
+    if status or not plan:
+        raise failure(f"llama-quantize --dry-run to {wanted.name}", status, output)
+    return plan, [match[1] for line in output if (match := _FALLBACK.search(line))]
+
+
+def _named(rung: str, info: GGUFInfo, wanted: QuantizationType) -> Result:
+    number = info.metadata.get("general.file_type")
+    claim = Claim("quantization.name", rung, "the file says that it is of the type that it is named after")
+    return claim.holds(
+        number == wanted.number,
+        f"general.file_type is {number}, {wanted.name} is {wanted.number}",
+        number,
+        wanted.number,
+    )
+
+
+def _types(claim: Claim, info: GGUFInfo, plan: dict[str, str]) -> Result:
+    found = {tensor.name: tensor.type for tensor in info.tensors}
+    wrong = [
+        f"{name} is {found.get(name, 'missing')} instead of {kind}"
+        for name, kind in plan.items()
+        if found.get(name, "").lower() != kind.lower()
+    ]
+    more = f" ({len(wrong)} of {len(plan)} tensors)" if wrong else ""
+    return claim.holds(not wrong, "; ".join(wrong[:2]) + more, len(wrong), "at most 0 tensors")
+
+
+def _bits(
+    rung: str, subject: Subject, info: GGUFInfo, wanted: QuantizationType, fallen: list[str]
+) -> Iterator[Result]:
+    bits = Claim("quantization.bits", rung, "a weight has at least the bits that the name promises")
+    if wanted.promised_bits is None:
+        yield bits.not_run(f"llama-quantize does not say what {wanted.name} promises")
+    else:
+        # A name's bits are an average over one model; another mix of sizes comes out a little lower.
+        least = 0.9 * wanted.promised_bits
+        words = f"{info.bits_per_weight:.2f} bits a weight, where {wanted.name} promises {wanted.promised_bits:.2f}"
+        yield bits.at_least(info.bits_per_weight, least, words)
+    share = sum(info.names[name].elements for name in fallen if name in info.names) / max(1, info.parameter_count)
+    claim = Claim("quantization.fallback", rung, "few parameters fell back to another type")
+    yield claim.at_most(
+        share, subject.settings.fallback, f"{share:.0%} of the parameters have rows that do not fit {wanted.name}"
+    )
+
+
+def _error(rung: str, subject: Subject, info: GGUFInfo) -> Result:
+    """The relative error of the worst tensor, dequantized, against the 16-bit file."""
+    import numpy as np
+
+    reference = inspect(subject.reference)
+    claim = Claim("quantization.error", rung, "every tensor is near the 16-bit one")
+    worst, words = 0.0, ""
+    with progress(f"numbers of {rung}", len(info.tensors), "tensors") as update:
+        for number, tensor in enumerate(info.tensors, 1):
+            theirs = reference.names.get(tensor.name)
+            if theirs is None or theirs.shape != tensor.shape:
+                return claim.holds(False, f"{tensor.name} is not in the 16-bit file, or has another shape there")
+            meant = reference.values(theirs)
+            size = float(np.linalg.norm(meant))
+            error = float(np.linalg.norm(info.values(tensor) - meant)) / size if size else 0.0
+            if not error <= worst:
+                worst, words = error, f"{tensor.name} is {error:.2f} of its size away"
+            update(number)
+    return claim.at_most(worst, subject.settings.quantization_error, words)

@@ -1,0 +1,149 @@
+"""What a check says: an id, a sentence, a figure, a threshold and a verdict.
+
+A check that could not run says so and why; it is never shown as passed. The first broken rung is the earliest stage of
+which a check failed: what comes after it was made from something broken.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import PipelineError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+PASS, FAIL, NOT_RUN = "pass", "fail", "not run"
+# The stages whose outputs are judged, in the order of the work.
+RUNGS = ("base", "data", "train", "merge", "convert", "quantize", "modelfile", "deploy", "evaluate")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One verdict.
+
+    Attributes:
+        id: the check and what of it, e.g. "weights.merged".
+        rung: whose output is judged, e.g. "merge" or "quantize/q4_k_m".
+        sentence: what is claimed.
+        verdict: PASS, FAIL or NOT_RUN.
+        figure: what was measured; None where nothing was.
+        threshold: what the figure was held against.
+        words: what is wrong, or why it did not run.
+    """
+
+    id: str
+    rung: str
+    sentence: str
+    verdict: str
+    figure: Any = None
+    threshold: Any = None
+    words: str = ""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a check is about to prove; it ends in one of the four verdicts below."""
+
+    id: str
+    rung: str
+    sentence: str
+
+    def holds(self, condition: bool, words: str = "", figure: Any = None, threshold: Any = None) -> Result:
+        """Passed if the condition is true; `words` say what is wrong if it is not."""
+        verdict = PASS if condition else FAIL
+        return Result(
+            self.id, self.rung, self.sentence, verdict, figure, threshold, "" if condition else words
+        )
+
+    def at_most(self, figure: float, limit: float, words: str = "") -> Result:
+        """Passed if the figure is no greater than the limit. NaN fails."""
+        return self.holds(bool(figure <= limit), words, figure, f"at most {limit:g}")
+
+    def at_least(self, figure: float, limit: float, words: str = "") -> Result:
+        """Passed if the figure is no smaller than the limit. NaN fails."""
+        return self.holds(bool(figure >= limit), words, figure, f"at least {limit:g}")
+
+    def not_run(self, why: str) -> Result:
+        """Nothing was judged."""
+        return Result(self.id, self.rung, self.sentence, NOT_RUN, words=why)
+
+
+def first_broken(results: Sequence[Result]) -> Result | None:
+    """The failure at the earliest rung, or None."""
+    failed = [result for result in results if result.verdict == FAIL]
+    return min(failed, key=lambda result: RUNGS.index(result.rung.partition("/")[0]), default=None)
+
+
+def document(results: Sequence[Result], **more: Any) -> dict[str, Any]:
+    """verify.json."""
+    broken = first_broken(results)
+    return {
+        "verdict": FAIL if broken else PASS,
+        "first_broken": asdict(broken) if broken else None,
+        "counts": {verdict: sum(r.verdict == verdict for r in results) for verdict in (PASS, FAIL, NOT_RUN)},
+        "checks": [asdict(result) for result in results],
+        **more,
+    }
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Write verify.json."""
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def require_passed(path: Path) -> None:
+    """End a command with the first broken rung in words.
+
+    Args:
+        path: verify.json.
+
+    Raises:
+        PipelineError: a check failed.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content["verdict"] != PASS:
+        raise PipelineError(explain(content))
+
+
+def explain(content: dict[str, Any]) -> str:
+    """The first broken rung of a verify.json in words."""
+    broken, failed = content["first_broken"], content["counts"][FAIL]
+    more = f" ({failed - 1} more checks failed after it)" if failed > 1 else ""
+    return f"the first broken rung is {broken['rung']}: {broken['id']}: {broken['words']}{more}"
+
+
+def table(content: dict[str, Any]) -> Table:
+    """The checks for a terminal, the first broken one in red."""
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = Table("check", "rung", "verdict", "figure", "threshold", "", box=None, pad_edge=False)
+    colours = {PASS: "green", FAIL: "bold red", NOT_RUN: "yellow"}
+    broken = content["first_broken"]
+    for row in content["checks"]:
+        words = row["words"] if row["verdict"] != PASS else row["sentence"]
+        first = broken is not None and (row["id"], row["rung"]) == (broken["id"], broken["rung"])
+        rows.add_row(
+            Text(row["id"]),
+            Text(row["rung"]),
+            Text(row["verdict"], style=colours[row["verdict"]]),
+            Text(shown(row["figure"])),
+            Text(shown(row["threshold"])),
+            Text(words, style="red" if row["verdict"] == FAIL else "" if row["verdict"] == NOT_RUN else "dim"),
+            style="bold" if first else None,
+        )
+    return rows
+
+
+def shown(value: Any) -> str:
+    """A figure for a person."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -1,0 +1,173 @@
+"""tokenizer: the ids that were trained are the ids that are served, on the run's own rows and on texts made to part them.
+
+Two tokenizers are compared by using them. That the metadata is the converter's own is checked beside that, because a
+name says faster what is wrong than a thousand differing strings.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.chat.labels import IGNORED, decode
+from pipeline.console import progress
+from pipeline.errors import PipelineError
+from pipeline.llamacpp.gguf_file import inspect
+from pipeline.llamacpp.library import LlamaModel
+from pipeline.llamacpp.server import LlamaServer
+from pipeline.model.corpus import hostile_strings
+from pipeline.verify.result import Claim, Result
+from pipeline.verify.subject import Subject, load_tokenizer
+
+_TRAINED = Claim("tokenizer.trained", "merge", "the merged model has the tokenizer that was trained")
+_KEYS = {
+    "tokenizer.model": ("the tokenizer's kind is the right one", "tokenizer.ggml.model"),
+    "tokenizer.pre": ("the pre-tokenizer is the right one", "tokenizer.ggml.pre"),
+    "tokenizer.merges": ("all merges are there", "tokenizer.ggml.merges"),
+    "tokenizer.tokens": ("the vocabulary is the trained one", "tokenizer.ggml.tokens"),
+    "tokenizer.types": ("special tokens are marked as such", "tokenizer.ggml.token_type"),
+}
+_SPECIAL = ("bos", "eos", "eot", "eom", "unknown", "padding", "seperator", "mask")
+_ROWS = 500  # rows of the run that are compared
+
+
+def check(subject: Subject) -> Iterator[Result]:
+    """Judge the merged folder's tokenizer, then every GGUF file's."""
+    yield _trained(subject)
+    for rung, path in subject.files:
+        yield from _file(subject, rung, path)
+
+
+def _trained(subject: Subject) -> Result:
+    if subject.adapter is None:
+        return _TRAINED.not_run("the tokenizer that was trained with is not known")
+    wrong = []
+    trained, merged = load_tokenizer(subject.adapter), subject.tokenizer
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"):
+        if getattr(trained, name) != getattr(merged, name):
+            wrong.append(f"{name} is {getattr(merged, name)} instead of {getattr(trained, name)}")
+    if trained.get_vocab() != merged.get_vocab():
+        changed = trained.get_vocab().items() ^ merged.get_vocab().items()
+        wrong.append(f"the vocabularies differ, e.g. in {sorted(token for token, _ in changed)[0]!r}")
+    if trained.chat_template != merged.chat_template:
+        wrong.append("the chat templates differ")
+    texts = hostile_strings(1000, special_tokens=trained.all_special_tokens)
+    ids, others = (_ids(tokenizer, texts) for tokenizer in (trained, merged))
+    if differing := sum(a != b for a, b in zip(ids, others, strict=True)):
+        wrong.append(f"{differing} of {len(texts)} strings have other ids")
+    return _TRAINED.holds(not wrong, "; ".join(wrong[:3]), len(wrong), "at most 0")
+
+
+def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _file(subject: Subject, rung: str, path: Path) -> Iterator[Result]:
+    ids = Claim("tokenizer.ids", rung, "llama-server gives every text the trained ids")
+    try:
+        metadata = inspect(path).metadata
+    except PipelineError as error:
+        yield ids.not_run(f"the file cannot be read: {error}")
+        return
+    yield from _metadata(subject, rung, metadata)
+    try:
+        with LlamaServer(path, context=256) as server:
+            yield _same_ids(subject, ids, server)
+            yield _adds(subject, rung, server)
+    except PipelineError as error:
+        yield ids.holds(False, f"llama-server cannot use it: {error}")
+        return
+    yield _ends(subject, rung, path)
+
+
+def _metadata(subject: Subject, rung: str, metadata: dict[str, Any]) -> Iterator[Result]:
+    """What the pinned converter writes for this tokenizer, key by key."""
+    expected = subject.expected.metadata
+    for id, (sentence, key) in _KEYS.items():
+        ours, theirs = metadata.get(key), expected.get(key)
+        yield Claim(id, rung, sentence).holds(ours == theirs, _key_difference(key, ours, theirs))
+    wrong = []
+    for name in _SPECIAL:
+        key = f"tokenizer.ggml.{name}_token_id"
+        if metadata.get(key) != expected.get(key) and key in expected:
+            wrong.append(f"{name} is {metadata.get(key)} instead of {expected[key]}")
+    tokenizer = subject.tokenizer
+    for name, id in (("bos", tokenizer.bos_token_id), ("eos", tokenizer.eos_token_id)):
+        if id is not None and metadata.get(f"tokenizer.ggml.{name}_token_id", id) != id:
+            wrong.append(f"{name} is {metadata.get(f'tokenizer.ggml.{name}_token_id')}, the tokenizer's {id}")
+    claim = Claim("tokenizer.special", rung, "BOS, EOS and the other special tokens are the trained ones")
+    yield claim.holds(not wrong, "; ".join(wrong), len(wrong), "at most 0")
+
+
+def _key_difference(key: str, ours: Any, theirs: Any) -> str:
+    if isinstance(theirs, list) and not ours:
+        return f"{key} is missing: {len(theirs):,} entries should be there"
+    if isinstance(theirs, list) and isinstance(ours, list):
+        if len(ours) != len(theirs):
+            return f"{key} has {len(ours):,} entries instead of {len(theirs):,}"
+        at = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b) if ours != theirs else 0
+        return f"{key}[{at}] is {ours[at]!r} instead of {theirs[at]!r}"
+    return f"{key} is {ours!r} instead of {theirs!r}"
+
+
+def _same_ids(subject: Subject, claim: Claim, server: LlamaServer) -> Result:
+    tokenizer = subject.tokenizer
+    rows = [decode(tokenizer, ids) for ids, _ in subject.held_out[1][:_ROWS]] + _training_rows(subject)
+    texts = [*dict.fromkeys(rows), *hostile_strings(subject.settings.strings, special_tokens=tokenizer.all_special_tokens)]
+    trained = _ids(tokenizer, texts)
+    differing, words = 0, ""
+    with progress(f"tokens of {claim.rung}", len(texts), "strings") as update:
+        for number, (text, ids) in enumerate(zip(texts, trained, strict=True), 1):
+            served = server.tokenize(text)
+            if served != ids:
+                differing += 1
+                words = words or f"{text[:40]!r} is {served[:8]}, trained {ids[:8]}"
+            if number % 100 == 0 or number == len(texts):
+                update(number)
+    more = f" ({differing:,} of {len(texts):,} strings differ)" if differing else ""
+    return claim.at_most(differing, subject.settings.differing_strings, words + more)
+
+
+def _training_rows(subject: Subject) -> list[str]:
+    if subject.run is None or not (path := subject.run / "data" / "train.tokens.jsonl").is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()[:_ROWS]
+    return [decode(subject.tokenizer, json.loads(line)["input_ids"]) for line in lines]
+
+
+def _adds(subject: Subject, rung: str, server: LlamaServer) -> Result:
+    """Whether the server puts BOS and EOS around a text exactly as the tokenizer does."""
+    text = "Hello"
+    served, trained = server.tokenize(text, add_special=True), list(subject.tokenizer(text)["input_ids"])
+    claim = Claim("tokenizer.bos", rung, "the server adds BOS and EOS where the trained tokenizer does")
+    return claim.holds(served == trained, f"{text!r} is served as {served}, the tokenizer makes {trained}")
+
+
+def _ends(subject: Subject, rung: str, path: Path) -> Result:
+    """Whether llama.cpp stops at the token that ends a trained answer."""
+    claim = Claim("tokenizer.end_of_turn", rung, "llama.cpp stops at the token that ends a trained answer")
+    token = end_of_turn(subject)
+    if token is None:
+        return claim.not_run("the chat template writes no token after an answer that could be found")
+    with LlamaModel(path, context=16) as model:
+        ends = model.ends_turn(token)
+    return claim.holds(ends, f"it does not stop at token {token}, {decode(subject.tokenizer, [token])!r}", token)
+
+
+def end_of_turn(subject: Subject) -> int | None:
+    """The id of the token that ends an answer: the last trained one of a row, else the template's own."""
+    from pipeline.chat.labels import tokenize_conversation
+
+    for ids, labels in subject.held_out[1][:1]:
+        trained = [id for id, label in zip(ids, labels, strict=False) if label != IGNORED]
+        if trained:
+            return trained[-1]
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        row = tokenize_conversation(subject.tokenizer, messages)
+    except PipelineError:
+        return None
+    return next((label for label in reversed(row.labels) if label != IGNORED), None)
