@@ -26,7 +26,7 @@ _ELSEWHERE = {
 # The order of the help page is the order of the work.
 _ORDER = (
     "setup", "run", "status", "config", "data", "train", "merge", "convert", "quantize", "modelfile", "deploy",
-    "evaluate", "report", "export", "template", "chat",
+    "evaluate", "verify", "report", "export", "template", "chat",
 )  # fmt: skip
 
 
@@ -128,6 +128,10 @@ def run(config: Path, overrides: tuple[str, ...], until: str | None) -> None:
     last = graph.STAGES.index(until) if until else len(graph.STAGES) - 1
     _bring_up_to_date(settings, sources, graph.STAGES[: last + 1])
     _say_where(settings)
+    if last >= graph.STAGES.index("verify"):
+        from pipeline.verify.result import require_passed
+
+        require_passed(settings.run_folder / "verify" / "verify.json")
 
 
 def _say_where(config: Config) -> None:
@@ -286,6 +290,50 @@ def deploy(
             click.echo(create.read_text(encoding="utf-8"))
         return
     _bring_up_to_date(settings, sources, ["deploy"], force)
+
+
+@main.command()
+@configured
+@click.option("--hf", type=click.Path(path_type=Path), metavar="DIR", help="A Hugging Face folder, instead of CONFIG.")
+@click.option("--gguf", type=click.Path(path_type=Path), metavar="FILE", help="The GGUF file that was made from it.")
+@click.option("--force", is_flag=True, help="Verify again, also where nothing has changed since.")
+@click.option("--json", "as_json", is_flag=True, help="Print verify.json.")
+@click.pass_context
+def verify(
+    context: click.Context,
+    config: Path,
+    overrides: tuple[str, ...],
+    hf: Path | None,
+    gguf: Path | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Prove every stage against the one before it, and name the first broken one.
+
+    CONFIG is a pipeline.toml: what is needed is brought up to date first. It may also be a run's folder, which is taken
+    as it is. With --hf and --gguf an export of another program is verified, by the checks that need no more than that.
+
+    Exit status 1 if a check failed. A check that could not run is shown as such, never as passed.
+    """
+    from pipeline.errors import UserError
+    from pipeline.verify.command import show, verify_export, verify_folder
+
+    if (hf is None) != (gguf is None):
+        raise UserError("--hf and --gguf belong together: the folder, and the GGUF file that was made from it")
+    if hf is not None and gguf is not None:
+        content = verify_export(hf.absolute(), gguf.absolute(), overrides)
+    elif (config / "config.json").is_file():
+        content = verify_folder(config.absolute(), overrides)
+    else:
+        settings, sources = resolved(config, overrides)
+        _bring_up_to_date(settings, sources, ["verify"], force)
+        content = json.loads((settings.run_folder / "verify" / "verify.json").read_text(encoding="utf-8"))
+    if as_json:
+        click.echo(json.dumps(content, indent=1, ensure_ascii=False))
+    else:
+        show(content)
+    if content["verdict"] != "pass":
+        context.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """verify: every stage against the one before it, and the first broken one by name.
 
-A broken link is written down and does not stop the stages after it, so that the report can show it; the command that ran
-this ends with status 1.
+A broken link is written down and does not stop the stages after it, so that the report can show it; the command that
+ran this ends with status 1.
 """
 
 from __future__ import annotations

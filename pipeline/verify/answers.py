@@ -32,7 +32,7 @@ def _answers(subject: Subject) -> Iterator[Result]:
     if subject.config.eval.metric == "none":
         yield learned.not_run("eval.metric is none")
         return
-    rungs = [rung for rung in ("base", "adapter", *subject.quantized, "ollama")]
+    rungs = ("base", "adapter", *subject.quantized, "ollama")
     correct = {rung: marks for rung in rungs if (marks := _marks(subject.run / "evaluate" / rung / "answers.jsonl"))}
     subject.shared["answers"] = {rung: _score(marks) for rung, marks in correct.items()}
     if len(correct) < 2:
@@ -103,4 +103,5 @@ def _losses(subject: Subject) -> Iterator[Result]:
     if "16-bit GGUF" in losses:
         step = Claim("answers.loss", "convert", "the 16-bit GGUF file has the held-out loss of the merged model")
         rise = losses["16-bit GGUF"] - losses["merged"]
-        yield step.at_most(abs(rise), limit / 10, f"it is {losses['16-bit GGUF']:.4f}, the merged {losses['merged']:.4f}")
+        words = f"it is {losses['16-bit GGUF']:.4f}, the merged model's {losses['merged']:.4f}"
+        yield step.at_most(abs(rise), limit / 10, words)

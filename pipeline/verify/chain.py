@@ -28,7 +28,7 @@ from pipeline.verify.subject import Subject
 
 Check = Callable[[Subject], Iterator[Result]]
 
-# Name, check, and the rung that is blamed when the check itself breaks. Answers come last: they read what others measured.
+# Name, check, and the rung that is blamed when the check itself breaks. Answers read what others measured.
 CHECKS: dict[str, tuple[Check, str]] = {
     "labels": (labels.check, "train"),
     "weights": (weights.check, "merge"),

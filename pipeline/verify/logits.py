@@ -7,6 +7,7 @@ nothing about either, and is not taken.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from collections.abc import Iterator
@@ -115,21 +116,24 @@ def _diverge(model: Any, path: Path, rows: Rows, where: str) -> tuple[Divergence
     total = sum(len(ids) for ids, _ in rows)
     ours, theirs, trained, done = 0.0, 0.0, 0, 0
     longest = max(len(ids) for ids, _ in rows)
-    with LlamaModel(path, context=-(-longest // 256) * 256) as file, torch.inference_mode():
-        with progress(f"logits on {where}", total, "tokens") as update:
-            for ids, labels in rows:
-                reference = model(input_ids=torch.tensor([ids])).logits[0].float().numpy()
-                other = file.logits(ids)
-                width = min(reference.shape[1], other.shape[1])  # an embedding may be padded beyond the vocabulary
-                if reference.shape[1] != other.shape[1]:
-                    reference, other = (np.ascontiguousarray(x[:, :width]) for x in (reference, other))
-                divergence.add(reference, other)
-                places = _trained_places(labels)
-                ours += loss_of(reference, ids, places)
-                theirs += loss_of(other, ids, places)
-                trained += len(places)
-                done += len(ids)
-                update(done)
+    with (
+        LlamaModel(path, context=-(-longest // 256) * 256) as file,
+        torch.inference_mode(),
+        progress(f"logits on {where}", total, "tokens") as update,
+    ):
+        for ids, labels in rows:
+            reference = model(input_ids=torch.tensor([ids])).logits[0].float().numpy()
+            other = file.logits(ids)
+            width = min(reference.shape[1], other.shape[1])  # an embedding may be padded beyond the vocabulary
+            if reference.shape[1] != other.shape[1]:
+                reference, other = (np.ascontiguousarray(x[:, :width]) for x in (reference, other))
+            divergence.add(reference, other)
+            places = _trained_places(labels)
+            ours += loss_of(reference, ids, places)
+            theirs += loss_of(other, ids, places)
+            trained += len(places)
+            done += len(ids)
+            update(done)
     if not trained:
         return divergence, {}
     return divergence, {"merged": ours / trained, "16-bit GGUF": theirs / trained}
@@ -166,9 +170,11 @@ def _quantized(subject: Subject) -> Iterator[Result]:
         if add_bos and subject.tokenizer.bos_token_id is not None:
             ids = _with_bos(ids, subject.tokenizer.bos_token_id, context)
         chunks = len(ids) // context
-        with LlamaModel(subject.reference, context=context) as model:
-            with progress("logits of the 16-bit file", chunks, "chunks") as update:
-                write_reference(model, ids, reference, context, update)
+        with (
+            LlamaModel(subject.reference, context=context) as model,
+            progress("logits of the 16-bit file", chunks, "chunks") as update,
+        ):
+            write_reference(model, ids, reference, context, update)
     for kind, path in subject.quantized.items():
         claim = Claim("logits.quantized", f"quantize/{kind}", "quantizing changed the predictions little (mean KL)")
         if broken:
@@ -207,8 +213,6 @@ def _limit(kind: str, bits: float) -> float:
     """What a type may lose: by the bits that its name promises."""
     from pipeline.llamacpp.quantization import quantization_type
 
-    try:
+    with contextlib.suppress(PipelineError):  # the name says nothing: then the file's own bits
         bits = quantization_type(kind).promised_bits or bits
-    except PipelineError:
-        pass  # the name says nothing: then the file's own bits
     return next(limit for least, limit in _LIMITS if bits >= least)

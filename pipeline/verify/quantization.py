@@ -11,7 +11,8 @@ from pathlib import Path
 
 from pipeline.console import progress
 from pipeline.errors import PipelineError, UserError
-from pipeline.llamacpp.gguf_file import GGUFInfo, check as check_gguf, inspect
+from pipeline.llamacpp.gguf_file import GGUFInfo, inspect
+from pipeline.llamacpp.gguf_file import check as check_gguf
 from pipeline.llamacpp.programs import failure, program, run
 from pipeline.llamacpp.quantization import QuantizationType, quantization_type
 from pipeline.verify.result import Claim, Result
@@ -24,7 +25,8 @@ _FALLBACK = re.compile(r"warning: (\S+)\s+- ncols")
 def check(subject: Subject) -> Iterator[Result]:
     """Judge every quantized file."""
     if not subject.quantized:
-        yield Claim("quantization.types", "quantize", "a file is what its name promises").not_run("no file is quantized")
+        claim = Claim("quantization.types", "quantize", "every tensor has the type that the name stands for")
+        yield claim.not_run("no file is quantized")
     for kind, path in subject.quantized.items():
         yield from _file(subject, kind, path)
 

@@ -1,4 +1,4 @@
-"""tokenizer: the ids that were trained are the ids that are served, on the run's own rows and on texts made to part them.
+"""tokenizer: the ids that were trained are the ids that are served, on the run's rows and on texts made to part them.
 
 Two tokenizers are compared by using them. That the metadata is the converter's own is checked beside that, because a
 name says faster what is wrong than a thousand differing strings.
@@ -116,7 +116,8 @@ def _key_difference(key: str, ours: Any, theirs: Any) -> str:
 def _same_ids(subject: Subject, claim: Claim, server: LlamaServer) -> Result:
     tokenizer = subject.tokenizer
     rows = [decode(tokenizer, ids) for ids, _ in subject.held_out[1][:_ROWS]] + _training_rows(subject)
-    texts = [*dict.fromkeys(rows), *hostile_strings(subject.settings.strings, special_tokens=tokenizer.all_special_tokens)]
+    hostile = hostile_strings(subject.settings.strings, special_tokens=tokenizer.all_special_tokens)
+    texts = [*dict.fromkeys(rows), *hostile]
     trained = _ids(tokenizer, texts)
     differing, words = 0, ""
     with progress(f"tokens of {claim.rung}", len(texts), "strings") as update:

@@ -1,4 +1,4 @@
-"""toolchain: converter, quantizer and server are of one pin, and every file of the run is still the one that was made."""
+"""toolchain: converter, quantizer and server are of one pin, and every file is still the one that was made."""
 
 from __future__ import annotations
 

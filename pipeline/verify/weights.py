@@ -15,7 +15,8 @@ from typing import Any
 
 from pipeline.console import progress
 from pipeline.errors import PipelineError
-from pipeline.llamacpp.gguf_file import GGUFInfo, check as check_gguf, inspect
+from pipeline.llamacpp.gguf_file import GGUFInfo, inspect
+from pipeline.llamacpp.gguf_file import check as check_gguf
 from pipeline.verify.result import Claim, Result
 from pipeline.verify.subject import Subject
 
