@@ -150,7 +150,26 @@ class Eval(Section):
 
 
 class Verify(Section):
-    """What `verify` tolerates."""
+    """What `verify` tolerates. Divergences are in nats."""
+
+    tokens: int = Field(5000, ge=100, description="held-out tokens on which logits are compared")
+    strings: int = Field(5000, ge=100, description="hostile strings that each tokenizer is tried on")
+    differing_strings: int = Field(0, ge=0, description="strings that may have other token ids")
+    trained_share: float = Field(0.001, ge=0, le=1, description="least share of trained tokens")
+    rounding: float = Field(1.0, gt=0, description="largest error of a merged weight, in steps of its stored type")
+    divergence: float = Field(1e-4, gt=0, description="largest mean KL divergence of the 16-bit GGUF")
+    divergence_999: float = Field(1e-3, gt=0, description="largest 99.9th percentile of it")
+    same_top: float = Field(0.995, ge=0, le=1, description="least share of positions with the same likeliest token")
+    lead: float = Field(0.01, gt=0, description="largest lead, in log probability, that a likeliest token may lose")
+    quantized_divergence: float | None = Field(
+        None, gt=0, description="largest mean KL divergence of a quantized file; default: by the bits of its type"
+    )
+    quantization_error: float = Field(0.6, gt=0, description="largest relative error of a quantized tensor")
+    fallback: float = Field(1.0, ge=0, le=1, description="largest share of parameters that fell back to another type")
+    stopping_prompts: int = Field(8, ge=1, description="prompts that every server has to answer to the end")
+    stopping: float = Field(0.8, ge=0, le=1, description="least share of answers that end by themselves")
+    answers_lost: float = Field(0.05, ge=0, le=1, description="largest loss of right answers from a rung to the next")
+    loss_lost: float = Field(0.1, gt=0, description="largest rise of the held-out loss from a rung to the next, in nats")
 
 
 class Run(Section):
