@@ -250,6 +250,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict
         config = Config.model_validate(values)
     except ValidationError as error:
         raise UserError("\n".join(_explain(error, places, path))) from None
+    for key in ("train", "validation", "test"):
+        file = getattr(config.data, key)
+        if file is not None and not file.is_file():
+            where = places.get(f"data.{key}", path)
+            problem = "is a folder; give the file in it" if file.is_dir() else "no such file"
+            raise UserError(f"{where}: data.{key}: {file}: {problem}")
     return _anchored(config, path), {key: place.replace(str(path), path.name) for key, place in places.items()}
 
 

@@ -13,6 +13,7 @@ MINIMAL = '[model]\nbase = "smollm2-135m-instruct"\n\n[data]\ntrain = "train.jso
 
 
 def write(folder: Path, text: str) -> Path:
+    (folder / "train.jsonl").touch()
     path = folder / "pipeline.toml"
     path.write_text(text, encoding="utf-8")
     return path
@@ -79,6 +80,13 @@ def test_unknown_override_names_itself(tmp_path: Path) -> None:
     message = refusal(tmp_path, MINIMAL, "train.epocks=2")
     assert "--set train.epocks=2" in message
     assert "train.epochs" in message
+
+
+@pytest.mark.parametrize(("name", "said"), [("absent.jsonl", "no such file"), (".", "is a folder")])
+def test_data_that_is_not_there_is_named_with_its_line(tmp_path: Path, name: str, said: str) -> None:
+    message = refusal(tmp_path, MINIMAL + f'test = "{name}"\n')
+    assert "pipeline.toml:6: data.test: " in message
+    assert said in message
 
 
 @pytest.mark.parametrize("name", ["missing.toml", "."])

@@ -10,8 +10,18 @@ if TYPE_CHECKING:
     from pipeline.config import Model
 
 
+def compute_type() -> Any:
+    """The type that this machine computes fast, which is also what Unsloth trains in: 16 bits where there is hardware."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
 def load_base(settings: Model) -> tuple[Any, Any]:
-    """The untouched base and its tokenizer; float32 on a CPU, as stored on a GPU."""
+    """The untouched base and its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,7 +31,7 @@ def load_base(settings: Model) -> tuple[Any, Any]:
     cuda = torch.cuda.is_available()
     model = AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype="auto" if cuda else torch.float32,
+        dtype=compute_type(),
         device_map="cuda" if cuda else None,
         trust_remote_code=settings.trust_remote_code,
     )
@@ -48,7 +58,7 @@ def load_adapter(settings: Model, adapter: Path, *, in_4bit: bool) -> tuple[Any,
         model, _ = load_base(settings)
         return PeftModel.from_pretrained(model, adapter).eval(), tokenizer
     cuda = torch.cuda.is_available()
-    compute = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float16 if cuda else torch.float32
+    compute = compute_type()
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -63,7 +73,7 @@ def load_adapter(settings: Model, adapter: Path, *, in_4bit: bool) -> tuple[Any,
         trust_remote_code=settings.trust_remote_code,
     )
     if not cuda:
-        model = model.dequantize(dtype=torch.float32)
+        model = model.dequantize(dtype=compute)
     return PeftModel.from_pretrained(model, adapter).eval(), tokenizer
 
 

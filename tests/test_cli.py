@@ -1,0 +1,117 @@
+"""The command line: quick help, one message for every mistake, the right exit status."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from pipeline.cli import main
+
+CONFIG = '[model]\nbase = "smollm2-135m-instruct"\n[data]\ntrain = "train.jsonl"\n'
+ROW = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]}
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    (tmp_path / "pipeline.toml").write_text(CONFIG)
+    (tmp_path / "train.jsonl").write_text(json.dumps(ROW) + "\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", [None, *main.list_commands(click.Context(main))])
+def test_help_imports_nothing_heavy(name: str | None) -> None:
+    """A time cannot be asserted on a shared machine; what costs the time can."""
+    arguments = [name, "--help"] if name else ["--help"]
+    program = (
+        "import sys; from pipeline.cli import main\n"
+        f"try: main({arguments!r})\n"
+        "except SystemExit as end: assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'pydantic', 'rich', 'httpx', 'ollama', 'jinja2', 'psutil', 'gguf'}\n"
+        "found = heavy & set(sys.modules); assert not found, found"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert "--help" in answer.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "missing.toml"], "no such file"),
+        (["run", "{project}", "--until", "trian"], "no such stage"),
+        (["run", "{project}", "--set", "train.epochs"], "write section.key=value"),
+        (["run", "{project}", "--set", "train.epocs=2"], "did you mean train.epochs?"),
+        (["train", "{project}", "--set", "model.base=no-such-base"], "packaged are"),
+        (["train", "{project}", "--set", "model.base={project}"], "config.json"),
+        (["export", "{project}", "--quant", "q4_k_x"], "q4_k"),
+        (["status", "{project}/nowhere"], "no such file"),
+        (["quantise"], "Did you mean 'quantize'?"),
+    ],
+)
+def test_mistakes_end_in_one_message_and_status_2(project: Path, arguments: list[str], said: str) -> None:
+    result = invoke(*(argument.replace("{project}", str(project)) for argument in arguments))
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (project / "run" / "train").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "train.jsonl"),
+        ("{\n", "train.jsonl:1"),
+        ('{"messages": []}\n', "train.jsonl:1"),
+        (json.dumps({"messages": [{"role": "user", "content": "x"}]}) + "\n", "train.jsonl:1"),
+    ],
+)
+def test_bad_data_is_named_by_file_and_line(project: Path, text: str, said: str) -> None:
+    (project / "train.jsonl").write_text(text)
+    answer = subprocess.run(
+        [sys.executable, "-m", "pipeline", "data", str(project)], capture_output=True, text=True, check=False
+    )
+    assert answer.returncode == 2, answer.stderr
+    assert said in answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert not (project / "run" / "data").exists()
+
+
+def test_config_prints_every_value_and_its_source(project: Path) -> None:
+    import tomllib
+
+    result = invoke("config", project, "--set", "lora.r=8")
+    assert result.exit_code == 0
+    values = tomllib.loads(result.stdout)  # what is printed can be read again
+    assert values["lora"]["r"] == 8
+    assert "# --set lora.r=8" in result.stdout
+    document = json.loads(invoke("config", project, "--json").stdout)
+    assert document["sources"]["model.base"] == "pipeline.toml:2"
+
+
+def test_status_of_a_run_that_has_not_started(project: Path) -> None:
+    result = invoke("status", project, "--json")
+    assert result.exit_code == 0
+    rows = json.loads(result.stdout)["stages"]
+    assert rows[0]["stage"] == "data"
+    assert {row["state"] for row in rows} == {"missing"}
+
+
+def test_an_interrupt_is_no_traceback(project: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "data", str(project)], stderr=subprocess.PIPE, text=True
+    )
+    while not (project / "run" / "events.jsonl").exists():
+        time.sleep(0.02)
+    process.send_signal(2)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode in (0, 130)
+    assert "Traceback" not in said

@@ -1,0 +1,108 @@
+"""The real chain, short: a base, six steps of training, a Q4_K_M file, and Ollama answering with it."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HOME = Path(__file__).parent.parent / "examples" / "home"
+STAGES = [
+    "data",
+    "train",
+    "merge",
+    "convert",
+    "quantize/q4_k_m",
+    "modelfile/q4_k_m",
+    "deploy",
+    "evaluate/base",
+    "evaluate/adapter",
+    "evaluate/q4_k_m",
+    "evaluate/ollama",
+    "evaluate/table",
+]
+
+
+def pipeline(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipeline", *(str(argument) for argument in arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the example, cut down to 96 rows."""
+    project = tmp_path_factory.mktemp("home")
+    for name, rows in (("train", 96), ("validation", 8), ("test", 4)):
+        lines = (HOME / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (project / f"{name}.jsonl").write_text("".join(lines[:rows]), encoding="utf-8")
+    text = (HOME / "pipeline.toml").read_text(encoding="utf-8")
+    text = re.sub(r"^(epochs|steps) = .*$", "steps = 6", text, flags=re.MULTILINE)
+    text = re.sub(r"^max_new_tokens = .*$", "max_new_tokens = 24", text, flags=re.MULTILINE)
+    (project / "pipeline.toml").write_text(text, encoding="utf-8")
+    answer = pipeline("run", project)
+    assert answer.returncode == 0, answer.stderr
+    assert "Traceback" not in answer.stderr
+    return project / "run"
+
+
+def manifest(run: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    return document
+
+
+def test_every_stage_ran_and_is_recorded(run: Path) -> None:
+    document = manifest(run)
+    assert set(STAGES) <= set(document["stages"])
+    for name, record in document["stages"].items():
+        assert record["outputs"], name
+        for file, known in record["outputs"].items():
+            assert (run / file).stat().st_size == known["size"]
+    assert document["pins"]["llama.cpp"]["sha256"]
+    assert document["versions"]["unsloth"]
+    assert any("convert_hf_to_gguf.py" in word for command in document["stages"]["convert"]["commands"] for word in command)
+    assert not list((run / ".partial").iterdir())
+
+
+def test_it_learned_and_the_merge_changed_the_weights(run: Path) -> None:
+    stages = manifest(run)["stages"]
+    assert stages["train"]["figures"]["validation_loss_last"] < stages["train"]["figures"]["validation_loss_first"]
+    assert stages["merge"]["figures"]["modules_merged"] == 210
+    assert stages["merge"]["figures"]["relative_change"] > 0
+
+
+def test_ollama_answers_what_the_file_answers(run: Path) -> None:
+    deployed = json.loads((run / "deploy" / "deploy.json").read_text(encoding="utf-8"))
+    assert deployed["deployed"]
+    rows = json.loads((run / "evaluate" / "table" / "evaluation.json").read_text(encoding="utf-8"))["rows"]
+    assert len(rows) == 4
+    for row in rows:
+        assert row["answers"]["ollama"].strip() == row["answers"]["q4_k_m"].strip()
+        assert row["answers"]["base"] != row["answers"]["q4_k_m"]
+
+
+def test_the_page_is_whole_and_needs_nothing_else(run: Path) -> None:
+    page = (run / "report" / "report.html").read_text(encoding="utf-8")
+    assert page.rstrip().endswith("</html>")
+    assert "<svg" in page
+    assert not re.search(r"""(src|href)=["'](?!#)""", page.replace("xlink:href", ""))
+    for stage in STAGES:
+        assert stage in page
+
+
+def test_again_skips_everything_and_another_type_runs_only_what_follows(run: Path) -> None:
+    again = pipeline("run", run.parent)
+    assert again.returncode == 0, again.stderr
+    count = len(manifest(run)["stages"])
+    assert f"{count} of {count} stages are up to date" in again.stderr
+    before = manifest(run)["stages"]
+    more = pipeline("export", run.parent, "--quant", "q8_0")
+    assert more.returncode == 0, more.stderr
+    after = manifest(run)["stages"]
+    changed = {name for name, record in after.items() if record != before.get(name)}
+    assert changed == {"quantize/q8_0", "modelfile/q8_0"}
+    assert (run / "modelfile" / "q8_0" / "Modelfile").is_file()
+    rows = json.loads(pipeline("status", run.parent, "--json").stdout)["stages"]
+    assert {row["state"] for row in rows} == {"fresh"}

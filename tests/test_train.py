@@ -1,0 +1,153 @@
+"""Training by the real Unsloth on a small random model: what is trained, resumed, and the same every time."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Config
+from pipeline.model.base import resolve_base
+from pipeline.resources import sha256_of
+from pipeline.stages.train import COMPLETE, schedule
+
+STEPS = 8
+CONFIG = f"""
+[model]
+base = "base"
+[data]
+train = "train.jsonl"
+validation_fraction = 0.1
+[lora]
+r = 4
+[train]
+steps = {STEPS}
+batch = 4
+learning_rate = 1e-3
+max_length = 128
+save_interval = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small random base that has a real tokenizer, data, and a configuration."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("train")
+    packaged = resolve_base("smollm2-135m-instruct")
+    shape = json.loads((packaged / "config.json").read_text())
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**shape, **small, **heads})).to(torch.bfloat16)
+    model.save_pretrained(folder / "base")
+    for path in packaged.iterdir():
+        if "token" in path.name or path.suffix == ".jinja":
+            shutil.copy(path, folder / "base")
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"say {number}"},
+                {"role": "assistant", "content": f"the number is {number}"},
+            ]
+        }
+        for number in range(40)
+    ]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "pipeline.toml").write_text(CONFIG)
+    return folder
+
+
+def train(project: Path, run: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "pipeline", "train", str(project), "--set", f"run.folder={run}"]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    _, said = process.communicate()
+    assert process.returncode == 0, said
+
+
+@pytest.fixture(scope="module")
+def trained(project: Path) -> Path:
+    finish(train(project, "whole"))
+    return project / "whole"
+
+
+def test_the_adapter_learns_in_float32_and_says_what_it_is(trained: Path) -> None:
+    from safetensors.torch import load_file
+
+    adapter = trained / "train" / "adapter"
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    assert {str(tensor.dtype) for tensor in tensors.values()} == {"torch.float32"}
+    assert all(tensor.abs().max() > 0 for name, tensor in tensors.items() if "lora_B" in name)
+    assert len(tensors) == 2 * 2 * 7  # A and B, two layers, seven projections
+    history = json.loads((trained / "train" / "history.json").read_text())
+    assert history[0]["step"] == 0
+    assert "eval_loss" in history[0]
+    losses = [row["loss"] for row in history if "loss" in row]
+    assert len(losses) == STEPS
+    assert losses[-1] < losses[0]
+    assert "validation loss" in (adapter / "README.md").read_text()
+    assert (trained / "train" / "loss.svg").read_text().startswith("<?xml")
+
+
+def test_the_batches_are_the_rows_of_the_data_stage(trained: Path) -> None:
+    """Every row that was trained on is one of the data stage's, labels and padding included."""
+    rows = [json.loads(line) for line in (trained / "data" / "train.tokens.jsonl").read_text().splitlines()]
+    known = {(tuple(row["input_ids"]), tuple(row["labels"])) for row in rows}
+    batches = [json.loads(line) for line in (trained / "train" / "batches.jsonl").read_text().splitlines()]
+    assert [batch["step"] for batch in batches] == list(range(STEPS))
+    for batch in batches:
+        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+            assert any(
+                tuple(ids[: len(row)]) == row and tuple(labels[: len(row)]) == kept and set(labels[len(row) :]) <= {-100}
+                for row, kept in known
+            )
+
+
+def test_killed_and_resumed_is_the_same_training(project: Path, trained: Path) -> None:
+    """kill -9 in the middle; the same command ends with the same bytes."""
+    process = train(project, "killed")
+    checkpoint = project / "killed" / ".partial" / "train" / "scratch" / "checkpoints" / "checkpoint-4" / COMPLETE
+    deadline = time.monotonic() + 300
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert checkpoint.exists()
+    assert not (project / "killed" / "train").exists()
+
+    finish(train(project, "killed"))
+    manifest = json.loads((project / "killed" / "manifest.json").read_text())
+    assert manifest["stages"]["train"]["figures"]["resumed_from"] is not None
+    for name in ("adapter/adapter_model.safetensors", "history.json", "batches.jsonl", "loss.svg"):
+        assert sha256_of(project / "killed" / "train" / name) == sha256_of(trained / "train" / name), name
+
+
+def config(**train: object) -> Config:
+    values = {"batch": 8, "accumulation": 1, "epochs": 1.0} | train
+    return Config.model_validate({"model": {"base": "x"}, "data": {"train": "x"}, "train": values})
+
+
+@pytest.mark.parametrize(
+    ("rows", "validation", "settings", "expected"),
+    [
+        (1520, 200, {}, (190, 95, 19)),  # the example: ten validations would cost half as much as the training
+        (1520, 20, {}, (190, 19, 19)),
+        (1521, 20, {"epochs": 2.0}, (382, 39, 38)),
+        (3, 0, {}, (1, 1, 1)),
+        (100, 10, {"steps": 7, "epochs": None, "eval_interval": 3, "save_interval": 2}, (7, 3, 2)),
+        (100, 10, {"eval_interval": 3, "save_interval": 2, "early_stopping": 2}, (13, 3, 3)),
+        (1000, 10, {"accumulation": 4}, (32, 4, 3)),
+    ],
+)
+def test_schedule(rows: int, validation: int, settings: dict[str, object], expected: tuple[int, int, int]) -> None:
+    assert schedule(rows, validation, config(**settings)) == expected
