@@ -178,28 +178,20 @@ def status(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from pipeline.figures import duration, main_figures, size
+
     table = Table("stage", "state", "time", "memory", "figures", title=str(settings.run_folder), title_justify="left")
     for row in rows:
         seconds, memory = row["seconds"], row["peak_memory_bytes"]
         table.add_row(
             row["stage"],
             row["state"] if row["reason"] is None or row["state"] == "missing" else f"{row['state']}: {row['reason']}",
-            "" if seconds is None else f"{seconds:,.1f} s",
-            "" if memory is None else f"{memory / 2**20:,.0f} MiB",
-            _figures(row["figures"]),
+            "" if seconds is None else duration(seconds),
+            "" if memory is None else size(memory),
+            main_figures(row["stage"], row["figures"]),
             style={"stale": "yellow", "missing": "dim"}.get(row["state"]),
         )
     Console().print(table)
-
-
-def _figures(figures: dict[str, Any]) -> str:
-    """The plain figures of a stage, short."""
-    plain = {
-        key: f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
-        for key, value in figures.items()
-        if isinstance(value, int | float | str) and len(str(value)) < 60
-    }
-    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in list(plain.items())[:6])
 
 
 @main.command("config")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
+from pipeline.figures import duration, main_figures, size
 from pipeline.resources import resource
 from pipeline.run import read_manifest
 from pipeline.work import Work
@@ -128,16 +129,11 @@ def _files(stages: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _stage(name: str, record: dict[str, Any]) -> dict[str, str]:
-    figures = ", ".join(
-        f"{key.replace('_', ' ')} {value:.4g}" if isinstance(value, float) else f"{key.replace('_', ' ')} {value}"
-        for key, value in record["figures"].items()
-        if isinstance(value, int | float | str) and len(str(value)) < 60 and not key.endswith("bytes")
-    )
     return {
         "name": name,
         "time": duration(record["seconds"]),
         "memory": size(record["peak_memory_bytes"]),
-        "figures": figures,
+        "figures": main_figures(name, record["figures"]),
     }
 
 
@@ -159,18 +155,3 @@ def _configuration(manifest: dict[str, Any]) -> list[tuple[str, Any, str]]:
         section, name = key.split(".")
         rows.append((key, json.dumps(values[section][name], ensure_ascii=False), source))
     return rows
-
-
-def size(count: float) -> str:
-    """Bytes for a person: "145 MB"."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for a person: "8 min 20 s"."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

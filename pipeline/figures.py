@@ -1,0 +1,59 @@
+"""Figures for a person: which of a stage's figures matter most, and how sizes, times and numbers are written."""
+
+from typing import Any
+
+# The manifest has every figure; these are shown.
+MAIN = {
+    "data": ("train_rows", "train_tokens", "train_share_trained", "validation_rows", "test_rows"),
+    "train": ("steps", "loss_last", "validation_loss_first", "validation_loss_last", "tokens_per_second", "device"),
+    "merge": ("modules_merged", "relative_change", "rounding_to_change", "stored", "bytes"),
+    "convert": ("type", "bytes", "tensors", "pre_tokenizer"),
+    "quantize": ("type", "bytes", "bits_per_weight", "fallback_share"),
+    "modelfile": ("way", "suite"),
+    "deploy": ("names", "ollama", "prompts", "reason"),
+    "evaluate": ("exact_match", "asked", "seconds_per_answer"),
+}
+
+
+def main_figures(node: str, figures: dict[str, Any]) -> str:
+    """The main figures of a stage on one line.
+
+    Args:
+        node: the stage, or one variant of it.
+        figures: what the manifest has for it.
+    """
+    names = [name for name in MAIN.get(node.partition("/")[0], tuple(figures)) if name in figures]
+    names = names or [name for name, value in figures.items() if isinstance(value, int | float | str)]
+    return ", ".join(f"{name.replace('_', ' ')} {written(name, figures[name])}" for name in names[:6])
+
+
+def written(name: str, value: Any) -> str:
+    """One value: bytes as a size, counts with separators, other numbers with four digits."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if name.split("_")[-1] == "bytes":
+        return size(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, list):
+        return ", ".join(written(name, item) for item in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {written(name, item)}" for key, item in value.items())
+    return str(value)
+
+
+def size(count: float) -> str:
+    """Bytes for a person: "145 MB"."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for a person: "8 min 20 s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
