@@ -122,20 +122,15 @@ class ServedModel:
             licenses=self.licenses,
             requires=self.requires,
         )
+        meant, problem = list(self.instructions()), "it would be read as something else"
         try:
             told = read_modelfile(text)
         except ValueError as error:
-            raise CannotCarry(f"no Modelfile can carry this model: {error}{self._culprit()}") from None
-        for meant, said in zip(self.instructions(), told, strict=False):
-            if meant != said:
-                raise CannotCarry(f"no Modelfile can carry this model: {_why(*meant)}")
-        if len(told) != len(list(self.instructions())):
-            raise CannotCarry(f"no Modelfile can carry this model{self._culprit()}")
+            told, problem = [], str(error)
+        if told != meant:
+            lost = [f"{name.upper()} holds {' and '.join(found)}" for name, text in meant if (found := _troubles(text))]
+            raise CannotCarry(f"no Modelfile can carry this model: {'; '.join(lost) or problem}")
         return text
-
-    def _culprit(self) -> str:
-        reasons = [_why(name, text) for name, text in self.instructions() if _troubles(text)]
-        return ": " + "; ".join(reasons) if reasons else ""
 
 
 def _quoted(text: str) -> str:
@@ -144,13 +139,6 @@ def _quoted(text: str) -> str:
 
 def _path(text: str) -> str:
     return text if re.fullmatch(r"[\w./+-]+", text, re.ASCII) else _quoted(text)
-
-
-def _why(name: str, text: str) -> str:
-    troubles = _troubles(text)
-    return (
-        f"{name.upper()} holds {' and '.join(troubles)}" if troubles else f"{name.upper()} {text[:60]!r} does not fit"
-    )
 
 
 def _troubles(text: str) -> list[str]:

@@ -1,0 +1,366 @@
+"""Every chat template that llama.cpp ships, tried for real: a table of ways, none of which differs without saying so."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+import servers
+
+from pipeline.chat.conformance import CONVERSATIONS
+from pipeline.errors import UserError
+from pipeline.llamacpp.programs import source_tree
+from pipeline.llamacpp.server import LlamaServer
+from pipeline.ollama.choose import Choice, Engine, ask_llama_server, choose, refusal
+from pipeline.ollama.derive import derive
+from pipeline.ollama.guard import guarded, write_with_template
+from pipeline.ollama.handling import WHITE_SPACE, Ends, Handling, learn
+from pipeline.ollama.jinja import ChatTemplate, TemplateRefused
+from pipeline.ollama.scratch import write_scratch_model
+from pipeline.ollama.suite import DIFFERS, EXACT, HARMLESS, JOINED, THINKING, judge
+
+# What no way carries, and why it is refused. All others are served exactly.
+REFUSED = {
+    "StepFun3.5-Flash": "llama.cpp trims every message for this template",
+    "fireworks-ai-llama-3-firefunction-v2": "the template wants a variable `functions`",
+    "google-gemma-4-31B-it-interleaved": "llama.cpp has Gemma 4's tools rendered by its own code",
+    "meetkai-functionary-medium-v3.1": "the template escapes JSON as HTML, llama.cpp does not",
+}
+NATIVE_ALONE = {"needs tools": ("command-r-plus", "Hermes-2-Pro", "Hermes-3", "firefunction")}
+
+
+def templates() -> dict[str, Path]:
+    return {path.stem: path for path in sorted((source_tree() / "models" / "templates").glob("*.jinja"))}
+
+
+@cache
+def chosen(name: str) -> Choice:
+    return choose(ChatTemplate.from_file(templates()[name]), "auto", servers.engine())
+
+
+@pytest.mark.parametrize("name", templates())
+def test_it_is_served_exactly_or_refused_with_the_reason(name: str) -> None:
+    choice = chosen(name)
+    assert (choice.way == "refused") == (name in REFUSED), choice.reason
+    if choice.way == "refused":
+        assert choice.go_template is None
+        message = str(refusal(choice))
+        assert "native: " in message
+        assert "+ is what would be sent" in message or "every plain conversation" in message
+        return
+    report = choice.reports[choice.way]
+    assert {outcome.status for outcome in report.outcomes} <= set(HARMLESS)
+    assert [outcome.name for outcome in report.outcomes] == [case.name for case in CONVERSATIONS]
+    named = report.counts.keys() - {EXACT, JOINED, "template refuses", "server refuses"}
+    assert len(choice.warnings) == len(named)  # what is not exact byte for byte is said
+    assert (choice.way == "go") == (choice.go_template is not None)
+    assert (choice.way == "native") == (choice.jinja is not None) == (choice.requires is not None)
+
+
+def test_the_table() -> None:
+    choices = {name: chosen(name) for name in templates()}
+    derived = [name for name, choice in choices.items() if "go" in choice.reports and choice.reports["go"].exact]
+    for name, choice in choices.items():
+        print(f"{name:50} {choice.way:8} {'derived exactly' if name in derived else '':16} {choice.reason}")
+    assert len(choices) >= 70
+    assert len(derived) >= 55
+    assert sum(choice.way != "refused" for choice in choices.values()) >= 66
+
+
+@pytest.mark.parametrize("name", ["Qwen-Qwen3-0.6B", "google-gemma-2-2b-it", "ibm-granite-granite-3.3-2B-Instruct"])
+def test_llama_server_itself_renders_as_ollama_says(name: str, tmp_path: Path) -> None:
+    template = ChatTemplate.from_file(templates()[name])
+    shipped = template.with_source(guarded(template.source))
+    path = write_scratch_model(tmp_path / "scratch.gguf", shipped)
+    with LlamaServer(path, context=512) as server:
+        report = judge(template, CONVERSATIONS, lambda case: ask_llama_server(server, shipped, case), joins=False)
+    assert report.exact, report.summary
+    ollama = servers.engine().judge_native(template, shipped.source, CONVERSATIONS)
+    assert report.counts[EXACT] >= ollama.counts[EXACT]
+
+
+def test_without_ollama_the_native_way_is_proven_by_llama_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.ollama.choose.find_ollama", lambda: None)
+    template = ChatTemplate.from_file(templates()["microsoft-Phi-3.5-mini-instruct"])
+    with Engine() as engine:
+        assert not engine.has_go
+        choice = choose(template, "auto", engine)
+    assert choice.way == "native", choice.reason
+    assert "there is no Ollama here" in choice.reason
+
+
+# What derivation has to get right, each by a template that does it.
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
+LLAMA2 = (
+    "{% set s = '' %}{% if messages[0].role == 'system' %}{% set s = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}"
+    "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] "
+    "{{ s if loop.first else '' }}{{ m.content }} [/INST]{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+DERIVABLE = {
+    "ChatML": CHATML,
+    "a default system text": "{% if messages[0].role != 'system' %}<|s|>Be good.<|e|>{% endif %}" + CHATML,
+    "a system message folded into the first turn": LLAMA2,
+    "a first turn that differs": "{% for m in messages %}{{ '[FIRST]' if loop.first else '[NEXT]' }}{{ m.role }}:{{ m.content }}{% endfor %}A:",
+    "a last turn that differs": "{% for m in messages %}{% if loop.last %}[LAST]{% endif %}{{ m.role }}:{{ m.content }};{% endfor %}A:",
+    "an assistant's turn without a name": "{% for m in messages %}{{ 'U:' if m.role == 'user' else '' }}{{ m.content }}\n{% endfor %}",
+    "BOS by the template": "{{ bos_token }}" + CHATML,
+    "BOS in every turn": "{% for m in messages %}{{ bos_token }}{{ m.role }}:{{ m.content }}{{ eos_token }}{% endfor %}A:",
+    "trimmed messages": CHATML.replace("m.content", "m.content | trim"),
+    "messages trimmed on the left": CHATML.replace("m.content", "m.content.lstrip()"),
+    "line breaks stripped": CHATML.replace("m.content", "m.content.strip('\\n')"),
+    "thinking dropped": CHATML.replace("m.content", "m.content.split('</think>')[-1]"),
+    "thinking dropped, then trimmed": CHATML.replace("m.content", "m.content.split('</think>')[-1] | trim"),
+    "thinking up to the first end dropped": CHATML.replace(
+        "m.content", "(m.content.split('</think>', 1)[1] if '</think>' in m.content else m.content)"
+    ),
+    "system messages left out": "{% for m in messages if m.role != 'system' %}{{ m.role }}:{{ m.content }};{% endfor %}A:",
+    "system texts at the end": "{% for m in messages if m.role != 'system' %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    "S:{% for m in messages if m.role == 'system' %}{{ m.content }}{{ '\n\n' if not loop.last }}{% endfor %}A:",
+    "the last system text in front": "{% set ns = namespace(s='') %}{% for m in messages if m.role == 'system' %}"
+    "{% set ns.s = m.content %}{% endfor %}[{{ ns.s }}]{% for m in messages if m.role != 'system' %}{{ m.content }};{% endfor %}",
+    "an empty system message is none": "{% for m in messages if m.content or m.role != 'system' %}{{ m.role }}:{{ m.content }};{% endfor %}A:",
+    "an empty answer is left out": "{% for m in messages if m.content or m.role != 'assistant' %}{{ m.role }}:{{ m.content }};{% endfor %}A:",
+    "today's date as ISO": "{{ strftime_now('%Y-%m-%d') }}" + CHATML,
+    "today's date in words": "Today is {{ strftime_now('%B %d, %Y') }}, {{ strftime_now('%d %b %y'[:5]) }}." + CHATML,
+    "Go's own syntax": "{{ '{{ .System }}' }}{{ '{' }}{{ '{{- end }}' }}" + CHATML.replace("<|", "{{ '{{<' }}"),
+    "three quotes and characters that a Modelfile drops": "{{ '\"\"\"\u00a0\u3000\u200d\x07' }}" + CHATML,
+    "backslashes and quotes": "{{ '\\\\n \"x\" `y`' }}" + CHATML,
+    "white space at both ends": "\n  \n" + CHATML + "  \n\n ",
+    "a generation prompt without thinking": CHATML + "{% if enable_thinking is defined and not enable_thinking %}[no]{% endif %}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DERIVABLE)
+def test_derived_exactly(case: str) -> None:
+    template = ChatTemplate(DERIVABLE[case], "<s>", "</s>")
+    derivation = derive(template)
+    assert derivation.template is not None, derivation.reason
+    report = servers.engine().judge_go(template, derivation.template, CONVERSATIONS)
+    assert report.exact, report.summary
+    assert report.counts[EXACT] > 40
+
+
+@pytest.mark.parametrize("case", DERIVABLE)
+def test_a_derived_template_survives_a_modelfile(case: str) -> None:
+    from pipeline.ollama.modelfile import ServedModel, read_modelfile
+
+    text = derive(ChatTemplate(DERIVABLE[case], "<s>", "</s>")).template
+    assert text is not None
+    assert ("template", text) in read_modelfile(ServedModel("m.gguf", text).modelfile())
+
+
+NOT_DERIVABLE = {
+    "the time of day": ("{{ strftime_now('%H:%M:%S') }}" + CHATML, "date or the time"),
+    "the day of the week": ("{{ strftime_now('%A') }}" + CHATML, "date or the time"),
+    "messages backwards": ("{% for m in messages | reverse %}{{ m.content }};{% endfor %}", "order"),
+    "messages twice": ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "twice"),
+    "numbered turns": ("{% for m in messages %}{{ loop.index }}{{ m.content }}{% endfor %}", "depends on more"),
+    "only tools": ("{{ raise_exception('no tools') }}", "refuses every plain conversation"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_DERIVABLE)
+def test_not_derivable_and_the_reason_is_told(case: str) -> None:
+    source, words = NOT_DERIVABLE[case]
+    derivation = derive(ChatTemplate(source, "<s>", "</s>"))
+    assert derivation.template is None
+    assert words in derivation.reason
+
+
+@pytest.mark.parametrize(
+    ("what", "source"),
+    [
+        ("upper case", CHATML.replace("m.content", "m.content | upper")),
+        ("a text replaced", CHATML.replace("m.content", "m.content | replace('Four', '4')")),
+        ("a word in a message changes the rest", "{{ '[long]' if messages[-1].content | length > 1000 }}" + CHATML),
+        ("the number of turns counts", CHATML + "{{ '!' if messages | length > 20 }}"),
+    ],
+)
+def test_what_probing_cannot_see_is_seen_by_the_suite(what: str, source: str) -> None:
+    template = ChatTemplate(source, "<s>", "</s>")
+    choice = choose(template, "go", servers.engine())
+    assert choice.way == "refused", what
+    if "go" in choice.reports:
+        assert choice.reports["go"].first_difference() is not None
+
+
+def test_trimming_and_dates_are_recognised() -> None:
+    assert derive(ChatTemplate(DERIVABLE["trimmed messages"])).trims == ("system", "user", "assistant")
+    assert derive(ChatTemplate(DERIVABLE["ChatML"])).trims == ()
+    assert derive(ChatTemplate(DERIVABLE["today's date as ISO"])).dated
+    assert not derive(ChatTemplate(DERIVABLE["ChatML"])).dated
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_exactly_one_bos(adds_bos: bool) -> None:
+    template = ChatTemplate("{{ bos_token }}" + CHATML, "<s>", "</s>", adds_bos)
+    for way in ("go", "native"):
+        choice = choose(template, way, servers.engine())
+        assert choice.way == way, choice.reason
+    derived = derive(template).template
+    assert derived is not None
+    assert ("<s>" in derived) != adds_bos
+
+
+# The ways.
+
+
+def test_a_template_is_ignored_where_the_jinja_can_do_more() -> None:
+    tools = (
+        CHATML + "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m.tool_calls }}{% endfor %}"
+    )
+    template = ChatTemplate(tools.replace("{{ m.tool_calls }}", ""), "<s>", "</s>")
+    choice = choose(template, "go", servers.engine())
+    assert choice.way == "refused"
+    assert "ignores a TEMPLATE" in choice.reason
+
+
+@pytest.mark.parametrize("path", ["/not/there", "missing.gotmpl"])
+def test_a_template_file_that_is_not_there(path: str) -> None:
+    with pytest.raises(UserError, match=r"ollama\.template"):
+        choose(ChatTemplate(CHATML), path, servers.engine())
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty"),
+        (b"  \n", "is empty"),
+        (b"\xff\xfe\x00", "ollama.template"),
+        (b"{{ range .Messages }}{{ .Content }}", "not valid"),
+        (b"{{ .Messages | nosuchfunction }}", "not valid"),
+        (b'{{ template "nothing" . }}', "not valid|differ|refuse"),
+    ],
+)
+def test_hostile_template_files(content: bytes, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "my.gotmpl"
+    path.write_bytes(content)
+    try:
+        choice = choose(ChatTemplate(CHATML), str(path), servers.engine())
+    except UserError as error:
+        assert any(word in str(error) for word in words.split("|"))
+    else:
+        assert choice.way == "refused"
+
+
+def test_a_users_own_template_is_taken_if_it_is_exact_and_refused_if_not(tmp_path: Path) -> None:
+    template = ChatTemplate(CHATML)
+    text = derive(template).template
+    assert text is not None
+    path = tmp_path / "my.gotmpl"
+    path.write_text(text)
+    assert choose(template, str(path), servers.engine()).go_template == text
+    path.write_text(text.replace("<|im_end|>", "<|im_end|> "))
+    choice = choose(template, str(path), servers.engine())
+    assert choice.way == "refused"
+    assert choice.reports["go"].counts[DIFFERS] > 0
+    assert "my.gotmpl" in str(refusal(choice))
+
+
+# The guard.
+
+
+@pytest.mark.parametrize("source", [CHATML, "\n" + CHATML, "  " + CHATML, "{%- set x = 1 %}\n" + CHATML])
+def test_a_guard_renders_to_nothing(source: str) -> None:
+    template = ChatTemplate(source, "<s>", "</s>")
+    shipped = guarded(source + "{# date_string clear_thinking #}", thinking_not_said=True)
+    assert shipped.endswith(source + "{# date_string clear_thinking #}")
+    for case in CONVERSATIONS:
+        assert template.with_source(shipped).render(case.messages) == template.render(case.messages)
+    assert (len(shipped.encode()) - len(source.encode()) - len("{# date_string clear_thinking #}")) % 512 == 0
+    assert guarded(shipped) == shipped
+
+
+def test_a_stock_template_is_what_ollama_would_install_without_it(tmp_path: Path) -> None:
+    """The trap that the guard is for, seen: it is no longer needed if this fails."""
+    from pipeline.ollama.client import Client
+
+    client: Client = servers.client()
+    template = ChatTemplate.from_file(templates()["google-gemma-2-2b-it"])
+    for name, source in (("bare:latest", template.source), ("kept:latest", guarded(template.source))):
+        path = write_scratch_model(tmp_path / "scratch.gguf", template.with_source(source))
+        client.create(name, {"files": {"scratch.gguf": client.upload(path)}})
+    assert "{{" in client.show("bare:latest")["template"]
+    assert client.show("bare:latest")["template"] != template.source
+    assert client.show("kept:latest")["template"] == guarded(template.source)
+
+
+def test_a_guarded_file_differs_in_nothing_else(tmp_path: Path) -> None:
+    from pipeline.llamacpp.gguf_file import check, inspect
+
+    source = write_scratch_model(tmp_path / "a.gguf", ChatTemplate(CHATML))
+    write_with_template(source, tmp_path / "b.gguf", guarded(CHATML))
+    before, after = inspect(source), check(tmp_path / "b.gguf")
+    assert after.metadata.pop("tokenizer.chat_template") == guarded(before.metadata.pop("tokenizer.chat_template"))
+    assert after.metadata == before.metadata
+    for old, new in zip(before.tensors, after.tensors, strict=True):
+        assert (old.name, old.shape, old.type) == (new.name, new.shape, new.type)
+        assert bytes(before.data(old)) == bytes(after.data(new))
+
+
+def test_thinking_that_ollama_switches_on_is_seen_and_undone() -> None:
+    source = CHATML + "{% if enable_thinking %}<think>{% else %}<think></think>{% endif %}"
+    template = ChatTemplate(source, "<s>", "</s>")
+    bare = servers.engine().judge_native(template, guarded(source), CONVERSATIONS)
+    assert bare.counts[THINKING] > 40
+    choice = choose(template, "native", servers.engine())
+    assert choice.way == "native", choice.reason
+    assert choice.reports["native"].counts[EXACT] > 50
+    assert any("think" in warning for warning in choice.warnings)
+
+
+# What happens to a text.
+
+
+@pytest.mark.parametrize(
+    ("expression", "handling"),
+    [
+        ("t", Handling()),
+        ("t | trim", Handling(Ends(WHITE_SPACE, WHITE_SPACE))),
+        ("t.rstrip()", Handling(Ends("", WHITE_SPACE))),
+        ("t.strip('\n')", Handling(Ends("\n", "\n"))),
+        ("t.split('</think>')[-1]", Handling(separator="</think>")),
+        ("t.split('</think>', 1)[-1]", Handling(separator="</think>", first=True)),
+        ("t.split('[X]')[-1].lstrip('\n')", Handling(Ends("\n", ""), "[X]", after=Ends("\n", ""))),
+        ("t.split('</think>')[1] if '</think>' in t else t", Handling(separator="</think>", between=True)),
+        (
+            "t.split('<think>')[0] ~ t.split('</think>')[-1] if '</think>' in t else t",
+            Handling(separator="</think>", opener="<think>"),
+        ),
+    ],
+)
+def test_handling_is_learned(expression: str, handling: Handling) -> None:
+    from jinja2.sandbox import SandboxedEnvironment
+
+    source = "{{ " + expression.replace("\n", "\\n") + " }}"
+    template = SandboxedEnvironment().from_string(source)
+    assert learn(source, lambda text: template.render(t=text)) == handling
+
+
+def test_a_refusal_is_no_crash() -> None:
+    template = ChatTemplate("{{ messages[5].content.nothing.at.all }}{{ 1 / 0 }}")
+    with pytest.raises(TemplateRefused):
+        template.render([{"role": "user", "content": "x"}])
+
+
+def test_the_command_shows_it_all(tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from pipeline.ollama.commands import template
+
+    path = tmp_path / "my.jinja"
+    path.write_text(CHATML)
+    shown = CliRunner().invoke(template, [str(path)])
+    assert shown.exit_code == 0, shown.output
+    for words in ("way: go", "TEMPLATE:", "{{- range $index, $_ := .Messages }}", "three quotes", "exact"):
+        assert words in shown.output
+    told = json.loads(CliRunner().invoke(template, [str(path), "--json"]).stdout)
+    assert told["way"] == "go"
+    assert len(told["suite"]["go"]) == len(CONVERSATIONS)
+    path.write_text("{{ raise_exception('never') }}")
+    refused = CliRunner().invoke(template, [str(path)])
+    assert refused.exit_code == 1
+    assert "refused" in refused.output
