@@ -11,6 +11,7 @@ MAIN = {
     "quantize": ("type", "bytes", "bits_per_weight", "fallback_share"),
     "modelfile": ("way", "suite"),
     "deploy": ("names", "ollama", "prompts", "reason"),
+    "verify": ("verdict", "pass", "fail", "not_run", "first_broken"),
     "evaluate": ("exact_match", "asked", "seconds_per_answer"),
 }
 

@@ -20,11 +20,39 @@ def loss_curve(history: list[dict[str, float]], path: Path) -> None:
     if len(train) > 20:
         axes.plot(*_smoothed(train), color="#1f5fa8", linewidth=1.8, label="training, smoothed")
     if validation:
-        axes.plot(*zip(*validation, strict=True), color="#c2410c", marker="o", markersize=4, label="validation")
+        axes.plot(*zip(*validation, strict=True), color="#c2410c", marker="o", markersize=4, linewidth=0.8, linestyle=":", label="validation")
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per trained token)")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def ladder(answers: dict[str, tuple[float, float, float]], divergences: dict[str, float], path: Path) -> None:
+    """Draw what is left at every rung: right answers, and divergence from the rung before.
+
+    Args:
+        answers: rung -> (share of right answers, ends of its 95 % interval).
+        divergences: rung -> mean KL divergence in nats per token.
+        path: the SVG file to write.
+    """
+    figure, axes = _figure()
+    names = list(answers)
+    shares = [answers[name][0] for name in names]
+    low = [max(0.0, answers[name][0] - answers[name][1]) for name in names]
+    high = [max(0.0, answers[name][2] - answers[name][0]) for name in names]
+    axes.errorbar(range(len(names)), shares, yerr=[low, high], color="#1f5fa8", marker="o", capsize=3, linewidth=1.2)
+    axes.set_ylim(-0.03, 1.05)
+    axes.set_ylabel("right answers", color="#1f5fa8")
+    axes.set_xticks(range(len(names)), names)
+    found = [(place, divergences[name]) for place, name in enumerate(names) if divergences.get(name, 0) > 0]
+    if found:
+        right = axes.twinx()
+        right.bar(*zip(*found, strict=True), width=0.25, color="#c2410c", alpha=0.55)
+        right.set_yscale("log")
+        right.set_ylim(1e-8, 10)
+        right.set_ylabel("mean KL (nats per token)", color="#c2410c")
+        right.spines["right"].set_visible(True)
     _save(figure, path)
 
 

@@ -28,7 +28,7 @@ r = 4
 [train]
 steps = {STEPS}
 batch = 4
-learning_rate = 1e-3
+learning_rate = 3e-2
 max_length = 128
 save_interval = 2
 """

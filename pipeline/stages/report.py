@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.figures import duration, main_figures, size
+from pipeline.figures import duration, main_figures, size, written
+from pipeline.plots import ladder
 from pipeline.resources import resource
 from pipeline.run import read_manifest
 from pipeline.work import Work
 
-NEEDS = ("data", "train", "merge", "convert", "quantize", "modelfile", "deploy", "evaluate")
+NEEDS = ("data", "train", "merge", "convert", "quantize", "modelfile", "deploy", "evaluate", "verify")
 CONFIG = ("model", "lora", "export", "ollama.name", "eval.metric")
 
 EXAMPLES = 8
@@ -36,6 +37,7 @@ def main(work: Work) -> dict[str, Any]:
     evaluation = _read(work.folder("evaluate", "table") / "evaluation.json")
     deployed = _read(work.folder("deploy") / "deploy.json")
     loss_svg = (work.folder("train") / "loss.svg").read_text(encoding="utf-8")
+    proof = _read(work.folder("verify") / "verify.json")
     served = deployed["models"][0]["name"] if deployed.get("deployed") else None
     scores = [
         {"rung": rung, "exact_match": score["exact_match"], "interval": score["interval_95"]}
@@ -54,8 +56,10 @@ def main(work: Work) -> dict[str, Any]:
         scores=scores,
         asked=len(evaluation.get("rows", ())),
         metric=work.config.eval.metric,
-        # Drawn by our own code from numbers: the one piece of markup that is not escaped.
+        proof=_proof(proof),
+        # Drawn by our own code from numbers: the only markup that is not escaped.
         loss_svg=Markup(loss_svg[loss_svg.index("<svg") :]),  # noqa: S704
+        ladder_svg=Markup(_ladder(work, evaluation, proof)),  # noqa: S704
         examples=_examples(evaluation),
         files=_files(stages),
         stages=[_stage(name, record) for name, record in stages.items()],
@@ -72,6 +76,32 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return document
+
+
+def _proof(proof: dict[str, Any]) -> dict[str, Any]:
+    """verify.json with its figures written for a person."""
+    checks = [
+        check
+        | {
+            "figure": "" if check["figure"] is None else written("", check["figure"]),
+            "threshold": "" if check["threshold"] is None else written("", check["threshold"]),
+        }
+        for check in proof.get("checks", ())
+    ]
+    return proof | {"checks": checks} if proof else {}
+
+
+def _ladder(work: Work, evaluation: dict[str, Any], proof: dict[str, Any]) -> str:
+    """The chart of right answers and divergences as SVG; nothing where no answers were judged."""
+    rungs = evaluation.get("rungs", {})
+    if not rungs:
+        return ""
+    answers = {name: (rung["exact_match"], *rung["interval_95"]) for name, rung in rungs.items()}
+    divergences = {name.rpartition("/")[2]: mean for name, mean in proof.get("divergences", {}).items()}
+    path = work.output / "ladder.svg"
+    ladder(answers, divergences, path)
+    svg = path.read_text(encoding="utf-8")
+    return svg[svg.index("<svg") :]
 
 
 def _cards(config: Config, stages: dict[str, Any], evaluation: dict[str, Any]) -> list[dict[str, str]]:

@@ -14,7 +14,6 @@ from pipeline.verify.result import FAIL, explain, write
 from pipeline.verify.subject import Subject
 from pipeline.work import Work
 
-SUMMARY = "Prove every stage against the one before it, and name the first broken one."
 NEEDS = ("data", "train", "merge", "convert", "quantize", "modelfile", "deploy", "evaluate")
 CONFIG = ("verify", "model", "export", "ollama.parameters", "ollama.system", "data.system", "eval")
 
