@@ -20,7 +20,8 @@ def loss_curve(history: list[dict[str, float]], path: Path) -> None:
     if len(train) > 20:
         axes.plot(*_smoothed(train), color="#1f5fa8", linewidth=1.8, label="training, smoothed")
     if validation:
-        axes.plot(*zip(*validation, strict=True), color="#c2410c", marker="o", markersize=4, linewidth=0.8, linestyle=":", label="validation")
+        style = {"marker": "o", "markersize": 4, "linewidth": 0.8, "linestyle": ":"}
+        axes.plot(*zip(*validation, strict=True), color="#c2410c", label="validation", **style)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per trained token)")
     axes.set_ylim(bottom=0)
