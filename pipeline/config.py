@@ -377,7 +377,7 @@ def _explain(error: ValidationError, places: dict[str, str], path: Path) -> Iter
             }.get(key, "it")
             yield f"{where}: {key}: must be given: {example}"
         elif detail["type"] == "value_error":
-            yield f"{where}: {str(detail['ctx']['error'])}"
+            yield f"{where}: {detail['ctx']['error']!s}"
         else:
             given = detail.get("input")
             meaning = next((text for name, text, _ in fields() if name == key), "")

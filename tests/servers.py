@@ -47,8 +47,15 @@ def engine() -> Engine:
 def family(name: str) -> Path:
     """A random two-layer model of a real architecture with its family's real tokenizer and chat template."""
     import torch
-    from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import (
+        AutoTokenizer,
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )
 
     source = tokenizer_folder(name)
     if source is None:

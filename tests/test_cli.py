@@ -35,7 +35,7 @@ def test_help_imports_nothing_heavy(name: str | None) -> None:
         "import sys; from pipeline.cli import main\n"
         f"try: main({arguments!r})\n"
         "except SystemExit as end: assert not end.code\n"
-        "heavy = {'torch', 'transformers', 'numpy', 'pydantic', 'rich', 'httpx', 'ollama', 'jinja2', 'psutil', 'gguf'}\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'pydantic', 'rich', 'httpx', 'ollama', 'jinja2', 'gguf'}\n"
         "found = heavy & set(sys.modules); assert not found, found"
     )
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -66,7 +65,7 @@ STAGES = {
 
 
 @pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Config]:
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     for name, source in STAGES.items():
         (tmp_path / f"stages_{name}.py").write_text(textwrap.dedent(source), encoding="utf-8")
     # The worker is a process of its own: it learns of these stages the way every process starts.
@@ -84,7 +83,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Config]:
     monkeypatch.setattr(graph, "stage_module", lambda stage: importlib.import_module(f"stages_{stage}"))
     monkeypatch.setattr(graph, "STAGES", tuple(STAGES))
     (tmp_path / "input.txt").write_text("text")
-    yield Config.model_validate(
+    return Config.model_validate(
         {
             "model": {"base": "x"},
             "data": {"train": tmp_path / "input.txt"},

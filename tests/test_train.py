@@ -107,10 +107,11 @@ def test_the_batches_are_the_rows_of_the_data_stage(trained: Path) -> None:
     assert [batch["step"] for batch in batches] == list(range(STEPS))
     for batch in batches:
         for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
-            assert any(
-                tuple(ids[: len(row)]) == row and tuple(labels[: len(row)]) == kept and set(labels[len(row) :]) <= {-100}
-                for row, kept in known
-            )
+            length = next(size for size in range(len(ids), 0, -1) if labels[size - 1] != -100)
+            row = next(row for row in known if list(row[0][:length]) == ids[:length])
+            width = len(row[0])
+            assert (tuple(ids[:width]), tuple(labels[:width])) == row
+            assert set(labels[width:]) <= {-100}
 
 
 def test_killed_and_resumed_is_the_same_training(project: Path, trained: Path) -> None:

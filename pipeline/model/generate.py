@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def compute_type() -> Any:
-    """The type that this machine computes fast, which is also what Unsloth trains in: 16 bits where there is hardware."""
+    """The type that this machine computes fast, and that Unsloth trains in: 16 bits where there is hardware."""
     import torch
 
     if torch.cuda.is_available():

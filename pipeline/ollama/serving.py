@@ -1,4 +1,4 @@
-"""The model that a run deployed, served again: by the Ollama that has it, or by one of our own over the run's folder."""
+"""The model that a run deployed, served again: by the Ollama that has it, or by one of our own."""
 
 import json
 from collections.abc import Iterator

@@ -30,7 +30,7 @@ def variants(config: Config) -> tuple[str, ...]:
     return ("base", "adapter", *config.export.quant, OLLAMA, TABLE)
 
 
-def NEEDS(variant: str) -> tuple[str, ...]:  # noqa: N802  (where other stages have a constant)
+def NEEDS(variant: str) -> tuple[str, ...]:
     """What a rung reads."""
     if variant == "base":
         return ("data",)

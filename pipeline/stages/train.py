@@ -161,7 +161,8 @@ def schedule(rows: int, validation_rows: int, config: Config) -> tuple[int, int,
     cost more than an eighth of the training: a row that is only looked at costs a third of one that is trained on.
     """
     settings = config.train
-    assert settings.batch and settings.accumulation
+    assert settings.batch is not None
+    assert settings.accumulation is not None
     rows_a_step = settings.batch * settings.accumulation
     steps = settings.steps or max(1, round(math.ceil(rows / rows_a_step) * float(settings.epochs or 1)))
     affordable = int(steps * rows_a_step / 8 / max(1, validation_rows / 3))
@@ -320,8 +321,8 @@ def _epoch(trainer: Any) -> float:
 
 
 def _save(model: Any, tokenizer: Any, history: list[dict[str, float]], work: Work) -> None:
-    from pipeline.plots import loss_curve
     from pipeline.model.card import write_model_card
+    from pipeline.plots import loss_curve
 
     adapter = work.output / "adapter"
     for configuration in model.peft_config.values():
