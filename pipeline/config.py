@@ -97,7 +97,7 @@ class Train(Section):
         None, ge=1, description="stop after this many validations without a better loss; the best adapter is kept"
     )
     max_length: int | None = Field(None, ge=8, description="longest row, in tokens")
-    packing: bool = Field(False, description="put several rows into one sequence")
+    packing: bool = Field(False, description="put several rows into one sequence (on a GPU)")
     gradient_checkpointing: bool | None = Field(None, description="recompute activations to save memory")
     report_to: Literal["none", "tensorboard", "wandb", "mlflow"] = Field("none", description="experiment tracker")
 

@@ -191,6 +191,9 @@ def _trainer(
         )
     steps, evaluate, save = schedule(len(train_rows), len(validation_rows), work.config)
     cuda = torch.cuda.is_available()
+    packing = settings.packing and cuda
+    if settings.packing and not cuda:
+        work.warn("train.packing: Unsloth packs on a GPU only; here every row is a sequence of its own")
     arguments = SFTConfig(
         output_dir=str(work.scratch / "checkpoints"),
         max_steps=steps,
@@ -219,9 +222,10 @@ def _trainer(
         metric_for_best_model="eval_loss" if settings.early_stopping else None,
         greater_is_better=False if settings.early_stopping else None,
         max_length=settings.max_length,
-        packing=False,
+        packing=packing,
+        eval_packing=False,
         padding_free=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
+        dataset_kwargs={"skip_prepare_dataset": not packing},
         remove_unused_columns=False,
         report_to=settings.report_to,
         disable_tqdm=True,
@@ -264,7 +268,8 @@ def _trainer(
         train_dataset=Dataset.from_list(train_rows),
         eval_dataset=Dataset.from_list(validation_rows) if validation_rows else None,
         processing_class=tokenizer,
-        data_collator=DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id),
+        # Packed rows need the trainer's own collator, which keeps them apart.
+        data_collator=None if packing else DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id),
         callbacks=[
             MarkComplete(),
             *([EarlyStoppingCallback(settings.early_stopping)] if settings.early_stopping else []),
