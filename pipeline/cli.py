@@ -277,9 +277,9 @@ def deploy(
     settings, sources = resolved(config, overrides)
     if dry_run:
         _bring_up_to_date(settings, sources, ["modelfile"])
-        for type_name in settings.export.quant:
-            create = settings.run_folder / "modelfile" / type_name / "create.json"
-            click.echo(create.read_text(encoding="utf-8"))
+        from pipeline.stages.deploy import plan
+
+        click.echo("\n".join(plan(settings, settings.run_folder)))
         return
     _bring_up_to_date(settings, sources, ["deploy"], force)
 
