@@ -46,8 +46,8 @@ def guarded(source: str, *, thinking_not_said: bool = False) -> str:
         return source
     mentioned = [name for name in FOREIGN if re.search(rf"\b{name}\b", source)]
     sets = "".join(f"{{% set {name} = _not_given %}}" for name in mentioned)
-    # A line break right after a tag or a comment is not rendered: one more keeps the template's own.
-    end = sets + THINKING_NOT_SAID * thinking_not_said + "\n" * source.startswith("\n")
+    # A line break right after a tag or a comment is not rendered, and the template then begins a line, as it did.
+    end = sets + THINKING_NOT_SAID * thinking_not_said + "\n"
     bare = len(f"{_WORDS}{_LINES}#}}{end}".encode())
     return f"{_WORDS}{_LINES}{' ' * (-bare % _SIZE)}#}}{end}{source}"
 

@@ -123,9 +123,7 @@ def plan(config: Config, run: Path) -> list[str]:
 
     lines = []
     try:
-        with Client(
-            normal_host(config.ollama.host or os.environ.get("OLLAMA_HOST") or DEFAULT_HOST)
-        ) as client:
+        with Client(normal_host(config.ollama.host or os.environ.get("OLLAMA_HOST") or DEFAULT_HOST)) as client:
             there = client.names()
             lines.append(f"server: Ollama {client.version} at {client.host}")
     except UserError as error:
@@ -133,9 +131,7 @@ def plan(config: Config, run: Path) -> list[str]:
             raise
         there = {}
         program = find_ollama()
-        lines.append(
-            f"server: one of our own ({program}), models in {run / STORE}" if program else f"none: {error}"
-        )
+        lines.append(f"server: one of our own ({program}), models in {run / STORE}" if program else f"none: {error}")
     for kind, name in names(config).items():
         folder = run / "modelfile" / kind
         if not (folder / "create.json").is_file():
@@ -144,9 +140,7 @@ def plan(config: Config, run: Path) -> list[str]:
         way = "TEMPLATE" if served.template else "the GGUF's own Jinja"
         taken = ", which is there already" if name in there else ""
         lines.append(f"create: {name}{taken}, from {gguf} ({gguf.stat().st_size:,} bytes), rendered by {way}")
-        lines += [
-            f"  {key} = {json.dumps(value, ensure_ascii=False)}" for key, value in served.parameters.items()
-        ]
+        lines += [f"  {key} = {json.dumps(value, ensure_ascii=False)}" for key, value in served.parameters.items()]
         if served.system:
             lines.append(f"  system = {json.dumps(served.system, ensure_ascii=False)}")
     return lines
@@ -182,9 +176,7 @@ def _not_deployed(work: Work, reason: str) -> dict[str, Any]:
     return {"deployed": False, "reason": reason, "commands": commands}
 
 
-def _deploy(
-    work: Work, client: Client, own: bool, log: Path | None, variant: str, name: str
-) -> dict[str, Any]:
+def _deploy(work: Work, client: Client, own: bool, log: Path | None, variant: str, name: str) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     from pipeline.chat.conformance import conversations
@@ -201,9 +193,7 @@ def _deploy(
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     template = ChatTemplate.from_tokenizer(tokenizer, model)
     if own:
-        require_space(
-            work.run, 2 * gguf.stat().st_size, "Ollama's copy of the model, twice while it checks it"
-        )
+        require_space(work.run, 2 * gguf.stat().st_size, "Ollama's copy of the model, twice while it checks it")
     proof_name = f"pipeline-proof-{os.getpid()}:{variant}"
     try:
         _create(client, proof_name, served, gguf)
@@ -220,15 +210,16 @@ def _deploy(
             system=served.system,
         )
         console.say(f"  {name}: prompts {proof.report.summary}; {proof.token_equal} with equal token ids")
+        for reason in dict.fromkeys(proof.other_ids.values()):
+            cases = [case for case, why in proof.other_ids.items() if why == reason]
+            work.warn(f"other token ids are served for texts of some kinds: {reason} ({', '.join(cases)})")
         answers, first_answer = _ask(work, client, proof_name)
         client.copy(proof_name, name)
     finally:
         _remove(client, proof_name)
     digest = client.names().get(name)
     if digest is None:
-        raise PipelineError(
-            f"{name} is not among the models of Ollama at {client.host}, though it was created there"
-        )
+        raise PipelineError(f"{name} is not among the models of Ollama at {client.host}, though it was created there")
     selected = _selected(log)
     return {
         "name": name,
@@ -240,6 +231,7 @@ def _deploy(
         "prompts": {
             "summary": proof.report.summary,
             "token_ids_equal": proof.token_equal,
+            "other_token_ids": dict(proof.other_ids),
             "outcomes": {outcome.name: outcome.status for outcome in proof.report.outcomes},
         },
         "answers": answers,
@@ -253,9 +245,7 @@ def _create(client: Client, name: str, served: ServedModel, gguf: Path) -> None:
     with console.progress("giving the model to Ollama", size / 1e6, "MB") as update:
         digest = client.upload(gguf, lambda sent: update(sent / 1e6))
     with console.progress("ollama create", 100, "%") as update:
-        client.create(
-            name, {**served.body(), "files": {gguf.name: digest}}, lambda _, share: update(100 * share)
-        )
+        client.create(name, {**served.body(), "files": {gguf.name: digest}}, lambda _, share: update(100 * share))
         update(100)
 
 
@@ -334,9 +324,7 @@ def _selected(log: Path | None) -> str | None:
     """The template source that our own server says it selected."""
     if log is None:
         return None
-    found = re.findall(
-        r'msg="template selection".*? selected=(\S+)', log.read_text(encoding="utf-8", errors="replace")
-    )
+    found = re.findall(r'msg="template selection".*? selected=(\S+)', log.read_text(encoding="utf-8", errors="replace"))
     return found[-1] if found else None
 
 

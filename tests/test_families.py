@@ -1,0 +1,145 @@
+"""Real families end to end: real tokenizers on small random models, converted for real, made in the real Ollama.
+
+Every conversation's prompt, as Ollama sends it, is transformers' own, and so are its token ids.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import artefacts
+import pytest
+import servers
+
+from pipeline.chat.conformance import conversations
+from pipeline.chat.render import render
+from pipeline.ollama.jinja import ChatTemplate, TemplateRefused
+from pipeline.ollama.proof import prove_prompts, read_back
+from pipeline.ollama.suite import EXACT, JOINED
+from pipeline.stages import deploy, modelfile
+from pipeline.work import Work
+
+WAYS = {"qwen3": "native", "llama3_1": "go", "gemma3": "go"}
+
+
+def tokenizer_of(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(servers.family(name))
+
+
+@pytest.mark.parametrize("name", servers.FAMILIES)
+def test_the_template_is_rendered_as_transformers_does(name: str) -> None:
+    """`ChatTemplate` is what everything is measured by, so it is measured here."""
+    tokenizer = tokenizer_of(name)
+    template = ChatTemplate.from_tokenizer(tokenizer)
+    compared = 0
+    for case in conversations(template.special_tokens):
+        options = {} if case.think is None else {"enable_thinking": case.think}
+        try:
+            ours = template.render(case.messages, case.tools, case.think)
+        except TemplateRefused:
+            continue
+        messages = [dict(message) for message in case.messages]
+        theirs = render(tokenizer, messages, add_generation_prompt=True, tools=list(case.tools) or None, **options)
+        assert ours == theirs
+        compared += 1
+    assert compared > 30
+
+
+@pytest.mark.parametrize("name", servers.FAMILIES)
+def test_served_as_trained(name: str) -> None:
+    run = servers.family_run(name)
+    config: dict[str, Any] = {"export": {"quant": ["q8_0"]}, "train": {"max_length": 64}}
+    work = artefacts.make_work(run, "modelfile", "q8_0", **config)
+    figures = modelfile.main(work)
+    assert figures["way"] == WAYS[name], figures["reason"]
+
+    tokenizer = tokenizer_of(name)
+    template = ChatTemplate.from_tokenizer(tokenizer)
+    served, gguf = deploy._plan(run / "modelfile" / "q8_0")
+    client = servers.client()
+    model = f"family-{name}:latest"
+    digest = client.upload(gguf)
+    client.create(model, {**served.body(), "files": {"m.gguf": digest}})
+    in_force = served.template or chat_template(gguf)
+    shown = read_back(client, model, served, in_force)
+    assert ("tools" in shown["capabilities"]) == (name == "qwen3")
+    assert (shown["requires"] is not None) == (WAYS[name] == "native")
+    suite = conversations(template.special_tokens)
+    proof = prove_prompts(
+        client, model, template, tokenizer, gguf, suite, joins=bool(served.template), system=served.system
+    )
+    counts = proof.report.counts
+    assert counts["differs"] == 0
+    # What llama.cpp's tokenizer does differently is named, and is the same for every model of the family.
+    reasons = {case: reason.split(",")[0] for case, reason in proof.other_ids.items()}
+    assert reasons.pop("combining marks", None) == (
+        "the trained tokenizer normalises texts (NFC)" if name == "qwen3" else None
+    )
+    assert all(reason.startswith("llama.cpp reads") for reason in reasons.values())
+    assert proof.token_equal + len(proof.other_ids) == counts[EXACT] + counts[JOINED]
+    assert len(proof.other_ids) < 10
+    # Gemma's template refuses turns that do not alternate.
+    assert proof.token_equal >= (30 if name == "gemma3" else 45)
+    # The served file stops where the trained template ends a turn.
+    ends = {"qwen3": "<|im_end|>", "llama3_1": "<|eot_id|>", "gemma3": "<end_of_turn>"}
+    assert ends[name] in served.parameters["stop"]
+    client.delete(model)
+
+
+def chat_template(gguf: Path) -> str:
+    from pipeline.llamacpp.gguf_file import inspect
+
+    return str(inspect(gguf).metadata["tokenizer.chat_template"])
+
+
+def test_a_template_changed_on_the_way_is_caught(tmp_path: Path) -> None:
+    """One space more in what is served: the proof has to see it."""
+    from pipeline.errors import PipelineError
+
+    run = servers.family_run("qwen3")
+    client, name = servers.client(), "changed:latest"
+    tokenizer = tokenizer_of("qwen3")
+    template = ChatTemplate.from_tokenizer(tokenizer)
+    gguf = run / "quantize" / "q8_0" / "model-q8_0.gguf"
+    changed = tmp_path / "changed.gguf"
+    from pipeline.ollama.guard import write_with_template
+
+    prefix = guard_with_a_space(template.source)
+    write_with_template(gguf, changed, prefix)
+    client.create(name, {"files": {"m.gguf": client.upload(changed)}})
+    with pytest.raises(PipelineError, match="Ollama sends other prompts than were trained"):
+        prove_prompts(client, name, template, tokenizer, changed, conversations(), joins=False, system="")
+    client.delete(name)
+
+
+def guard_with_a_space(source: str) -> str:
+    from pipeline.ollama.guard import guarded
+
+    whole = guarded(source)
+    prefix = whole[: len(whole) - len(source)]
+    changed = prefix.replace(" " * 9 + "#}", "#}{{ ' ' }}")  # as long as it was, so that the file stays aligned
+    assert changed != prefix
+    return changed + source
+
+
+def test_a_model_with_another_tokenizer_is_caught(tmp_path: Path) -> None:
+    """The prompts are equal as text, and the ids are not."""
+    from transformers import AutoTokenizer
+
+    from pipeline.errors import PipelineError
+
+    gguf, _, _ = artefacts.quantized()
+    tokenizer = AutoTokenizer.from_pretrained(artefacts.base_folder())
+    template = ChatTemplate.from_tokenizer(tokenizer)
+    other = tokenizer_of("qwen3")
+    work: Work = artefacts.make_work(artefacts.base_run(), "modelfile", "q4_k_m", train={"max_length": 64})
+    modelfile.main(work)
+    served, _ = deploy._plan(work.output)
+    client, name = servers.client(), "other:latest"
+    client.create(name, {**served.body(), "files": {"m.gguf": client.upload(gguf)}})
+    with pytest.raises(PipelineError, match="other token ids from position"):
+        prove_prompts(client, name, template, other, gguf, conversations(), joins=True, system="")
+    client.delete(name)
+    assert json.loads((work.output / "template.json").read_text())["way"] == "go"
