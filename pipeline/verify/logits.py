@@ -22,6 +22,7 @@ from pipeline.llamacpp.gguf_file import inspect
 from pipeline.llamacpp.library import LlamaModel
 from pipeline.llamacpp.perplexity import compare, write_reference
 from pipeline.llamacpp.server import LlamaServer
+from pipeline.model.predict import load_float32, predict
 from pipeline.verify.result import Claim, Result
 from pipeline.verify.subject import Subject
 
@@ -54,7 +55,7 @@ def _sixteen_bit(subject: Subject) -> Iterator[Result]:
         yield mean.holds(False, why)
         yield from (claim.not_run("no logits could be compared") for claim in claims[1:])
         return
-    model = subject.shared.get("model") or _load(subject.model)
+    model = subject.shared.get("model") or load_float32(subject.model)
     divergence, losses = _diverge(model, path, rows, subject.held_out[0])
     subject.shared["model"] = None
     subject.shared.setdefault("losses", {}).update(losses)
@@ -94,41 +95,30 @@ def _cannot_compare(subject: Subject, path: Path) -> str:
     return ""
 
 
-def _load(folder: Path) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from pipeline.model.quiet import quiet_transformers
-
-    with quiet_transformers():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
-
-
 Rows = list[tuple[list[int], list[int]]]
 
 
 def _diverge(model: Any, path: Path, rows: Rows, where: str) -> tuple[Divergence, dict[str, float]]:
     """Compare both models on rows, and take both losses on the way."""
     import numpy as np
-    import torch
 
     divergence = Divergence()
     total = sum(len(ids) for ids, _ in rows)
     ours, theirs, trained, done = 0.0, 0.0, 0, 0
     longest = max(len(ids) for ids, _ in rows)
+    left = iter(rows)
     with (
         LlamaModel(path, context=-(-longest // 256) * 256) as file,
-        torch.inference_mode(),
         progress(f"logits on {where}", total, "tokens") as update,
     ):
-        for ids, labels in rows:
-            reference = model(input_ids=torch.tensor([ids])).logits[0].float().numpy()
+        for reference in itertools.chain.from_iterable(predict(model, [ids for ids, _ in rows])):
+            ids, labels = next(left)
             other = file.logits(ids)
-            width = min(reference.shape[1], other.shape[1])  # an embedding may be padded beyond the vocabulary
-            if reference.shape[1] != other.shape[1]:
+            if reference.shape[1] != other.shape[1]:  # an embedding may be padded beyond the vocabulary
+                width = min(reference.shape[1], other.shape[1])
                 reference, other = (np.ascontiguousarray(x[:, :width]) for x in (reference, other))
             divergence.add(reference, other)
-            places = _trained_places(labels)
+            places = trained_places(labels)
             ours += loss_of(reference, ids, places)
             theirs += loss_of(other, ids, places)
             trained += len(places)
@@ -139,7 +129,7 @@ def _diverge(model: Any, path: Path, rows: Rows, where: str) -> tuple[Divergence
     return divergence, {"merged": ours / trained, "16-bit GGUF": theirs / trained}
 
 
-def _trained_places(labels: list[int]) -> list[int]:
+def trained_places(labels: list[int]) -> list[int]:
     """Positions that predict a trained token."""
     return [place for place in range(len(labels) - 1) if labels[place + 1] != IGNORED]
 

@@ -6,11 +6,15 @@ to merge into, because it depends on the model and on the data: the held-out los
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.chat.labels import IGNORED
 from pipeline.console import progress
+from pipeline.model.predict import predict
+from pipeline.verify.logits import loss_of, trained_places
 from pipeline.verify.result import Claim, Result
 from pipeline.verify.subject import Subject
 
@@ -27,7 +31,7 @@ def check(subject: Subject) -> Iterator[Result]:
         yield _CLAIM.not_run("the adapter was trained on the 16-bit base: there is only one base")
         return
     rows = subject.compared_rows()
-    if not any(label != -100 for _, labels in rows for label in labels):
+    if not any(label != IGNORED for _, labels in rows for label in labels):
         yield _CLAIM.not_run("there are no held-out answers")
         return
     losses = measure(subject.base, subject.adapter, rows)
@@ -49,14 +53,11 @@ def check(subject: Subject) -> Iterator[Result]:
 
 def measure(base: Path, adapter: Path, rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, float]:
     """Held-out loss in nats for each trained token, in float32: of the base, and of the adapter on both bases."""
-    import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
-    from pipeline.model.quiet import quiet_transformers
+    from pipeline.model.predict import load_float32
 
-    with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False).eval()
+    model = load_float32(base)
     losses = {"base": _loss(model, rows, "base")}
     model = PeftModel.from_pretrained(model, adapter).eval()
     losses[SIXTEEN_BIT] = _loss(model, rows, "adapter on 16-bit")
@@ -88,16 +89,14 @@ def dequantized(weight: Any) -> Any:
 
 
 def _loss(model: Any, rows: Sequence[tuple[list[int], list[int]]], what: str) -> float:
-    import torch
-
     total, trained = 0.0, 0
-    with torch.inference_mode(), progress(f"held-out loss, {what}", len(rows), "rows") as update:
-        for number, (ids, labels) in enumerate(rows, 1):
-            target = torch.tensor(labels[1:])
-            kept = target != -100
-            if kept.any():
-                logits = model(input_ids=torch.tensor([ids])).logits[0, :-1].float()
-                total += float(torch.nn.functional.cross_entropy(logits[kept], target[kept], reduction="sum"))
-                trained += int(kept.sum())
+    left = iter(rows)
+    with progress(f"held-out loss, {what}", len(rows), "rows") as update:
+        batches = predict(model, [ids for ids, _ in rows])
+        for number, logits in enumerate(itertools.chain.from_iterable(batches), 1):
+            ids, labels = next(left)
+            places = trained_places(labels)
+            total += loss_of(logits, ids, places)
+            trained += len(places)
             update(number)
     return total / max(1, trained)

@@ -32,16 +32,17 @@ def reconvert(model: Path, folder: Path, outtype: str) -> GGUFInfo:
     if not target.is_file():
         size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
         require_space(folder, 2 * size if outtype == "f32" else size, "the model, converted again")
+        partial = target.with_suffix(".partial")
         arguments: list[str | Path] = [
             *(sys.executable, source_tree() / "convert_hf_to_gguf.py", model),
-            *("--outfile", target, "--outtype", outtype),
+            *("--outfile", partial, "--outtype", outtype),
         ]
         output: list[str] = []
         environment = {"NO_LOCAL_GGUF": None, "HF_HUB_OFFLINE": "1"}
         status = run(arguments, on_line=output.append, environment=environment)
         if status:
-            target.unlink(missing_ok=True)
             raise failure("llama.cpp's converter", status, output, folder)
+        partial.rename(target)
     return inspect(target)
 
 
