@@ -169,7 +169,7 @@ class Verify(Section):
     stopping_prompts: int = Field(8, ge=1, description="prompts that every server has to answer to the end")
     stopping: float = Field(0.8, ge=0, le=1, description="least share of answers that end by themselves")
     answers_lost: float = Field(0.05, ge=0, le=1, description="largest loss of right answers from a rung to the next")
-    loss_lost: float = Field(0.1, gt=0, description="largest rise of the held-out loss from a rung to the next, in nats")
+    loss_lost: float = Field(0.1, gt=0, description="largest rise of the held-out loss between rungs, in nats")
 
 
 class Run(Section):

@@ -212,7 +212,10 @@ def _string(text: str) -> bytes:
 def _value(value: Any) -> bytes:
     if isinstance(value, list):
         kind, items = (5, "i") if isinstance(value[0], int) else _typed(value[0])
-        packed = b"".join(_string(item) for item in value) if kind == 8 else struct.pack(f"<{len(value)}{items}", *value)
+        if kind == 8:
+            packed = b"".join(_string(item) for item in value)
+        else:
+            packed = struct.pack(f"<{len(value)}{items}", *value)
         return struct.pack("<IIQ", 9, kind, len(value)) + packed
     kind, code = _typed(value)
     return struct.pack("<I", kind) + (_string(value) if kind == 8 else struct.pack(f"<{code}", value))
