@@ -1,4 +1,4 @@
-"""Every chat template that llama.cpp ships, tried for real: a table of ways, none of which differs without saying so."""
+"""Every chat template that llama.cpp ships, tried for real: none is served differently without saying so."""
 
 import json
 from functools import cache
@@ -95,20 +95,27 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
 )
 LLAMA2 = (
-    "{% set s = '' %}{% if messages[0].role == 'system' %}{% set s = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}"
-    "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('roles must alternate') }}{% endif %}{% if m.role == 'user' %}{{ bos_token }}[INST] "
-    "{{ s if loop.first else '' }}{{ m.content }} [/INST]{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
+    "{% set s = '' %}{% if messages[0].role == 'system' %}"
+    "{% set s = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}{% set messages = messages[1:] %}{% endif %}"
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% if m.role == 'user' %}{{ bos_token }}[INST] {{ s if loop.first else '' }}{{ m.content }} [/INST]"
+    "{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
 )
+LOOP = "{% for m in messages %}"
+END = "{% endfor %}A:"
+TURN = "{{ m.role }}:{{ m.content }};"
+SYSTEMS = "{% for m in messages if m.role == 'system' %}"
+OTHERS = "{% for m in messages if m.role != 'system' %}"
 DERIVABLE = {
     "ChatML": CHATML,
     "a default system text": "{% if messages[0].role != 'system' %}<|s|>Be good.<|e|>{% endif %}" + CHATML,
     "a system message folded into the first turn": LLAMA2,
-    "a first turn that differs": "{% for m in messages %}{{ '[FIRST]' if loop.first else '[NEXT]' }}{{ m.role }}:{{ m.content }}{% endfor %}A:",
-    "a last turn that differs": "{% for m in messages %}{% if loop.last %}[LAST]{% endif %}{{ m.role }}:{{ m.content }};{% endfor %}A:",
-    "an assistant's turn without a name": "{% for m in messages %}{{ 'U:' if m.role == 'user' else '' }}{{ m.content }}\n{% endfor %}",
+    "a first turn that differs": LOOP + "{{ '[FIRST]' if loop.first else '[NEXT]' }}" + TURN + END,
+    "a last turn that differs": LOOP + "{% if loop.last %}[LAST]{% endif %}" + TURN + END,
+    "an assistant's turn without a name": LOOP + "{{ 'U:' if m.role == 'user' else '' }}{{ m.content }}\n" + END,
     "BOS by the template": "{{ bos_token }}" + CHATML,
-    "BOS in every turn": "{% for m in messages %}{{ bos_token }}{{ m.role }}:{{ m.content }}{{ eos_token }}{% endfor %}A:",
+    "BOS in every turn": LOOP + "{{ bos_token }}" + TURN + "{{ eos_token }}" + END,
     "trimmed messages": CHATML.replace("m.content", "m.content | trim"),
     "messages trimmed on the left": CHATML.replace("m.content", "m.content.lstrip()"),
     "line breaks stripped": CHATML.replace("m.content", "m.content.strip('\\n')"),
@@ -117,20 +124,21 @@ DERIVABLE = {
     "thinking up to the first end dropped": CHATML.replace(
         "m.content", "(m.content.split('</think>', 1)[1] if '</think>' in m.content else m.content)"
     ),
-    "system messages left out": "{% for m in messages if m.role != 'system' %}{{ m.role }}:{{ m.content }};{% endfor %}A:",
-    "system texts at the end": "{% for m in messages if m.role != 'system' %}{{ m.role }}:{{ m.content }};{% endfor %}"
-    "S:{% for m in messages if m.role == 'system' %}{{ m.content }}{{ '\n\n' if not loop.last }}{% endfor %}A:",
-    "the last system text in front": "{% set ns = namespace(s='') %}{% for m in messages if m.role == 'system' %}"
-    "{% set ns.s = m.content %}{% endfor %}[{{ ns.s }}]{% for m in messages if m.role != 'system' %}{{ m.content }};{% endfor %}",
-    "an empty system message is none": "{% for m in messages if m.content or m.role != 'system' %}{{ m.role }}:{{ m.content }};{% endfor %}A:",
-    "an empty answer is left out": "{% for m in messages if m.content or m.role != 'assistant' %}{{ m.role }}:{{ m.content }};{% endfor %}A:",
+    "system messages left out": OTHERS + TURN + END,
+    "system texts at the end": OTHERS + TURN + "{% endfor %}S:" + SYSTEMS
+    + "{{ m.content }}{{ '\n\n' if not loop.last }}" + END,
+    "the last system text in front": "{% set ns = namespace(s='') %}" + SYSTEMS
+    + "{% set ns.s = m.content %}{% endfor %}[{{ ns.s }}]" + OTHERS + TURN + END,
+    "an empty system message is none": LOOP.replace(" %}", " if m.content or m.role != 'system' %}") + TURN + END,
+    "an empty answer is left out": LOOP.replace(" %}", " if m.content or m.role != 'assistant' %}") + TURN + END,
     "today's date as ISO": "{{ strftime_now('%Y-%m-%d') }}" + CHATML,
-    "today's date in words": "Today is {{ strftime_now('%B %d, %Y') }}, {{ strftime_now('%d %b %Y') }}." + CHATML,
+    "today's date in words": "{{ strftime_now('%B %d, %Y') }}, {{ strftime_now('%d %b %Y') }}." + CHATML,
     "Go's own syntax": "{{ '{{ .System }}' }}{{ '{' }}{{ '{{- end }}' }}" + CHATML.replace("<|", "{{ '{{<' }}"),
     "three quotes and characters that a Modelfile drops": "{{ '\"\"\"\u00a0\u3000\u200d\x07' }}" + CHATML,
     "backslashes and quotes": "{{ '\\\\n \"x\" `y`' }}" + CHATML,
     "white space at both ends": "\n  \n" + CHATML + "  \n\n ",
-    "a generation prompt without thinking": CHATML + "{% if enable_thinking is defined and not enable_thinking %}[no]{% endif %}",
+    "a generation prompt without thinking": CHATML
+    + "{% if enable_thinking is defined and not enable_thinking %}[no]{% endif %}",
 }  # fmt: skip
 
 
@@ -233,18 +241,17 @@ def test_a_template_file_that_is_not_there(path: str) -> None:
         (b"\xff\xfe\x00", "ollama.template"),
         (b"{{ range .Messages }}{{ .Content }}", "not valid"),
         (b"{{ .Messages | nosuchfunction }}", "not valid"),
-        (b'{{ template "nothing" . }}', "not valid|differ|refuse"),
+        (b'{{ template "nothing" . }}', "refused"),
     ],
 )
 def test_hostile_template_files(content: bytes, words: str, tmp_path: Path) -> None:
     path = tmp_path / "my.gotmpl"
     path.write_bytes(content)
-    try:
-        choice = choose(ChatTemplate(CHATML), str(path), servers.engine())
-    except UserError as error:
-        assert any(word in str(error) for word in words.split("|"))
+    if words == "refused":
+        assert choose(ChatTemplate(CHATML), str(path), servers.engine()).way == "refused"
     else:
-        assert choice.way == "refused"
+        with pytest.raises(UserError, match=words):
+            choose(ChatTemplate(CHATML), str(path), servers.engine())
 
 
 def test_a_users_own_template_is_taken_if_it_is_exact_and_refused_if_not(tmp_path: Path) -> None:

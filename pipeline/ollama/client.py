@@ -91,8 +91,8 @@ class Client:
 
         Args:
             name: the new model's name.
-            body: the fields of `POST /api/create`: `from` or `files`, and any of adapters, template, system, parameters,
-                messages, license, requires.
+            body: the fields of `POST /api/create`: `from` or `files`, and any of adapters, template, system,
+                parameters, messages, license, requires.
             progress: called with the server's words and a share from 0 to 1.
 
         Raises:

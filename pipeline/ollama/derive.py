@@ -425,7 +425,7 @@ class _Writer:
         dates = {chr(_DATE + number): form for number, form in enumerate(self.formats)}
         parts = re.split(f"([{_SYSTEM}{''.join(dates)}])", piece)
         text = ""
-        for number, part in enumerate(parts):
+        for part in parts:
             if part == _SYSTEM:
                 text += self._content("system", "$text")
             elif part in dates:

@@ -120,11 +120,8 @@ def stop_strings(template: ChatTemplate) -> list[str]:
     after = end_of_turn(template)
     bare = after.strip()
     tokens = [token for token in template.special_tokens if token and bare.startswith(token)]
-    if tokens:
-        stops = [max(tokens, key=len)]
-    else:
-        # No token ends the turn: then the text that begins the next one does.
-        stops = [after.rstrip()] if bare else []
+    # Where no token ends the turn, the text that begins the next one does.
+    stops = [max(tokens, key=len)] if tokens else [after.rstrip()] if bare else []
     if template.eos_token and template.eos_token not in stops:
         stops.append(template.eos_token)
     return stops

@@ -11,7 +11,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -253,10 +253,8 @@ def _refuse_taken(work: Work, client: Client, name: str) -> None:
     """A model of this name that another made is not replaced unless that is asked for."""
     digest = client.names().get(name)
     before: dict[str, Any] = {}
-    try:
+    with suppress(OSError, ValueError):  # nothing was deployed from this run yet
         before = json.loads((work.folder("deploy") / "deploy.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        pass  # nothing was deployed from this run yet
     ours = [model["digest"] for model in before.get("models", ()) if model["name"] == name]
     if digest is not None and digest not in ours and not work.config.ollama.replace:
         raise UserError(
@@ -296,8 +294,8 @@ def _ask(work: Work, client: Client, name: str) -> tuple[list[dict[str, Any]], f
         console.say(f"  asked: {_short(question[-1]['content'])}\n  said:  {_short(answer['content'])}")
     if answers and not any(answer["stopped"] for answer in answers):
         raise PipelineError(
-            f"the model never stops by itself: {len(answers)} answers of {limit} tokens each; see whether its end-of-turn "
-            "token was trained (`pipeline verify`)"
+            f"the model never stops by itself: {len(answers)} answers of {limit} tokens each; see whether its "
+            "end-of-turn token was trained (`pipeline verify`)"
         )
     return answers, first
 
