@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from pipeline.console import progress
@@ -22,13 +23,13 @@ def check(subject: Subject) -> Iterator[Result]:
         claim = Claim("stopping.llamacpp", rung, f"{_SENTENCE} in llama-server")
         try:
             with LlamaServer(path, context=4096) as server:
-                yield _ask(subject, claim, lambda messages, server=server: _ended(server, subject, messages, limit))
+                yield _ask(subject, claim, partial(_ended, server, subject, limit))
         except PipelineError as error:
             yield claim.holds(False, f"llama-server cannot use it: {error}")
     yield from _ollama(subject, limit)
 
 
-def _ended(server: LlamaServer, subject: Subject, messages: list[dict[str, Any]], limit: int) -> bool:
+def _ended(server: LlamaServer, subject: Subject, limit: int, messages: list[dict[str, Any]]) -> bool:
     prompt = subject.template.served(subject.template.render(messages))
     ids = server.tokenize(prompt, add_special=True)
     return bool(server.complete(ids, limit)["stop_type"] == "eos")
