@@ -242,6 +242,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict
         given = values.get(section, {}).get(key) if isinstance(values.get(section), dict) else None
         if isinstance(given, str):
             values[section][key] = path.parent / Path(given).expanduser()
+    template = values.get("ollama", {}).get("template") if isinstance(values.get("ollama"), dict) else None
+    if isinstance(template, str) and template not in ("auto", "go", "native"):
+        values["ollama"]["template"] = str(path.parent / Path(template).expanduser())
     base = values.get("model", {}).get("base") if isinstance(values.get("model"), dict) else None
     if isinstance(base, str) and (path.parent / base).is_dir():
         values["model"]["base"] = str((path.parent / base).resolve())

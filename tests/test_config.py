@@ -71,6 +71,12 @@ def test_overrides_win_and_say_so(tmp_path: Path) -> None:
     assert given["train.epochs"] == "--set train.epochs=2.5"
 
 
+@pytest.mark.parametrize(("given", "expected"), [("native", "native"), ("my.tmpl", "{folder}/my.tmpl")])
+def test_a_template_file_lies_beside_the_configuration(tmp_path: Path, given: str, expected: str) -> None:
+    config, _ = load_config(write(tmp_path, MINIMAL + f'[ollama]\ntemplate = "{given}"\n'))
+    assert config.ollama.template == expected.format(folder=tmp_path)
+
+
 @pytest.mark.parametrize("override", ["train.epochs", "epochs=2", "=", "train.=3", "train epochs=2"])
 def test_malformed_overrides(tmp_path: Path, override: str) -> None:
     assert "--set" in refusal(tmp_path, MINIMAL, override)
