@@ -122,7 +122,11 @@ def table(content: dict[str, Any]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    rows = Table("check", "rung", "verdict", "figure", "threshold", "", box=None, pad_edge=False)
+    rows = Table(box=None, pad_edge=False)
+    for heading in ("check", "rung", "verdict"):
+        rows.add_column(heading, no_wrap=True)
+    for heading in ("figure", "threshold", ""):
+        rows.add_column(heading, overflow="fold")
     colours = {PASS: "green", FAIL: "bold red", NOT_RUN: "yellow"}
     broken = content["first_broken"]
     for row in content["checks"]:
