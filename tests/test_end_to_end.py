@@ -23,6 +23,7 @@ STAGES = [
     "evaluate/q4_k_m",
     "evaluate/ollama",
     "evaluate/table",
+    "verify",
 ]
 
 
@@ -41,6 +42,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = (HOME / "pipeline.toml").read_text(encoding="utf-8")
     text = re.sub(r"^(epochs|steps) = .*$", "steps = 6", text, flags=re.MULTILINE)
     text = re.sub(r"^max_new_tokens = .*$", "max_new_tokens = 24", text, flags=re.MULTILINE)
+    # Six steps teach it to begin an answer, not to end one; and fewer tokens say as much about logits.
+    text += "\n[verify]\nstopping = 0\ntokens = 500\n"
     (project / "pipeline.toml").write_text(text, encoding="utf-8")
     answer = pipeline("run", project)
     assert answer.returncode == 0, answer.stderr
@@ -82,6 +85,16 @@ def test_ollama_answers_what_the_file_answers(run: Path) -> None:
     for row in rows:
         assert row["answers"]["ollama"].strip() == row["answers"]["q4_k_m"].strip()
         assert row["answers"]["base"] != row["answers"]["q4_k_m"]
+
+
+def test_every_link_is_proven(run: Path) -> None:
+    proof = json.loads((run / "verify" / "verify.json").read_text(encoding="utf-8"))
+    assert proof["verdict"] == "pass"
+    assert proof["counts"]["not run"] == 0
+    assert {check["id"].partition(".")[0] for check in proof["checks"]} >= {
+        *("labels", "weights", "tokenizer", "prompt", "logits"),
+        *("quantization", "stopping", "merge_base", "answers", "toolchain"),
+    }
 
 
 def test_the_page_is_whole_and_needs_nothing_else(run: Path) -> None:
