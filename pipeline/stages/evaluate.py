@@ -15,6 +15,7 @@ from typing import Any
 from pipeline.chat.metric import score
 from pipeline.config import Config
 from pipeline.console import progress
+from pipeline.verify.statistics import wilson_interval
 from pipeline.work import Work
 
 CONFIG = ("eval", "model")
@@ -78,16 +79,6 @@ def read_questions(path: Path, limit: int | None) -> list[tuple[list[dict[str, A
             last = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
             rows.append((messages[:last], messages[last]["content"]))
     return rows[:limit]
-
-
-def wilson_interval(correct: int, asked: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % score interval of a share (E. B. Wilson, 1927, "Probable inference", JASA 22)."""
-    if asked == 0:
-        return 0.0, 1.0
-    share = correct / asked
-    middle = (share + z**2 / (2 * asked)) / (1 + z**2 / asked)
-    half = z / (1 + z**2 / asked) * (share * (1 - share) / asked + z**2 / (4 * asked**2)) ** 0.5
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 Answerer = Callable[[list[list[dict[str, Any]]], Callable[[float], None]], list[str]]
