@@ -46,7 +46,7 @@ def check(subject: Subject) -> Iterator[Result]:
     other = DEQUANTIZED if taken == SIXTEEN_BIT else SIXTEEN_BIT
     words = (
         f'merged into "{taken}" the held-out loss is {losses[taken]:.4f}, into "{other}" {losses[other]:.4f}; '
-        'merge.base = "auto" takes the better one'
+        'train longer, or on the 16-bit base (train.load_in_4bit = false)'
     )
     yield _CLAIM.at_most(losses[taken] - losses[other], subject.settings.loss_lost, words)
 
