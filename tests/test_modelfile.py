@@ -212,7 +212,8 @@ def test_everything_at_once(folder: Path) -> None:
 
 def test_a_path_with_spaces_is_found(folder: Path) -> None:
     write_scratch_model(folder / "my model's file.gguf")
-    create_from_file(folder, ServedModel("my model's file.gguf", TEMPLATE), "path:latest")
+    shown = create_from_file(folder, ServedModel("my model's file.gguf", TEMPLATE), "path:latest")
+    assert shown["template"] == TEMPLATE
 
 
 @pytest.mark.parametrize(
