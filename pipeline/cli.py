@@ -25,8 +25,8 @@ _ELSEWHERE = {
 }
 # The order of the help page is the order of the work.
 _ORDER = (
-    "setup", "run", "status", "config", "data", "train", "merge", "convert", "quantize", "modelfile", "deploy",
-    "evaluate", "verify", "report", "export", "template", "chat",
+    "setup", "run", "status", "config", "preflight", "data", "train", "merge", "convert", "quantize", "modelfile",
+    "deploy", "evaluate", "verify", "report", "export", "template", "chat",
 )  # fmt: skip
 
 
@@ -117,7 +117,8 @@ def _bring_up_to_date(config: Config, sources: dict[str, str], stages: Sequence[
 @main.command()
 @configured
 @click.option("--until", metavar="STAGE", help="Stop after this stage.")
-def run(config: Path, overrides: tuple[str, ...], until: str | None) -> None:
+@click.option("--no-preflight", is_flag=True, help="Do not try the untouched base first.")
+def run(config: Path, overrides: tuple[str, ...], until: str | None, no_preflight: bool) -> None:
     """Run every stage that is not up to date."""
     from pipeline import graph
     from pipeline.errors import UserError
@@ -126,7 +127,8 @@ def run(config: Path, overrides: tuple[str, ...], until: str | None) -> None:
         raise UserError(f"--until {until}: no such stage; one of {', '.join(graph.STAGES)}")
     settings, sources = resolved(config, overrides)
     last = graph.STAGES.index(until) if until else len(graph.STAGES) - 1
-    _bring_up_to_date(settings, sources, graph.STAGES[: last + 1])
+    stages = [stage for stage in graph.STAGES[: last + 1] if not (no_preflight and stage == "preflight")]
+    _bring_up_to_date(settings, sources, stages)
     _say_where(settings)
     if last >= graph.STAGES.index("verify"):
         from pipeline.verify.result import require_passed
@@ -175,9 +177,9 @@ def status(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"run": str(settings.run_folder), "stages": rows}, indent=1, ensure_ascii=False))
         return
-    from rich.console import Console
     from rich.table import Table
 
+    from pipeline.console import results
     from pipeline.figures import duration, main_figures, size
 
     table = Table("stage", "state", "time", "memory", "figures", title=str(settings.run_folder), title_justify="left")
@@ -191,7 +193,7 @@ def status(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
             main_figures(row["stage"], row["figures"]),
             style={"stale": "yellow", "missing": "dim"}.get(row["state"]),
         )
-    Console().print(table)
+    results().print(table)
 
 
 @main.command("config")
@@ -248,6 +250,27 @@ _SUMMARIES = {
 }
 for _stage, _summary in _SUMMARIES.items():
     main.add_command(_stage_command(_stage, _summary))
+
+
+@main.command()
+@configured
+@click.option("--force", is_flag=True, help="Look again, also where nothing has changed since.")
+@click.option("--json", "as_json", is_flag=True, help="Print preflight.json.")
+def preflight(config: Path, overrides: tuple[str, ...], force: bool, as_json: bool) -> None:
+    """Try the whole way with the untouched base, before anything is trained.
+
+    The base is converted, quantized, served and verified; disk, memory and versions are looked at. `pipeline run` does
+    this first, once. Exit status 2 if something would fail.
+    """
+    settings, sources = resolved(config, overrides)
+    _bring_up_to_date(settings, sources, ["preflight"], force)
+    content = json.loads((settings.run_folder / "preflight" / "preflight.json").read_text(encoding="utf-8"))
+    if as_json:
+        click.echo(json.dumps(content, indent=1, ensure_ascii=False))
+    else:
+        from pipeline.verify.command import show
+
+        show(content)
 
 
 @main.command()

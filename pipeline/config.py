@@ -111,7 +111,11 @@ class Train(Section):
 class Merge(Section):
     """How the adapter becomes part of the weights."""
 
-    base: Literal["16bit"] = Field("16bit", description="the base that the adapter is merged into")
+    base: Literal["auto", "16bit", "dequantized"] = Field(
+        "auto",
+        description="the base that the adapter is merged into: as it is stored, the 4-bit one dequantized, or (auto) "
+        "the one on which the held-out loss is lower",
+    )
 
 
 class Export(Section):

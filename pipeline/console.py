@@ -3,6 +3,7 @@
 Standard output is left to results (`--json`, tables), so that it can be piped.
 """
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 
 _stream: IO[str] | None = None
+_WIDE = 160  # columns
 
 
 def write_to(stream: IO[str]) -> None:
@@ -29,6 +31,13 @@ def console() -> "Console":
     from rich.console import Console
 
     return Console(stderr=True, highlight=False) if _stream is None else Console(file=_stream, highlight=False)
+
+
+def results() -> "Console":
+    """A console on standard output, for tables: wide where there is no terminal, whose edge it would have to keep."""
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
 
 
 def say(text: str) -> None:

@@ -4,9 +4,10 @@ from typing import Any
 
 # The manifest has every figure; these are shown.
 MAIN = {
+    "preflight": ("verdict", "pass", "not_run"),
     "data": ("train_rows", "train_tokens", "train_share_trained", "validation_rows", "test_rows"),
     "train": ("steps", "loss_last", "validation_loss_first", "validation_loss_last", "tokens_per_second", "device"),
-    "merge": ("modules_merged", "relative_change", "rounding_to_change", "stored", "bytes"),
+    "merge": ("modules_merged", "merged_into", "relative_change", "rounding_to_change", "stored", "bytes"),
     "convert": ("type", "bytes", "tensors", "pre_tokenizer"),
     "quantize": ("type", "bytes", "bits_per_weight", "fallback_share"),
     "modelfile": ("way", "suite"),

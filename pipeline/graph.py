@@ -30,7 +30,9 @@ from pipeline.errors import PipelineError, UserError
 from pipeline.run import hash_outside, locked, read_manifest, record_files, unchanged, write_manifest, write_whole
 from pipeline.work import append_event
 
-STAGES = ("data", "train", "merge", "convert", "quantize", "modelfile", "deploy", "evaluate", "verify", "report")
+STAGES = (
+    "preflight", "data", "train", "merge", "convert", "quantize", "modelfile", "deploy", "evaluate", "verify", "report",
+)  # fmt: skip
 # What has no effect on a stage's outputs, however much of it the stage imports.
 _NO_PART_OF_THE_CODE = {"pipeline.config", "pipeline.console", "pipeline.errors", "pipeline.work"}
 PARTIAL = ".partial"

@@ -21,6 +21,7 @@ SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 CONFIG = {
     "lora": {"r": 4, "alpha": 8.0},
     "train": {"max_length": 256, "steps": 2},
+    "merge": {"base": "16bit"},
     "eval": {"metric": "text", "max_new_tokens": 8},
     "verify": {"tokens": 600, "strings": 600, "stopping_prompts": 2},
 }

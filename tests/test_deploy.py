@@ -12,6 +12,7 @@ import servers
 from pipeline.errors import PipelineError, UserError
 from pipeline.ollama.client import Client
 from pipeline.ollama.server import OllamaServer
+from pipeline.ollama.target import names_of
 from pipeline.stages import deploy, modelfile
 from pipeline.work import Work
 
@@ -157,20 +158,16 @@ def test_a_dry_run_creates_nothing(run: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a b", "../x", "a\nSYSTEM b", ""])
-def test_a_name_that_ollama_would_not_take(run: Path, name: str) -> None:
-    config = work(run).config
-    config = config.model_copy(update={"ollama": config.ollama.model_copy(update={"name": name})})
+def test_a_name_that_ollama_would_not_take(name: str) -> None:
     if name:
         with pytest.raises(UserError, match="not a name"):
-            deploy.names(config)
+            names_of(name, ["q4_k_m"])
     else:
-        assert deploy.names(config) == {"q4_k_m": "model:latest"}
+        assert names_of(name, ["q4_k_m"]) == {"q4_k_m": "model:latest"}
 
 
-def test_several_types_have_names_of_their_own(run: Path) -> None:
-    config = work(run, name="me/home").config
-    config = config.model_copy(update={"export": config.export.model_copy(update={"quant": ("q4_k_m", "q8_0")})})
-    assert deploy.names(config) == {"q4_k_m": "me/home:latest", "q8_0": "me/home:q8_0"}
+def test_several_types_have_names_of_their_own() -> None:
+    assert names_of("me/home", ["q4_k_m", "q8_0"]) == {"q4_k_m": "me/home:latest", "q8_0": "me/home:q8_0"}
 
 
 def test_the_modelfile_beside_it_makes_the_same_model(run: Path) -> None:

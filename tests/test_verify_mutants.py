@@ -171,7 +171,7 @@ def one_module_left_out(tensors: dict[str, Any], merge: Merge) -> None:
 
 
 def into_4bit(tensors: dict[str, Any], merge: Merge) -> None:
-    from pipeline.verify.merge_base import dequantized
+    from pipeline.model.nf4 import dequantized
 
     tensors |= {name: merge.with_delta(name, 1, dequantized(merge.base[name].float())) for name in merge.names}
 

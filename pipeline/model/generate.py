@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.model.drafts import draft, would_be_written
+from pipeline.model.predict import predict
+
 if TYPE_CHECKING:
     from pipeline.config import Model
 
@@ -22,20 +25,31 @@ def compute_type() -> Any:
 
 def load_base(settings: Model) -> tuple[Any, Any]:
     """The untouched base and its tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from pipeline.model.base import resolve_base
 
-    folder = resolve_base(settings.base, settings.revision)
-    cuda = torch.cuda.is_available()
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=compute_type(),
-        device_map="cuda" if cuda else None,
-        trust_remote_code=settings.trust_remote_code,
-    )
-    return model.eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
+    folder, remote = resolve_base(settings.base, settings.revision), settings.trust_remote_code
+    return _load(folder, remote), _tokenizer(folder, remote)
+
+
+def _load(folder: Path, trust_remote_code: bool = False) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else None
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=compute_type(), device_map=device, trust_remote_code=trust_remote_code
+    ).eval()
+
+
+def _tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def load_merged(folder: Path) -> tuple[Any, Any]:
+    """A merged model and its tokenizer."""
+    return _load(folder), _tokenizer(folder)
 
 
 def load_adapter(settings: Model, adapter: Path, *, in_4bit: bool) -> tuple[Any, Any]:
@@ -49,11 +63,11 @@ def load_adapter(settings: Model, adapter: Path, *, in_4bit: bool) -> tuple[Any,
     """
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from pipeline.model.base import resolve_base
 
-    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    tokenizer = _tokenizer(adapter)
     if not in_4bit:
         model, _ = load_base(settings)
         return PeftModel.from_pretrained(model, adapter).eval(), tokenizer
@@ -75,6 +89,46 @@ def load_adapter(settings: Model, adapter: Path, *, in_4bit: bool) -> tuple[Any,
     if not cuda:
         model = model.dequantize(dtype=compute)
     return PeftModel.from_pretrained(model, adapter).eval(), tokenizer
+
+
+def answers(
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[Sequence[dict[str, Any]]],
+    expected: Sequence[str],
+    max_new_tokens: int,
+    update: Callable[[float], None],
+) -> list[str]:
+    """Greedy answers of a trained model, in the order of the questions: `answer_in_batches`, made faster by drafts.
+
+    Args:
+        model: a transformers causal language model.
+        tokenizer: its tokenizer, with the chat template.
+        questions: conversations that end where the assistant speaks.
+        expected: what the model was trained to say.
+        max_new_tokens: longest answer.
+        update: called with the number of answers that are done.
+    """
+    drafts = [draft(tokenizer, question, answer) for question, answer in zip(questions, expected, strict=True)]
+    stop = _stop_tokens(model, tokenizer)
+    order = sorted(range(len(drafts)), key=lambda place: len(drafts[place].ids))
+    found: dict[int, str] = {}
+    tried = 0
+    for batch in predict(model, [drafts[place].ids for place in order]):
+        for logits in batch:
+            place = order[tried]
+            tokens = drafts[place].answer
+            fits = len(tokens) <= max_new_tokens and tokens[-1] in stop
+            if fits and would_be_written(drafts[place], logits):
+                found[place] = tokenizer.decode(tokens, skip_special_tokens=True)
+            tried += 1
+        update(len(found))
+    left = [place for place in range(len(drafts)) if place not in found]
+    written = answer_in_batches(
+        model, tokenizer, [questions[place] for place in left], max_new_tokens, lambda done: update(len(found) + done)
+    )
+    found |= dict(zip(left, written, strict=True))
+    return [found[place] for place in range(len(drafts))]
 
 
 def answer_in_batches(
@@ -103,13 +157,13 @@ def answer_in_batches(
     prompts = [render(tokenizer, question, add_generation_prompt=True) for question in questions]
     ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda place: len(ids[place]))
-    answers = [""] * len(ids)
+    texts = [""] * len(ids)
     # A configuration of its own: the base's may ask for sampling or penalties, and the answers must be greedy.
-    own = model.generation_config
-    stop = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-    stop = sorted({token for token in (*stop, tokenizer.eos_token_id) if token is not None})
     greedy = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stop, pad_token_id=tokenizer.pad_token_id or 0
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=_stop_tokens(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id or 0,
     )
     done = 0
     with torch.inference_mode():
@@ -125,7 +179,14 @@ def answer_in_batches(
                 input_ids=padded.to(model.device), attention_mask=mask.to(model.device), generation_config=greedy
             )
             for row, place in enumerate(places):
-                answers[place] = tokenizer.decode(output[row, width:], skip_special_tokens=True)
+                texts[place] = tokenizer.decode(output[row, width:], skip_special_tokens=True)
             done += len(places)
             update(done)
-    return answers
+    return texts
+
+
+def _stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer."""
+    own = model.generation_config.eos_token_id
+    stop = own if isinstance(own, list) else [own]
+    return sorted({token for token in (*stop, tokenizer.eos_token_id) if token is not None})

@@ -11,6 +11,14 @@ from pipeline.model.quiet import quiet_transformers
 _TOGETHER = 1024  # tokens in a batch: enough for the matrix products, little memory for the logits
 
 
+def fits_float32(folder: Path) -> bool:
+    """Whether a model of 16-bit safetensors fits into the free memory in float32."""
+    import psutil
+
+    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return 2.2 * stored < psutil.virtual_memory().available
+
+
 def load_float32(folder: Path) -> Any:
     """A model in float32, ready to be asked."""
     import torch

@@ -85,9 +85,9 @@ def _as_json(chosen: Choice) -> dict[str, Any]:
 
 
 def _show(chosen: Choice) -> None:
-    from rich.console import Console
     from rich.table import Table
 
+    from pipeline.console import results
     from pipeline.ollama.choose import explain
     from pipeline.ollama.suite import HARMLESS
 
@@ -103,7 +103,7 @@ def _show(chosen: Choice) -> None:
     for name in ways[0] if ways else ():
         cells = [way[name].status for way in ways]
         table.add_row(name, *(cell if cell in HARMLESS else f"[red]{cell}[/red]" for cell in cells))
-    Console(highlight=False).print(table)
+    results().print(table)
     for way, report in chosen.reports.items():
         click.echo(f"{way}: {report.summary}")
         difference = report.first_difference()

@@ -10,13 +10,12 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import console
 from pipeline.errors import PipelineError, UserError
+from pipeline.ollama.target import STORE, names_of, refuse_taken, server
 from pipeline.work import Work
 
 if TYPE_CHECKING:
@@ -35,17 +34,16 @@ CONFIG = (
 )
 
 QUESTIONS = 5
-STORE = "ollama"  # folder in the run: the models of a server of our own
 
 
 def main(work: Work) -> dict[str, Any]:
     """Deploy every GGUF file of the run; write deploy.json."""
-    with server(work.config, work.run, work.output / "ollama.log") as found:
+    with server(work.config.ollama.host, work.run / STORE, work.output / "ollama.log") as found:
         if isinstance(found, str):
             return _not_deployed(work, found)
         client, own, log = found
         models = []
-        for variant, name in names(work.config).items():
+        for variant, name in names_of(work.config.ollama.name, work.config.export.quant).items():
             models.append(_deploy(work, client, own, log, variant, name))
         record = {
             "deployed": True,
@@ -69,53 +67,6 @@ def main(work: Work) -> dict[str, Any]:
     }
 
 
-def names(config: Config) -> dict[str, str]:
-    """The model's name in Ollama for each type: the first has the configured one, the others their type as the tag.
-
-    Raises:
-        UserError: Ollama would not take the name.
-    """
-    from pipeline.ollama.client import check_name
-
-    first = check_name(config.ollama.name or "model")
-    model, _, tag = first.rpartition(":")
-    stem = f"{model}:" if tag == "latest" else f"{first}-"
-    types = config.export.quant
-    return {kind: first if number == 0 else check_name(f"{stem}{kind}") for number, kind in enumerate(types)}
-
-
-@contextmanager
-def server(config: Config, run: Path, log: Path) -> Iterator[tuple[Client, bool, Path | None] | str]:
-    """An Ollama to deploy to: the configured one, else a running one, else one of our own that is stopped at the end.
-
-    Yields:
-        The client, whether the server is our own, and its log; or, if there is no Ollama, why.
-    """
-    from pipeline.ollama.client import Client, normal_host
-    from pipeline.ollama.server import DEFAULT_HOST, OllamaServer, find_ollama
-
-    if config.ollama.host:
-        with Client(config.ollama.host) as client:
-            yield client, False, None
-        return
-    reason = "no Ollama is running and none is installed"
-    try:
-        running = Client(normal_host(os.environ.get("OLLAMA_HOST") or DEFAULT_HOST))
-    except UserError as error:
-        if "too old" in str(error):
-            reason = str(error)
-    else:
-        with running:
-            yield running, False, None
-        return
-    program = find_ollama()
-    if program is None:
-        yield reason
-        return
-    with OllamaServer(run / STORE, program=program, log=log) as own, Client(own.host) as client:
-        yield client, True, own.log
-
-
 def plan(config: Config, run: Path) -> list[str]:
     """What a deployment would do, one line each; nothing is created (`--dry-run`)."""
     from pipeline.ollama.client import Client, normal_host
@@ -132,7 +83,7 @@ def plan(config: Config, run: Path) -> list[str]:
         there = {}
         program = find_ollama()
         lines.append(f"server: one of our own ({program}), models in {run / STORE}" if program else f"none: {error}")
-    for kind, name in names(config).items():
+    for kind, name in names_of(config.ollama.name, config.export.quant).items():
         folder = run / "modelfile" / kind
         if not (folder / "create.json").is_file():
             raise UserError(f"{folder}: has no create.json; run the stage modelfile first")
@@ -167,7 +118,7 @@ def _plan(folder: Path) -> tuple[ServedModel, Path]:
 
 def _not_deployed(work: Work, reason: str) -> dict[str, Any]:
     commands = []
-    for kind, name in names(work.config).items():
+    for kind, name in names_of(work.config.ollama.name, work.config.export.quant).items():
         folder = work.folder("modelfile", kind)
         commands.append(f"cd {folder} && ollama create {name} -f Modelfile")
         commands.append(f"ollama run {name}")
@@ -187,7 +138,7 @@ def _deploy(work: Work, client: Client, own: bool, log: Path | None, variant: st
 
     served, gguf = _plan(work.folder("modelfile", variant))
     if not own:
-        _refuse_taken(work, client, name)
+        refuse_taken(client, name, work.folder("deploy"), replace=work.config.ollama.replace)
     started = time.monotonic()
     model = str(work.folder("merge") / "model")
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
@@ -247,20 +198,6 @@ def _create(client: Client, name: str, served: ServedModel, gguf: Path) -> None:
     with console.progress("ollama create", 100, "%") as update:
         client.create(name, {**served.body(), "files": {gguf.name: digest}}, lambda _, share: update(100 * share))
         update(100)
-
-
-def _refuse_taken(work: Work, client: Client, name: str) -> None:
-    """A model of this name that another made is not replaced unless that is asked for."""
-    digest = client.names().get(name)
-    before: dict[str, Any] = {}
-    with suppress(OSError, ValueError):  # nothing was deployed from this run yet
-        before = json.loads((work.folder("deploy") / "deploy.json").read_text(encoding="utf-8"))
-    ours = [model["digest"] for model in before.get("models", ()) if model["name"] == name]
-    if digest is not None and digest not in ours and not work.config.ollama.replace:
-        raise UserError(
-            f"ollama.name: a model {name!r} is at {client.host} already, and this run did not make it; give another "
-            "with --name, or replace it with --replace"
-        )
 
 
 def _ask(work: Work, client: Client, name: str) -> tuple[list[dict[str, Any]], float | None]:

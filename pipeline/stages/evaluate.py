@@ -1,6 +1,7 @@
 """evaluate: the test questions asked at every rung, from the untouched base to Ollama, and the answers side by side.
 
-Each rung is a variant of its own, so a new quantization type asks that file only. Answers are greedy everywhere.
+Each rung is a variant of its own, so a new quantization type asks that file only. Answers are greedy everywhere. What
+is shipped is asked through its server, question by question; the rungs before it are asked faster, with drafts.
 """
 
 from __future__ import annotations
@@ -9,18 +10,19 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.chat.metric import score
 from pipeline.config import Config
 from pipeline.console import progress
+from pipeline.verify.ladder import ADAPTER, ADAPTER_16BIT, BASE, GGUF_16BIT, MERGED, OLLAMA, rungs
 from pipeline.verify.statistics import wilson_interval
 from pipeline.work import Work
 
 CONFIG = ("eval", "model")
 
-OLLAMA = "ollama"  # the rung of the first quantized file as Ollama serves it
 TABLE = "table"
 
 
@@ -28,20 +30,21 @@ def variants(config: Config) -> tuple[str, ...]:
     """The rungs in the order of the work, then the table that joins them; none without test data."""
     if config.data.test is None:
         return ()
-    return ("base", "adapter", *config.export.quant, OLLAMA, TABLE)
+    return (*rungs(config.export.quant, trained_on_4bit=config.train.load_in_4bit), TABLE)
 
 
 def NEEDS(variant: str) -> tuple[str, ...]:
     """What a rung reads."""
-    if variant == "base":
-        return ("data",)
-    if variant == "adapter":
-        return ("data", "train")
-    if variant == TABLE:
-        return ("data", "evaluate")
-    if variant == OLLAMA:
-        return ("data", "deploy")
-    return ("data", f"quantize/{variant}")
+    stages = {
+        BASE: (),
+        ADAPTER: ("train",),
+        ADAPTER_16BIT: ("train",),
+        MERGED: ("merge",),
+        GGUF_16BIT: ("convert",),
+        OLLAMA: ("deploy",),
+        TABLE: ("evaluate",),
+    }
+    return ("data", *stages.get(variant, (f"quantize/{variant}",)))
 
 
 def main(work: Work) -> dict[str, Any]:
@@ -50,11 +53,11 @@ def main(work: Work) -> dict[str, Any]:
         return _table(work)
     rows = read_questions(work.folder("data") / "test.jsonl", work.config.eval.limit)
     started = time.monotonic()
-    with _rung(work) as answer_all:
+    with _rung(work, rows) as answer_all:
         if answer_all is None:
             return {"asked": 0, "why": "not deployed"}
         with progress(f"asking {work.variant}", len(rows), "questions") as update:
-            answers = answer_all([question for question, _ in rows], update)
+            answers = answer_all(update)
     seconds = time.monotonic() - started
     results = [
         {"expected": expected, "answer": answer, "correct": _correct(work.config, answer, expected)}
@@ -81,15 +84,16 @@ def read_questions(path: Path, limit: int | None) -> list[tuple[list[dict[str, A
     return rows[:limit]
 
 
-Answerer = Callable[[list[list[dict[str, Any]]], Callable[[float], None]], list[str]]
+Answerer = Callable[[Callable[[float], None]], list[str]]
+Question = list[dict[str, Any]]
 
 
 @contextmanager
-def _rung(work: Work) -> Iterator[Answerer | None]:
-    """What answers at this rung; None where the model is not there to be asked."""
-    limit = work.config.eval.max_new_tokens
-    if work.variant in ("base", "adapter"):
-        yield _transformers(work, limit)
+def _rung(work: Work, rows: list[tuple[Question, str]]) -> Iterator[Answerer | None]:
+    """What answers the rows' questions at this rung; None where the model is not there to be asked."""
+    questions, limit = [question for question, _ in rows], work.config.eval.max_new_tokens
+    if work.variant in (BASE, ADAPTER, ADAPTER_16BIT, MERGED):
+        yield _transformers(work, rows)
     elif work.variant == OLLAMA:
         from pipeline.ollama.serving import deployed
 
@@ -100,40 +104,45 @@ def _rung(work: Work) -> Iterator[Answerer | None]:
             client, name = served
             options = {"temperature": 0, "num_predict": limit}
 
-            def ask(messages: list[dict[str, Any]]) -> str:
+            def ask(messages: Question) -> str:
                 return str(client.chat(name, messages, options=options)["content"])
 
-            yield _one_by_one(ask)
+            yield partial(_one_by_one, ask, questions)
     else:
         from pipeline.llamacpp.server import LlamaServer
 
-        model = work.folder("quantize", work.variant) / f"model-{work.variant}.gguf"
+        if work.variant == GGUF_16BIT:
+            (model,) = work.folder("convert").glob("*.gguf")
+        else:
+            model = work.folder("quantize", work.variant) / f"model-{work.variant}.gguf"
         with LlamaServer(model, context=work.config.train.max_length or 4096) as server:
             work.command(server.command)
-            yield _one_by_one(lambda messages: server.chat(messages, limit))
+            yield partial(_one_by_one, lambda messages: server.chat(messages, limit), questions)
 
 
-def _one_by_one(ask: Callable[[list[dict[str, Any]]], str]) -> Answerer:
-    def answer_all(questions: list[list[dict[str, Any]]], update: Callable[[float], None]) -> list[str]:
-        answers = []
-        for question in questions:
-            answers.append(ask(question))
-            update(len(answers))
-        return answers
+def _one_by_one(
+    ask: Callable[[Question], str], questions: list[Question], update: Callable[[float], None]
+) -> list[str]:
+    answers = []
+    for question in questions:
+        answers.append(ask(question))
+        update(len(answers))
+    return answers
 
-    return answer_all
 
+def _transformers(work: Work, rows: list[tuple[Question, str]]) -> Answerer:
+    from pipeline.model.generate import answer_in_batches, answers, load_adapter, load_base, load_merged
 
-def _transformers(work: Work, limit: int) -> Answerer:
-    from pipeline.model.generate import answer_in_batches, load_adapter, load_base
-
-    model_settings = work.config.model
-    if work.variant == "base":
-        model, tokenizer = load_base(model_settings)
+    settings, limit = work.config.model, work.config.eval.max_new_tokens
+    questions, expected = [question for question, _ in rows], [answer for _, answer in rows]
+    if work.variant == BASE:  # it knows none of the expected answers
+        return partial(answer_in_batches, *load_base(settings), questions, limit)
+    if work.variant == MERGED:
+        model, tokenizer = load_merged(work.folder("merge") / "model")
     else:
-        adapter = work.folder("train") / "adapter"
-        model, tokenizer = load_adapter(model_settings, adapter, in_4bit=work.config.train.load_in_4bit)
-    return lambda questions, update: answer_in_batches(model, tokenizer, questions, limit, update)
+        in_4bit = work.variant == ADAPTER and work.config.train.load_in_4bit
+        model, tokenizer = load_adapter(settings, work.folder("train") / "adapter", in_4bit=in_4bit)
+    return partial(answers, model, tokenizer, questions, expected, limit)
 
 
 def _correct(config: Config, answer: str, expected: str) -> bool | None:
@@ -142,23 +151,23 @@ def _correct(config: Config, answer: str, expected: str) -> bool | None:
 
 def _table(work: Work) -> dict[str, Any]:
     questions = read_questions(work.folder("data") / "test.jsonl", work.config.eval.limit)
-    rungs: dict[str, list[dict[str, Any]]] = {}
+    asked: dict[str, list[dict[str, Any]]] = {}
     for variant in variants(work.config):
         path = work.folder("evaluate", variant) / "answers.jsonl"
         if variant != TABLE and path.is_file():
-            rungs[variant] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            asked[variant] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     rows = [
         {
             "messages": messages,
             "expected": expected,
-            "answers": {rung: results[place]["answer"] for rung, results in rungs.items()},
-            "correct": {rung: results[place]["correct"] for rung, results in rungs.items()},
+            "answers": {rung: results[place]["answer"] for rung, results in asked.items()},
+            "correct": {rung: results[place]["correct"] for rung, results in asked.items()},
         }
         for place, (messages, expected) in enumerate(questions)
     ]
     scores: dict[str, Any] = {}
     if work.config.eval.metric != "none":
-        for rung, results in rungs.items():
+        for rung, results in asked.items():
             correct = sum(bool(result["correct"]) for result in results)
             scores[rung] = {
                 "exact_match": correct / len(results),

@@ -1,7 +1,9 @@
-"""merge: `merge_and_unload` into the 16-bit base, never into 4-bit weights.
+"""merge: `merge_and_unload` into 16-bit weights, never into 4-bit ones.
 
-The sum is taken in float32 and rounded once, to the type that the base is stored in. A merge that would leave a module
-out, or change nothing, is refused.
+An adapter that was trained on 4 bits may fit what NF4 keeps of the weights better than the weights as they are stored;
+which of the two depends on the model and on the data, so the held-out loss of both is measured, and decides. The sum is
+taken in float32 and rounded once, to the type that the base is stored in. A merge that would leave a module out, or
+change nothing, is refused.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.console import progress
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, UserError
+from pipeline.model.held_out import first_tokens, held_out_loss, read_held_out, trained_places
+from pipeline.model.nf4 import dequantize_targets, restore_targets
 from pipeline.work import Work
 
-NEEDS = ("train",)
-CONFIG = ("model", "merge")
+NEEDS = ("data", "train")
+CONFIG = ("model", "merge", "train.load_in_4bit", "train.max_length", "verify.tokens")
 
 
 def inputs(config: Config) -> list[Path]:
@@ -45,8 +49,9 @@ def main(work: Work) -> dict[str, Any]:
         )
     arithmetic = str(model.dtype).removeprefix("torch.")
     generation = model.generation_config
-    model = PeftModel.from_pretrained(model, adapter)
+    model = PeftModel.from_pretrained(model, adapter).eval()
     _refuse_partial(model, adapter)
+    merged_into = _choose_base(work, model)
 
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     change, size = 0.0, 0.0
@@ -77,12 +82,62 @@ def main(work: Work) -> dict[str, Any]:
     _copy_tokenizer(adapter, base, output)
     return {
         "modules_merged": len(layers),
+        "merged_into": merged_into["taken"],
+        **{f"held_out_loss_{name}": loss for name, loss in merged_into["losses"].items()},
         "relative_change": (change / size) ** 0.5,
         "rounding_to_change": rounding / change**0.5,
         "arithmetic": arithmetic,
         "stored": str(stored).removeprefix("torch."),
         "bytes": sum(path.stat().st_size for path in output.glob("*.safetensors")),
     }
+
+
+def _choose_base(work: Work, model: Any) -> dict[str, Any]:
+    """Leave those weights under the adapter that it is to be merged into; write base.json.
+
+    Args:
+        work: the stage's task.
+        model: the PEFT model on the base as it is stored.
+
+    Returns:
+        "taken" ("16bit" or "dequantized"), "losses" (nats for each trained token; empty where nothing was measured)
+        and "why".
+    """
+    wanted, trained_on_4bit = work.config.merge.base, work.config.train.load_in_4bit
+    if wanted == "dequantized" and not trained_on_4bit:
+        raise UserError('merge.base = "dequantized": it was trained on the 16-bit base; give "auto" or "16bit"')
+    where, rows = read_held_out(work.folder("data"), work.config.train.max_length)
+    rows = first_tokens(rows, work.config.verify.tokens)
+    measurable = any(trained_places(labels) for _, labels in rows)
+
+    def loss(of: str) -> float:
+        with progress(f"held-out loss, {of}", len(rows), "rows") as update:
+            return held_out_loss(model, rows, update)
+
+    chosen: dict[str, Any] = {"taken": "16bit", "losses": {}, "rows": where}
+    if not trained_on_4bit:
+        chosen["why"] = "the adapter was trained on the 16-bit base"
+    else:
+        losses = chosen["losses"]
+        if measurable:
+            with model.disable_adapter():
+                losses["base"] = loss("base")
+            losses["16bit"] = loss("adapter on 16-bit")
+        with progress("dequantizing", None):
+            before = dequantize_targets(model)
+        if measurable:
+            losses["dequantized"] = loss("adapter on 4-bit")
+        if wanted != "auto":
+            chosen |= {"taken": wanted, "why": "merge.base says so"}
+        elif not measurable:
+            chosen["why"] = "there are no held-out answers to measure"
+        else:
+            better = "dequantized" if losses["dequantized"] < losses["16bit"] else "16bit"
+            chosen |= {"taken": better, "why": "its held-out loss is lower"}
+        if chosen["taken"] == "16bit":
+            restore_targets(model, before)
+    (work.output / "base.json").write_text(json.dumps(chosen, indent=1) + "\n", encoding="utf-8")
+    return chosen
 
 
 def stored_type(folder: Path) -> Any:
@@ -104,12 +159,12 @@ def stored_type(folder: Path) -> Any:
 
 
 def _arithmetic(folder: Path, stored: Any) -> Any:
-    """float32 where it fits into the memory, with room for one more copy of the largest matrix; else as stored."""
+    """float32 where it fits into the memory, with room for the stored weights beside it; else as stored."""
     import psutil
     import torch
 
     stored_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return torch.float32 if 2.6 * stored_bytes < psutil.virtual_memory().available else stored
+    return torch.float32 if 3.6 * stored_bytes < psutil.virtual_memory().available else stored
 
 
 def _refuse_partial(model: Any, adapter: Path) -> None:

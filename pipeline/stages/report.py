@@ -14,6 +14,7 @@ from pipeline.figures import duration, main_figures, size, written
 from pipeline.plots import ladder
 from pipeline.resources import resource
 from pipeline.run import read_manifest
+from pipeline.verify.ladder import GGUF_16BIT
 from pipeline.work import Work
 
 NEEDS = ("data", "train", "merge", "convert", "quantize", "modelfile", "deploy", "evaluate", "verify")
@@ -97,7 +98,10 @@ def _ladder(work: Work, evaluation: dict[str, Any], proof: dict[str, Any]) -> st
     if not rungs:
         return ""
     answers = {name: (rung["exact_match"], *rung["interval_95"]) for name, rung in rungs.items()}
-    divergences = {name.rpartition("/")[2]: mean for name, mean in proof.get("divergences", {}).items()}
+    divergences = {
+        GGUF_16BIT if name == "convert" else name.rpartition("/")[2]: mean
+        for name, mean in proof.get("divergences", {}).items()
+    }
     path = work.output / "ladder.svg"
     ladder(answers, divergences, path)
     svg = path.read_text(encoding="utf-8")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.verify.ladder import ADAPTER, BASE, GGUF_16BIT, MERGED, OLLAMA, rungs
 from pipeline.verify.result import Claim, Result
 from pipeline.verify.statistics import mcnemar, wilson_interval
 from pipeline.verify.subject import Subject
@@ -32,20 +33,23 @@ def _answers(subject: Subject) -> Iterator[Result]:
     if subject.config.eval.metric == "none":
         yield learned.not_run("eval.metric is none")
         return
-    rungs = ("base", "adapter", *subject.quantized, "ollama")
-    correct = {rung: marks for rung in rungs if (marks := _marks(subject.run / "evaluate" / rung / "answers.jsonl"))}
+    every = rungs(list(subject.quantized), trained_on_4bit=subject.trained_on_4bit)
+    correct = {rung: marks for rung in every if (marks := _marks(subject.run / "evaluate" / rung / "answers.jsonl"))}
     subject.shared["answers"] = {rung: _score(marks) for rung, marks in correct.items()}
     if len(correct) < 2:
         yield learned.not_run("`evaluate` has not asked two rungs")
         return
-    pairs = [("base", "adapter", learned)]
+    pairs = [
+        (BASE, ADAPTER, learned),
+        (ADAPTER, MERGED, Claim("answers.merged", "merge", "the merged model answers no worse than the adapter")),
+        (MERGED, GGUF_16BIT, Claim("answers.converted", "convert", "the 16-bit GGUF file answers no worse than it")),
+    ]
+    sentence = "the quantized file answers no worse than the 16-bit one"
     for kind in subject.quantized:
-        rung = f"quantize/{kind}"
-        sentence = "the quantized file answers no worse than the adapter"
-        pairs.append(("adapter", kind, Claim("answers.quantized", rung, sentence)))
+        pairs.append((GGUF_16BIT, kind, Claim("answers.quantized", f"quantize/{kind}", sentence)))
     if subject.quantized:
         served = Claim("answers.ollama", "deploy", "Ollama answers no worse than the same file in llama-server")
-        pairs.append((next(iter(subject.quantized)), "ollama", served))
+        pairs.append((next(iter(subject.quantized)), OLLAMA, served))
     for before, after, claim in pairs:
         if before in correct and after in correct:
             yield _compared(subject, claim, before, correct[before], after, correct[after])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from pipeline.errors import PipelineError, UserError
@@ -45,21 +46,38 @@ CHECKS: dict[str, tuple[Check, str]] = {
 EXPORT_CHECKS = ("weights", "tokenizer", "prompt", "logits", "quantization", "stopping", "toolchain")
 
 
+def run_check(
+    name: str, rung: str, check: Callable[[], Iterator[Result]], *, mistakes_fail: bool = False
+) -> list[Result]:
+    """Collect one check's results, and make one of its error if it has one.
+
+    Args:
+        name: the check's name.
+        rung: which rung is blamed when the check itself breaks.
+        check: called without arguments.
+        mistakes_fail: a UserError is a failure, and not a check that could not run.
+    """
+    results: list[Result] = []
+    try:
+        results.extend(check())
+    except UserError as error:
+        claim = Claim(name, rung, "the check can be run")
+        results.append(claim.holds(False, str(error)) if mistakes_fail else claim.not_run(str(error)))
+    except PipelineError as error:
+        results.append(Claim(name, rung, "the files can be read").holds(False, str(error)))
+    except Exception as error:
+        words = f"{type(error).__name__}: {str(error).strip()[:300]}"
+        results.append(Claim(name, rung, "the files can be read").holds(False, words))
+    return results
+
+
 def run_checks(subject: Subject, names: Sequence[str] = tuple(CHECKS)) -> list[Result]:
     """Run checks by name and collect their results."""
     results: list[Result] = []
     for name in names:
         check, rung = CHECKS[name]
         started = time.monotonic()
-        try:
-            results += check(subject)
-        except UserError as error:
-            results.append(Claim(name, rung, "the check can be run").not_run(str(error)))
-        except PipelineError as error:
-            results.append(Claim(name, rung, "the files can be read").holds(False, str(error)))
-        except Exception as error:
-            words = f"{type(error).__name__}: {str(error).strip()[:300]}"
-            results.append(Claim(name, rung, "the files can be read").holds(False, words))
+        results += run_check(name, rung, partial(check, subject))
         subject.shared.setdefault("seconds", {})[name] = round(time.monotonic() - started, 1)
     return results
 

@@ -76,11 +76,10 @@ def _settings(values: dict[str, Any], overrides: Sequence[str]) -> Any:
 
 def show(content: dict[str, Any]) -> None:
     """The table on standard output, and the first broken rung in words."""
-    from rich.console import Console
-
+    from pipeline.console import results
     from pipeline.verify.result import FAIL, explain, table
 
-    console = Console(highlight=False)
+    console = results()
     console.print(table(content))
     counts = ", ".join(f"{count} {verdict}" for verdict, count in content["counts"].items())
     console.print(f"\n{counts}")

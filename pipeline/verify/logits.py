@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.chat.labels import IGNORED
 from pipeline.console import progress
 from pipeline.errors import PipelineError
 from pipeline.llamacpp.divergence import Divergence
@@ -22,7 +21,8 @@ from pipeline.llamacpp.gguf_file import inspect
 from pipeline.llamacpp.library import LlamaModel
 from pipeline.llamacpp.perplexity import compare, write_reference
 from pipeline.llamacpp.server import LlamaServer
-from pipeline.model.predict import load_float32, predict
+from pipeline.model.held_out import loss_of, trained_places
+from pipeline.model.predict import fits_float32, load_float32, predict
 from pipeline.verify.result import Claim, Result
 from pipeline.verify.subject import Subject
 
@@ -55,7 +55,11 @@ def _sixteen_bit(subject: Subject) -> Iterator[Result]:
         yield mean.holds(False, why)
         yield from (claim.not_run("no logits could be compared") for claim in claims[1:])
         return
-    model = subject.shared.get("model") or load_float32(subject.model)
+    model = subject.shared.get("model")
+    if model is None and not fits_float32(subject.model):
+        yield from (claim.not_run("the model does not fit into the memory in float32") for claim in claims)
+        return
+    model = model or load_float32(subject.model)
     divergence, losses = _diverge(model, path, rows, subject.held_out[0])
     subject.shared["model"] = None
     subject.shared.setdefault("losses", {}).update(losses)
@@ -127,24 +131,6 @@ def _diverge(model: Any, path: Path, rows: Rows, where: str) -> tuple[Divergence
     if not trained:
         return divergence, {}
     return divergence, {"merged": ours / trained, "16-bit GGUF": theirs / trained}
-
-
-def trained_places(labels: list[int]) -> list[int]:
-    """Positions that predict a trained token."""
-    return [place for place in range(len(labels) - 1) if labels[place + 1] != IGNORED]
-
-
-def loss_of(logits: Any, ids: list[int], places: list[int]) -> float:
-    """The summed negative log likelihood of the tokens after these places."""
-    import numpy as np
-
-    if not places:
-        return 0.0
-    rows = logits[places].astype(np.float64)
-    highest = rows.max(-1, keepdims=True)
-    log_sum = np.log(np.exp(rows - highest).sum(-1)) + highest[:, 0]
-    chosen = rows[np.arange(len(places)), [ids[place + 1] for place in places]]
-    return float((log_sum - chosen).sum())
 
 
 def _quantized(subject: Subject) -> Iterator[Result]:

@@ -29,6 +29,15 @@ _Suite = tuple[Conversation, ...]
 
 def check(subject: Subject) -> Iterator[Result]:
     """Judge every GGUF file, every Modelfile and the deployed model."""
+    yield from check_files(subject)
+    if subject.tokenizer.chat_template:
+        suite = conversations(subject.template.special_tokens)
+        yield from _modelfiles(subject, suite)
+        yield from _deployed(subject, suite)
+
+
+def check_files(subject: Subject) -> Iterator[Result]:
+    """Judge the chat template of every GGUF file."""
     if not subject.tokenizer.chat_template:
         yield Claim("prompt.template", "base", "there is a chat template").holds(
             False, f"{subject.model} has no chat template: there is nothing to say how a conversation is sent"
@@ -37,8 +46,6 @@ def check(subject: Subject) -> Iterator[Result]:
     suite = conversations(subject.template.special_tokens)
     for rung, path in subject.files:
         yield from _file(subject.template, subject.tokenizer, rung, path, suite)
-    yield from _modelfiles(subject, suite)
-    yield from _deployed(subject, suite)
 
 
 def _file(

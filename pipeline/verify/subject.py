@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import Verify
 from pipeline.errors import UserError
 from pipeline.llamacpp.gguf_file import GGUFInfo, inspect
+from pipeline.model.held_out import first_tokens, read_held_out
 from pipeline.verify.reconvert import UNQUANTIZED, reconvert, stored_outtype
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Subject:
         run, config: the run's folder and its configuration; None for an export.
         trained_on_4bit: whether the adapter was trained on the base in NF4.
         merged_into: "16bit" or "dequantized".
+        merge_losses: the held-out loss of the base and of the adapter on both, as `merge` measured them.
     """
 
     settings: Verify
@@ -50,6 +52,7 @@ class Subject:
     config: Config | None = None
     trained_on_4bit: bool = False
     merged_into: str = "16bit"
+    merge_losses: dict[str, float] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
@@ -71,7 +74,9 @@ class Subject:
             kind: run / "quantize" / kind / f"model-{kind}.gguf" for kind in config.export.quant if kind in types
         }
         merged = run / "merge" / "base.json"
-        into = json.loads(merged.read_text(encoding="utf-8"))["taken"] if merged.is_file() else "16bit"
+        merge: dict[str, Any] = {"taken": "16bit", "losses": {}}
+        if merged.is_file():
+            merge = json.loads(merged.read_text(encoding="utf-8"))
         return Subject(
             settings=config.verify,
             model=model,
@@ -83,7 +88,8 @@ class Subject:
             run=run,
             config=config,
             trained_on_4bit=config.train.load_in_4bit,
-            merged_into=into,
+            merged_into=merge["taken"],
+            merge_losses=merge["losses"],
         )
 
     @staticmethod
@@ -142,12 +148,10 @@ class Subject:
     def held_out(self) -> tuple[str, list[tuple[list[int], list[int]]]]:
         """Rows of (ids, labels) that the model was not trained on, and where they are from; labels may be empty."""
         limit = self.config.train.max_length if self.config is not None else 2048
-        for name in ("validation", "train") if self.run is not None else ():
-            assert self.run is not None
-            path = self.run / "data" / f"{name}.tokens.jsonl"
-            if path.is_file() and (lines := path.read_text(encoding="utf-8").splitlines()):
-                rows = [json.loads(line) for line in lines]
-                return f"{name} rows", [(row["input_ids"][:limit], row["labels"][:limit]) for row in rows]
+        if self.run is not None:
+            where, rows = read_held_out(self.run / "data", limit)
+            if rows:
+                return where, rows
         return "the conformance suite", [(ids[:limit], []) for ids in self.suite_ids]
 
     @cached_property
@@ -167,13 +171,7 @@ class Subject:
 
     def compared_rows(self) -> list[tuple[list[int], list[int]]]:
         """As many held-out rows as have the configured number of tokens together."""
-        rows, count = [], 0
-        for ids, labels in self.held_out[1]:
-            if count >= self.settings.tokens:
-                break
-            rows.append((ids, labels))
-            count += len(ids)
-        return rows
+        return first_tokens(self.held_out[1], self.settings.tokens)
 
     @cached_property
     def questions(self) -> list[list[dict[str, Any]]]:

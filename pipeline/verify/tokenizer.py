@@ -36,6 +36,11 @@ _ROWS = 500  # rows of the run that are compared
 def check(subject: Subject) -> Iterator[Result]:
     """Judge the merged folder's tokenizer, then every GGUF file's."""
     yield _trained(subject)
+    yield from check_files(subject)
+
+
+def check_files(subject: Subject) -> Iterator[Result]:
+    """Judge the tokenizer of every GGUF file."""
     for rung, path in subject.files:
         yield from _file(subject, rung, path)
 

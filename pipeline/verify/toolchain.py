@@ -22,13 +22,7 @@ _MODELS = ("data", "train", "merge", "convert", "quantize", "modelfile", "deploy
 
 def check(subject: Subject) -> Iterator[Result]:
     """Judge the programs, then the run's files."""
-    given = [name for name in ("PIPELINE_LLAMACPP", "PIPELINE_LLAMACPP_SOURCE") if name in os.environ]
-    if given:
-        yield _ONE_PIN.not_run(f"{' and '.join(given)} name programs that set-up did not build")
-    else:
-        programs, source = programs_folder(), source_tree()
-        words = f"the programs are in {programs}, the converter is in {source}"
-        yield _ONE_PIN.holds(programs.parent == source.parent, words, programs.parent.name)
+    yield check_pin()
     if subject.run is None:
         yield _SAME_PIN.not_run("this export has no manifest")
         return
@@ -39,6 +33,20 @@ def check(subject: Subject) -> Iterator[Result]:
     else:
         yield _SAME_PIN.holds(made_with == now, f"it was made with {made_with}, this is {now}", now["version"])
     yield from _files(subject.run, manifest["stages"])
+
+
+def check_pin() -> Result:
+    """Judge the programs.
+
+    Raises:
+        UserError: they are not there.
+    """
+    given = [name for name in ("PIPELINE_LLAMACPP", "PIPELINE_LLAMACPP_SOURCE") if name in os.environ]
+    if given:
+        return _ONE_PIN.not_run(f"{' and '.join(given)} name programs that set-up did not build")
+    programs, source = programs_folder(), source_tree()
+    words = f"the programs are in {programs}, the converter is in {source}"
+    return _ONE_PIN.holds(programs.parent == source.parent, words, programs.parent.name)
 
 
 def _files(run: Path, stages: dict[str, dict[str, dict[str, dict[str, str]]]]) -> Iterator[Result]:

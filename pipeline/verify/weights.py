@@ -17,6 +17,8 @@ from pipeline.console import progress
 from pipeline.errors import PipelineError
 from pipeline.llamacpp.gguf_file import GGUFInfo, inspect
 from pipeline.llamacpp.gguf_file import check as check_gguf
+from pipeline.model.nf4 import dequantized, kept_in_16bit
+from pipeline.model.predict import fits_float32
 from pipeline.verify.result import Claim, Result
 from pipeline.verify.subject import Subject
 
@@ -26,7 +28,7 @@ _UNTOUCHED = Claim("weights.untouched", "merge", "nothing else differs from the 
 _SHAPES = Claim("weights.shapes", "merge", "names, shapes, ties and vocabulary are those of the base")
 _LEFTOVERS = Claim("weights.leftovers", "merge", "nothing of the adapter or of 4-bit storage is left over")
 _FINITE = Claim("weights.finite", "merge", "every weight is finite")
-_RELOAD = Claim("weights.reload", "merge", "transformers loads the merged model with no weight missing or new")
+_RELOAD = Claim("weights.reload", "merge", "transformers loads the model with no weight missing or new")
 _WHOLE = Claim("weights.file", "convert", "the 16-bit GGUF file is whole, and no tensor is NaN or all zeros")
 _GGUF = Claim("weights.gguf", "convert", "the 16-bit GGUF file holds the merged model's numbers")
 _METADATA = Claim("weights.metadata", "convert", "the GGUF file describes the model as its config.json does")
@@ -50,7 +52,7 @@ def check(subject: Subject) -> Iterator[Result]:
         yield from (claim.not_run(why) for claim in (_MERGED, _TARGETS, _UNTOUCHED, _SHAPES))
     else:
         yield from _merge(subject, subject.base, subject.adapter)
-    yield from _folder(subject)
+    yield from check_folder(subject)
     yield from check_sixteen_bit(subject)
 
 
@@ -103,9 +105,7 @@ def _merge(subject: Subject, base_folder: Path, adapter_folder: Path) -> Iterato
             module = name.removesuffix(".weight")
             if module in modules:
                 weight = base[name].float()
-                if subject.merged_into == "dequantized":
-                    from pipeline.verify.merge_base import dequantized
-
+                if subject.merged_into == "dequantized" and not kept_in_16bit(module):
                     weight = dequantized(weight)
                 delta, expected = _expected(weight, module, adapter, settings)
                 found = merged[name].float()
@@ -240,7 +240,7 @@ def _config(folder: Path) -> dict[str, Any]:
     return {**config, **config.get("text_config", {})}
 
 
-def _folder(subject: Subject) -> Iterator[Result]:
+def check_folder(subject: Subject) -> Iterator[Result]:
     """What can be said of the folder alone."""
     import torch
 
@@ -266,14 +266,19 @@ def _reload(subject: Subject, tensors: Tensors) -> Result:
 
     from pipeline.model.quiet import quiet_transformers
 
+    float32 = fits_float32(subject.model)
     with quiet_transformers():
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
-                subject.model, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+                subject.model,
+                dtype=torch.float32 if float32 else "auto",
+                output_loading_info=True,
+                trust_remote_code=False,
             )
         except Exception as error:
             return _RELOAD.holds(False, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
-    subject.shared["model"] = model.eval()
+    if float32:  # the logits are taken from it later
+        subject.shared["model"] = model.eval()
     wrong = [f"{key.replace('_', ' ')}: {sorted(map(str, names))[0]}" for key, names in report.items() if names]
     config = AutoConfig.from_pretrained(subject.model)
     text = config.get_text_config()

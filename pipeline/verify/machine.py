@@ -1,0 +1,108 @@
+"""machine: what the run will need of disk and memory, counted from the size of the base, against what there is."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.errors import PipelineError, UserError
+from pipeline.llamacpp.quantization import quantization_type
+from pipeline.resources import resource
+from pipeline.setup.libraries import applicable, read_lock
+from pipeline.verify.result import Claim, Result
+
+_DISK = Claim("machine.disk", "base", "the disk holds what every stage will write")
+_MEMORY = Claim("machine.memory", "base", "the merge fits into the memory")
+_FLOAT32 = Claim("machine.float32", "base", "the model fits into the memory in float32, which the proof is computed in")
+_GPU = Claim("machine.gpu", "base", "the base fits into the GPU's memory")
+_VERSIONS = Claim("machine.versions", "base", "the libraries are those of requirements.lock")
+# Whose versions decide whether the pieces fit together.
+_LIBRARIES = ("unsloth", "unsloth-zoo", "torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "gguf")
+
+
+def check(config: Config, run_folder: Path, parameters: int, gpu_bytes: int | None) -> Iterator[Result]:
+    """Judge the machine.
+
+    Args:
+        config: the resolved configuration.
+        run_folder: its disk is meant.
+        parameters: weights of the base.
+        gpu_bytes: memory of the CUDA device; None without one.
+    """
+    import psutil
+
+    needs = disk_needs(config, parameters)
+    words = ", ".join(f"{what} {size / 1e9:.1f} GB" for what, size in needs.items())
+    free = shutil.disk_usage(_existing(run_folder)).free
+    yield _bytes(_DISK, sum(needs.values()), free, f"{words}; free some space, or choose another folder (run.folder)")
+
+    memory = psutil.virtual_memory().total
+    # In the stored type: the weights, and one matrix more.
+    yield _bytes(_MEMORY, int(2.6 * parameters), memory, "take a smaller base or a larger machine")
+    if 4.4 * parameters <= memory:
+        yield _bytes(_FLOAT32, int(4.4 * parameters), memory)
+    else:
+        yield _FLOAT32.not_run(
+            f"{4.4 * parameters / 1e9:.0f} GB would be needed, {memory / 1e9:.0f} GB are there: the logits of the "
+            "merged model will not be compared with the 16-bit GGUF file's; its weights will be"
+        )
+    if gpu_bytes is not None:
+        # 4-bit weights take 0.7 bytes, embeddings included; the adapter's optimizer and activations come on top.
+        needed = (0.7 if config.train.load_in_4bit else 2.1) * parameters + 2**30
+        yield _bytes(_GPU, int(needed), gpu_bytes, "take a smaller base or a larger GPU")
+    yield _versions()
+
+
+def disk_needs(config: Config, parameters: int) -> dict[str, int]:
+    """Bytes that each stage will write and keep, and the most that one of them needs on the way."""
+    sixteen_bit = 2 * parameters
+    quantized = [int(parameters * _bits(kind) / 8) for kind in config.export.quant]
+    # A native template is put into a copy of the file; Ollama keeps one of its own, and a second while it is proven.
+    return {
+        "checkpoints": int(0.2 * sixteen_bit),
+        "merge": sixteen_bit,
+        "convert": sixteen_bit,
+        "quantize": sum(quantized),
+        "modelfile": sum(quantized),
+        "deploy": 0 if config.ollama.host else sum(quantized) + max(quantized),
+        "verify": sixteen_bit + 2**30,
+    }
+
+
+def _bits(kind: str) -> float:
+    """Bits a weight of a type, taken generously: on small models many tensors fall back to larger types."""
+    try:
+        return max(quantization_type(kind).promised_bits or 16.0, 4.5) + 0.5
+    except (PipelineError, UserError):
+        return 16.0
+
+
+def _bytes(claim: Claim, needed: int, there: int, remedy: str = "") -> Result:
+    words = f"about {needed / 1e9:.1f} GB are needed, {there / 1e9:.1f} GB are there: {remedy}"
+    return claim.holds(needed <= there, words, f"{needed / 1e9:.2f} GB", f"at most {there / 1e9:.1f} GB")
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def _versions() -> Result:
+    """Other versions may work as well: they are named, and no reason to stop."""
+    locked = {
+        pin.name: pin.version for pin in applicable(read_lock(resource("requirements.lock").read_text("utf-8")))
+    }
+    differing = []
+    for name in _LIBRARIES:
+        try:
+            found = version(name).partition("+")[0]
+        except PackageNotFoundError:
+            return _VERSIONS.holds(False, f"{name} is not installed: run `pipeline setup`")
+        if found != locked.get(name, found):
+            differing.append(f"{name} is {found}, tested was {locked[name]}")
+    if differing:
+        return _VERSIONS.not_run("; ".join(differing))
+    return _VERSIONS.holds(True, figure=f"{len(_LIBRARIES)} as locked")

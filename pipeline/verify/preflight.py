@@ -1,0 +1,145 @@
+"""preflight: what would fail after hours of training fails here, in the first minutes.
+
+The untouched base goes the whole way, and is judged on it by the checks that will judge the result: converted,
+quantized, loaded by llama.cpp and by Ollama, its tokenizer and its chat template tried on the same hostile texts and
+conversations. What the machine and the server must have for the run is counted before it starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.console import progress
+from pipeline.llamacpp.programs import failure, program, require_space, run
+from pipeline.model.base import resolve_base
+from pipeline.model.facts import facts
+from pipeline.ollama.choose import choose, refusal
+from pipeline.ollama.client import Client
+from pipeline.ollama.jinja import ChatTemplate
+from pipeline.ollama.server import OllamaServer, find_ollama
+from pipeline.ollama.target import STORE, names_of, refuse_taken, server
+from pipeline.provenance import gpu_memory
+from pipeline.verify import logits, machine, prompt, quantization, tokenizer, toolchain, weights
+from pipeline.verify.chain import run_check
+from pipeline.verify.result import FAIL, Claim, Result, document
+from pipeline.verify.subject import Subject
+
+# Enough to tell right from wrong; the result itself is judged on all that the configuration asks for.
+_TOKENS, _STRINGS = 1000, 2000
+_CONVERTED = Claim("preflight.convert", "convert", "the pinned converter takes the base")
+_TEMPLATE = Claim("preflight.template", "modelfile", "the base's chat template can be served exactly")
+_TARGET = Claim("preflight.target", "deploy", "there is an Ollama to deploy to, and the names are free")
+_SERVED = Claim("preflight.served", "deploy", "Ollama loads the quantized base and answers")
+
+
+def preflight(config: Config, run_folder: Path, scratch: Path) -> dict[str, Any]:
+    """preflight.json: the verdicts in the order of the work, in the form of verify.json.
+
+    Args:
+        config: the resolved configuration.
+        run_folder: where the run's files will be.
+        scratch: an empty folder for the files that are made on the way.
+
+    Raises:
+        UserError: there is no such base.
+    """
+    base = resolve_base(config.model.base, config.model.revision)
+    size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    parameters, _ = facts(config.model.base, config.model.revision)
+    require_space(scratch, 2 * size, "preflight's copies of the base")
+    results = list(machine.check(config, run_folder, parameters or size // 2, gpu_memory()))
+    results += _run("toolchain", "convert", lambda: iter([toolchain.check_pin()]))
+    results += _run("preflight.target", "deploy", partial(_target, config, run_folder, scratch))
+    results += _run("preflight.template", "modelfile", partial(_template, config, base))
+    subject = _subject(config, base, scratch)
+    results += _run("preflight.convert", "convert", partial(_convert, subject))
+    if not any(result.verdict == FAIL for result in results if result.rung == "convert"):
+        results += _judge(subject)
+        results += _run("preflight.served", "deploy", partial(_serve, subject, scratch))
+    return document(results)
+
+
+def _run(name: str, rung: str, check: Callable[[], Iterator[Result]]) -> list[Result]:
+    """What a user has to put right is a failure here: afterwards it would be one of the run."""
+    return run_check(name, rung, check, mistakes_fail=True)
+
+
+def _subject(config: Config, base: Path, scratch: Path) -> Subject:
+    settings = config.verify.model_copy(
+        update={"tokens": min(_TOKENS, config.verify.tokens), "strings": min(_STRINGS, config.verify.strings)}
+    )
+    types = {kind: scratch / f"model-{kind}.gguf" for kind in config.export.quant}
+    return Subject(settings=settings, model=base, sixteen_bit=None, quantized=types, scratch=scratch)
+
+
+def _convert(subject: Subject) -> Iterator[Result]:
+    """Make the files that the checks judge."""
+    source = subject.expected.path
+    subject.sixteen_bit = source
+    yield _CONVERTED.holds(True)
+    for kind, target in subject.quantized.items():
+        claim = Claim("preflight.quantize", f"quantize/{kind}", "llama-quantize makes this type of the base")
+        output: list[str] = []
+        with progress(f"quantizing the base to {kind}", None):
+            status = run([program("llama-quantize"), source, target, kind.upper()], on_line=output.append)
+        words = str(failure(f"llama-quantize to {kind}", status, output, target.parent)) if status else ""
+        yield claim.holds(not status, words)
+
+
+def _judge(subject: Subject) -> list[Result]:
+    """The checks of `verify` that need no training; what they say of the merged model is said of the base here."""
+    checks: dict[str, tuple[Callable[[Subject], Iterator[Result]], str]] = {
+        "weights": (weights.check_folder, "base"),
+        "tokenizer": (tokenizer.check_files, "convert"),
+        "prompt": (prompt.check_files, "convert"),
+        "logits": (logits.check, "convert"),
+        "quantization": (quantization.check, "quantize"),
+    }
+    results: list[Result] = []
+    for name, (check, rung) in checks.items():
+        results += _run(name, rung, partial(check, subject))
+    return [replace(result, rung="base") if result.rung == "merge" else result for result in results]
+
+
+def _template(config: Config, base: Path) -> Iterator[Result]:
+    choice = choose(ChatTemplate.from_folder(base), config.ollama.template)
+    words = str(refusal(choice)) if choice.way == "refused" else ""
+    yield _TEMPLATE.holds(choice.way != "refused", words, choice.way, "go or native")
+
+
+def _target(config: Config, run_folder: Path, scratch: Path) -> Iterator[Result]:
+    names = names_of(config.ollama.name, config.export.quant)
+    with server(config.ollama.host, run_folder / STORE, scratch / "target.log") as found:
+        if isinstance(found, str):  # which is no failure of a run
+            yield _TARGET.not_run(f"{found}: the run will end before deploying")
+            return
+        client, own, _ = found
+        for name in names.values() if not own else ():
+            refuse_taken(client, name, run_folder / "deploy", replace=config.ollama.replace)
+        yield _TARGET.holds(True, figure=f"Ollama {client.version}, {'of our own' if own else client.host}")
+
+
+def _serve(subject: Subject, scratch: Path) -> Iterator[Result]:
+    """Ollama has a llama.cpp of its own, which may not know what the pinned one does."""
+    program = find_ollama()
+    if program is None:
+        yield _SERVED.not_run("there is no Ollama on this machine: `pipeline setup` builds one (it needs Go)")
+        return
+    _, path = next(iter(subject.quantized.items()))
+    with OllamaServer(scratch / "models", program=program) as own, Client(own.host) as client:
+        with progress("Ollama loads the base", None):
+            digest = client.upload(path)
+            client.create("preflight", {"files": {path.name: digest}, "parameters": {"num_ctx": 512}})
+            answer = client.chat("preflight", [{"role": "user", "content": "Hi"}], options={"num_predict": 4})
+        yield _SERVED.holds(bool(answer["content"].strip()), "it answered nothing", answer["content"])
+
+
+def failures(content: dict[str, Any]) -> list[str]:
+    """Every failure in words, in the order of the work."""
+    return [f"{row['rung']}: {row['sentence']}: {row['words']}" for row in content["checks"] if row["verdict"] == FAIL]
+
