@@ -13,8 +13,16 @@ from typing import Any
 from pipeline.llamacpp.gguf_file import GGUFInfo, inspect
 from pipeline.llamacpp.programs import failure, require_space, run, source_tree
 
-# general.file_type of the unquantized files.
-UNQUANTIZED = {0: "f32", 1: "f16", 32: "bf16"}
+_UNQUANTIZED = {0: "f32", 1: "f16", 32: "bf16"}  # general.file_type
+
+
+def unquantized_type(path: Path) -> str | None:
+    """ "f32", "f16" or "bf16"; None for a quantized GGUF file.
+
+    Raises:
+        PipelineError: it is no GGUF file.
+    """
+    return _UNQUANTIZED.get(inspect(path).metadata.get("general.file_type", -1))
 
 
 def reconvert(model: Path, folder: Path, outtype: str) -> GGUFInfo:

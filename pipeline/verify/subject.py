@@ -17,7 +17,7 @@ from pipeline.config import Verify
 from pipeline.errors import UserError
 from pipeline.llamacpp.gguf_file import GGUFInfo, inspect
 from pipeline.model.held_out import first_tokens, read_held_out
-from pipeline.verify.reconvert import UNQUANTIZED, reconvert, stored_outtype
+from pipeline.verify.reconvert import reconvert, stored_outtype, unquantized_type
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -104,8 +104,7 @@ class Subject:
             raise UserError(f"{model}: has no config.json; give the folder that the GGUF file was made from")
         if not list(model.glob("*.safetensors")):
             raise UserError(f"{model}: has no *.safetensors; give the folder that the GGUF file was made from")
-        kind = inspect(gguf).metadata.get("general.file_type")
-        if kind in UNQUANTIZED:
+        if unquantized_type(gguf):
             return Subject(settings, model, gguf, {}, scratch)
         return Subject(settings, model, None, {_type_of_name(gguf): gguf}, scratch)
 
@@ -132,8 +131,7 @@ class Subject:
     @cached_property
     def expected(self) -> GGUFInfo:
         """What the pinned converter makes of the model's folder."""
-        kind = None if self.sixteen_bit is None else inspect(self.sixteen_bit).metadata.get("general.file_type")
-        outtype = UNQUANTIZED.get(kind) if kind is not None else None
+        outtype = None if self.sixteen_bit is None else unquantized_type(self.sixteen_bit)
         # Shared by all subjects of one folder: converting takes longer than most checks.
         folder = self.scratch / "again"
         folder.mkdir(parents=True, exist_ok=True)
