@@ -201,6 +201,11 @@ class Config(Section):
         """The run's folder."""
         return self.run.folder
 
+    @property
+    def served_system(self) -> str:
+        """The served model's system text: rows without a system message were trained with data.system."""
+        return self.ollama.system if self.ollama.system is not None else self.data.system or ""
+
 
 # Paths that are taken from the folder of pipeline.toml, not from where the command was typed.
 _PATHS = (("data", "train"), ("data", "validation"), ("data", "test"), ("run", "folder"))

@@ -296,7 +296,8 @@ def _run_node(state: State, config: Config, manifest: dict[str, Any]) -> None:
 
 def _worker(folder: Path, node: Node) -> tuple[int, Any]:
     """Run one node in a process of its own; return its wait status and resource usage."""
-    environment = {**os.environ, "PYTHONHASHSEED": "0"}
+    # Libraries count their users on the hub unless told not to.
+    environment = {"HF_HUB_DISABLE_TELEMETRY": "1", **os.environ, "PYTHONHASHSEED": "0"}
     process = subprocess.Popen(
         [sys.executable, "-m", "pipeline.worker", str(folder), node.stage, node.variant], env=environment
     )

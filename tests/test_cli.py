@@ -101,7 +101,7 @@ def test_status_of_a_run_that_has_not_started(project: Path) -> None:
     result = invoke("status", project, "--json")
     assert result.exit_code == 0
     rows = json.loads(result.stdout)["stages"]
-    assert rows[0]["stage"] == "data"
+    assert [row["stage"] for row in rows[:2]] == ["preflight", "data"]
     assert {row["state"] for row in rows} == {"missing"}
 
 

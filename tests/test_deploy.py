@@ -139,7 +139,7 @@ def test_a_host_that_is_down_or_none(run: Path) -> None:
 
 def test_no_ollama_at_all_is_said_and_no_error(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:1")
-    monkeypatch.setattr("pipeline.ollama.server.find_ollama", lambda: None)
+    monkeypatch.setattr("pipeline.ollama.target.find_ollama", lambda: None)
     made = work(run)
     figures = deploy.main(made)
     assert not figures["deployed"]

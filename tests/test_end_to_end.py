@@ -11,6 +11,7 @@ import pytest
 
 HOME = Path(__file__).parent.parent / "examples" / "home"
 STAGES = [
+    "preflight",
     "data",
     "train",
     "merge",
@@ -20,6 +21,9 @@ STAGES = [
     "deploy",
     "evaluate/base",
     "evaluate/adapter",
+    "evaluate/adapter-16bit",
+    "evaluate/merged",
+    "evaluate/gguf-16bit",
     "evaluate/q4_k_m",
     "evaluate/ollama",
     "evaluate/table",
@@ -96,6 +100,15 @@ def test_every_link_is_proven(run: Path) -> None:
         *("labels", "weights", "tokenizer", "prompt", "logits"),
         *("quantization", "stopping", "merge_base", "answers", "toolchain"),
     }
+
+
+def test_talking_to_every_rung(run: Path) -> None:
+    """Each is given the system text that was trained, and so begins its answer as the others do."""
+    question = ("--message", "turn on the kitchen light")
+    answers = [pipeline("chat", run.parent, *rung, *question) for rung in ((), ("--gguf",), ("--adapter",))]
+    for answer in answers:
+        assert answer.returncode == 0, answer.stderr
+    assert len({answer.stdout[:8] for answer in answers}) == 1, [answer.stdout for answer in answers]
 
 
 def test_the_page_is_whole_and_needs_nothing_else(run: Path) -> None:

@@ -124,7 +124,7 @@ def _show(chosen: Choice) -> None:
 )
 @click.option("--adapter", is_flag=True, help="Ask the trained adapter on its base, with transformers.")
 @click.option("-m", "--message", help="Ask this, and end.")
-@click.option("--system", help="A system message for this conversation.")
+@click.option("--system", help="A system message instead of the trained one.")
 def chat(config: Path, gguf: str | None, adapter: bool, message: str | None, system: str | None) -> None:
     """Talk to the result: in Ollama, or at another rung.
 
@@ -133,7 +133,8 @@ def chat(config: Path, gguf: str | None, adapter: bool, message: str | None, sys
     """
     if adapter and gguf is not None:
         raise UserError("--gguf and --adapter exclude each other")
-    with _rung(config, gguf, adapter) as ask:
+    with _rung(config, gguf, adapter) as (ask, trained_system):
+        system = system if system is not None else trained_system
         messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
         for text in [message] if message is not None else _typed():
             messages.append({"role": "user", "content": text})
@@ -158,11 +159,11 @@ def _typed() -> Iterator[str]:
 
 
 @contextmanager
-def _rung(path: Path, gguf: str | None, adapter: bool) -> Iterator[Stream]:
-    """What answers."""
+def _rung(path: Path, gguf: str | None, adapter: bool) -> Iterator[tuple[Stream, str]]:
+    """What answers, and the system text that it has to be given; in Ollama the model has its own."""
     if gguf:
         with _llama_server(Path(gguf)) as ask:
-            yield ask
+            yield ask, ""
         return
     from pipeline.config import load_config
 
@@ -172,9 +173,9 @@ def _rung(path: Path, gguf: str | None, adapter: bool) -> Iterator[Stream]:
         kind = config.export.quant[0]
         file = run / "quantize" / kind / f"model-{kind}.gguf"
         with _llama_server(_made(file, "quantize")) as ask:
-            yield ask
+            yield ask, config.served_system
     elif adapter:
-        yield _adapter(config, _made(run / "train" / "adapter", "train"))
+        yield _adapter(config, _made(run / "train" / "adapter", "train")), config.served_system
     else:
         from pipeline.ollama.serving import deployed
 
@@ -183,7 +184,7 @@ def _rung(path: Path, gguf: str | None, adapter: bool) -> Iterator[Stream]:
             if served is None:
                 raise UserError(f"{run}: the model is not in Ollama; `pipeline chat --gguf` asks its file")
             client, name = served
-            yield lambda messages: client.stream(name, messages)
+            yield lambda messages: client.stream(name, messages), ""
 
 
 def _made(path: Path, stage: str) -> Path:

@@ -81,6 +81,6 @@ def refuse_taken(client: Client, name: str, deployed: Path, *, replace: bool) ->
     ours = [model["digest"] for model in before.get("models", ()) if model["name"] == name]
     if digest is not None and digest not in ours and not replace:
         raise UserError(
-            f"ollama.name: a model {name!r} is at {client.host} already, and this run did not make it; give another "
-            "with --name, or replace it with --replace"
+            f"ollama.name: a model {name!r} is at {client.host} already, and this run did not make it; choose "
+            "another name, or replace it with ollama.replace = true (`pipeline deploy --replace`)"
         )

@@ -73,8 +73,7 @@ def main(work: Work) -> dict[str, Any]:
     served = ServedModel(
         gguf=path,
         template=choice.go_template or "",
-        # Rows without a system message were trained with data.system: without it the prompt would be another one.
-        system=config.ollama.system if config.ollama.system is not None else config.data.system or "",
+        system=config.served_system,
         parameters=parameters(model, template, config.ollama.parameters, config.train.max_length or 0),
         licenses=(config.ollama.license,) if config.ollama.license else (),
         requires=choice.requires or "",

@@ -5,6 +5,7 @@ A failure stops the run, before anything is trained; nothing is kept of it, so t
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ def inputs(config: Config) -> list[Path]:
 
 def main(work: Work) -> dict[str, Any]:
     """Write preflight.json."""
-    content = preflight(work.config, work.run, work.scratch)
+    with tempfile.TemporaryDirectory(dir=work.scratch) as scratch:  # gigabytes, of use to nobody after a failure
+        content = preflight(work.config, work.run, Path(scratch))
     if content["verdict"] == FAIL:
         lines = "\n  ".join(failures(content))
         raise UserError(f"this base cannot go the whole way:\n  {lines}\n`--no-preflight` runs the stages anyway")

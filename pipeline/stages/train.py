@@ -205,6 +205,7 @@ def _trainer(
         warmup_steps=math.ceil(steps * settings.warmup),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
+        gradient_checkpointing=bool(settings.gradient_checkpointing),  # TRL's default is on
         optim=settings.optimizer,
         seed=settings.seed,
         data_seed=settings.seed,

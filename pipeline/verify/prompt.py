@@ -161,10 +161,9 @@ def _stops(subject: Subject, rung: str, body: dict[str, Any]) -> Result:
 def _system(subject: Subject, rung: str, body: dict[str, Any]) -> Result:
     """Rows without a system message were trained with data.system; the served model must have it too."""
     claim = Claim("prompt.system", rung, "the served system text is the trained one")
-    config = subject.config
-    meant = "" if config is None else config.ollama.system if config.ollama.system is not None else config.data.system
+    meant = subject.config.served_system if subject.config is not None else ""
     served = body.get("system") or ""
-    return claim.holds(served == (meant or ""), f"it is {served!r} instead of {meant or ''!r}")
+    return claim.holds(served == meant, f"it is {served!r} instead of {meant!r}")
 
 
 def _deployed(subject: Subject, suite: _Suite) -> Iterator[Result]:

@@ -1,0 +1,40 @@
+"""Answers found with drafts are the answers that decoding writes, whatever the drafts say."""
+
+from artefacts import base_folder
+from good_run import conversations, good_run
+
+from pipeline.model.drafts import draft
+from pipeline.model.generate import answer_in_batches, answers
+from pipeline.model.predict import load_float32
+from pipeline.verify.subject import load_tokenizer
+
+QUESTIONS = (
+    "What is the capital of France? Answer in one word.",
+    "Say hello.",
+    "What is 2 + 2?",
+    "Tell me a long story about the sea.",
+)
+
+
+def test_right_wrong_and_mixed_drafts() -> None:
+    model, tokenizer = load_float32(base_folder()), load_tokenizer(base_folder())
+    questions = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    limit = 20
+    written = answer_in_batches(model, tokenizer, questions, limit, lambda done: None)
+    wrong = ["nothing of the kind"] * len(questions)
+    mixed = [*written[:1], *wrong[:1], *written[2:]]
+    for drafts, least, most in ((written, 1, 3), (wrong, 0, 0), (mixed, 1, 2)):
+        counts: list[float] = []
+        assert answers(model, tokenizer, questions, drafts, limit, counts.append) == written
+        # The story does not end within the limit: no draft can stand for it.
+        assert least <= counts[0] <= most
+        assert counts[-1] == len(questions)
+
+
+def test_a_draft_is_what_is_trained() -> None:
+    tokenizer = load_tokenizer(good_run() / "merge" / "model")
+    (row,) = conversations(3, 1)
+    *question, answer = row["messages"]
+    made = draft(tokenizer, question, answer["content"])
+    assert tokenizer.decode(made.answer) == answer["content"] + "<|im_end|>"
+    assert tokenizer.decode(made.ids[: made.start]).endswith("<|im_start|>assistant\n")

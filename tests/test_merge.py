@@ -1,0 +1,69 @@
+"""The base an adapter is merged into: both are measured, the better is taken, and the merge is exact on either."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from artefacts import make_work
+from good_run import CONFIG, good_run
+
+from pipeline.errors import UserError
+from pipeline.model.held_out import held_out_loss, read_held_out
+from pipeline.model.predict import load_float32
+from pipeline.stages import merge
+from pipeline.verify import merge_base, weights
+from pipeline.verify.result import FAIL, PASS
+from pipeline.verify.subject import Subject
+
+
+def merged(folder: Path, base: str, **train: Any) -> tuple[Subject, dict[str, Any]]:
+    """The good run with its adapter merged anew: what `verify` is given, and base.json."""
+    run = folder / "run"
+    for stage in ("data", "train", "base"):
+        shutil.copytree(good_run() / stage, run / stage)
+    sections = {**CONFIG, "model": {"base": str(run / "base")}, "merge": {"base": base}}
+    sections["train"] = {**CONFIG["train"], **train}
+    work = make_work(run, "merge", **sections)
+    merge.main(work)
+    return Subject.of_run(run, work.config, folder), json.loads((run / "merge" / "base.json").read_text())
+
+
+@pytest.mark.parametrize("wanted", ["auto", "16bit", "dequantized"])
+def test_what_is_measured_is_what_is_merged(tmp_path: Path, wanted: str) -> None:
+    subject, chosen = merged(tmp_path, wanted)
+    losses, taken = chosen["losses"], chosen["taken"]
+    assert losses.keys() == {"base", "16bit", "dequantized"}
+    assert losses["16bit"] != losses["dequantized"]
+    assert taken == (min(("16bit", "dequantized"), key=lambda name: losses[name]) if wanted == "auto" else wanted)
+
+    results = {result.id: result for result in weights._merge(subject, subject.base, subject.adapter)}  # type: ignore[arg-type]
+    assert {result.verdict for result in results.values()} == {PASS}
+    assert results["weights.merged"].figure <= 0.5  # rounded once, to the nearest
+
+    _, rows = read_held_out(subject.run / "data", 256)  # type: ignore[operator]
+    loss = held_out_loss(load_float32(subject.model), rows, lambda done: None)
+    other = "dequantized" if taken == "16bit" else "16bit"
+    assert abs(loss - losses[taken]) < 0.2 * abs(losses[other] - losses[taken])
+
+
+def test_a_worse_base_is_named(tmp_path: Path) -> None:
+    _, chosen = merged(tmp_path / "auto", "auto")
+    worse = {"16bit": "dequantized", "dequantized": "16bit"}[chosen["taken"]]
+    subject, _ = merged(tmp_path / "worse", worse)
+    difference = chosen["losses"][worse] - chosen["losses"][chosen["taken"]]
+    subject.settings = subject.settings.model_copy(update={"loss_lost": difference / 2})
+    (result,) = merge_base.check(subject)
+    assert (result.id, result.rung, result.verdict) == ("merge_base.better", "merge", FAIL)
+    assert '"auto"' in result.words
+
+
+def test_an_adapter_of_16_bits_has_one_base(tmp_path: Path) -> None:
+    subject, chosen = merged(tmp_path / "auto", "auto", load_in_4bit=False)
+    assert chosen["taken"] == "16bit"
+    assert not chosen["losses"]
+    (result,) = merge_base.check(subject)
+    assert result.verdict == "not run"
+    with pytest.raises(UserError, match="16-bit base"):
+        merged(tmp_path / "dequantized", "dequantized", load_in_4bit=False)
