@@ -13,10 +13,15 @@ import servers
 
 from pipeline.chat.conformance import conversations
 from pipeline.chat.render import render
+from pipeline.config import Verify
 from pipeline.ollama.jinja import ChatTemplate, TemplateRefused
 from pipeline.ollama.proof import prove_prompts, read_back
 from pipeline.ollama.suite import EXACT, JOINED
 from pipeline.stages import deploy, modelfile
+from pipeline.verify import prompt as prompt_check
+from pipeline.verify import tokenizer as tokenizer_check
+from pipeline.verify.result import FAIL
+from pipeline.verify.subject import Subject
 from pipeline.work import Work
 
 WAYS = {"qwen3": "native", "llama3_1": "go", "gemma3": "go"}
@@ -86,6 +91,18 @@ def test_served_as_trained(name: str) -> None:
     ends = {"qwen3": "<|im_end|>", "llama3_1": "<|eot_id|>", "gemma3": "<end_of_turn>"}
     assert ends[name] in served.parameters["stop"]
     client.delete(model)
+
+
+@pytest.mark.parametrize("name", servers.FAMILIES)
+def test_verified_by_the_same_checks(name: str) -> None:
+    """What llama.cpp does otherwise with a real family's tokenizer is named; nothing else differs."""
+    run = servers.family_run(name)
+    files = {"q8_0": run / "quantize" / "q8_0" / "model-q8_0.gguf"}
+    subject = Subject(Verify(strings=1500), servers.family(name), None, files, artefacts.scratch() / name)
+    results = [*tokenizer_check.check_files(subject), *prompt_check.check_files(subject)]
+    assert not [(result.id, result.words) for result in results if result.verdict == FAIL]
+    named = [result.sentence for result in results if result.id == "tokenizer.habits"]
+    assert any("NFC" in sentence for sentence in named) == (name == "qwen3")
 
 
 def chat_template(gguf: Path) -> str:

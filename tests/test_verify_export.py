@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from artefacts import base_folder, original_gguf
+from artefacts import scratch
 from good_run import good_run, rewrite_gguf
 
+from pipeline.config import Verify
 from pipeline.llamacpp.programs import program, source_tree
+from pipeline.verify.chain import EXPORT_CHECKS
+from pipeline.verify.chain import verify as run
+from pipeline.verify.command import show
+from pipeline.verify.subject import Subject
 
-QUICK = ("--set", "verify.tokens=600", "--set", "verify.strings=600", "--set", "verify.stopping=0")
+QUICK = ("--set", "verify.tokens=600", "--set", "verify.strings=600", "--set", "verify.stopping_prompts=1")
 
 
 @pytest.fixture(scope="module")
@@ -36,26 +41,29 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def verify(hf: Path, gguf: Path) -> tuple[int, dict[str, Any], str]:
-    """Exit status, verify.json and what was said."""
-    command = [sys.executable, "-m", "pipeline", "verify", "--hf", hf, "--gguf", gguf, "--json", *QUICK]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert "Traceback" not in answer.stderr
-    return answer.returncode, json.loads(answer.stdout), answer.stderr
+def verify(hf: Path, gguf: Path) -> dict[str, Any]:
+    """verify.json, as the command makes it; what the pinned converter makes of a folder is made once."""
+    settings = Verify(tokens=600, strings=600, stopping=0, stopping_prompts=1)
+    again = scratch() / "export" / hf.parent.name
+    again.mkdir(parents=True, exist_ok=True)
+    return run(Subject.of_export(hf, gguf, settings, again), EXPORT_CHECKS)
+
+
+def failed(content: dict[str, Any]) -> dict[str, str]:
+    """The failures and what they say."""
+    return {row["id"]: row["words"] for row in content["checks"] if row["verdict"] == "fail"}
 
 
 @pytest.mark.parametrize("name", ["mine.gguf", "mine-Q4_K_M.gguf"])
 def test_a_good_export_passes(export: Path, name: str) -> None:
-    status, content, _ = verify(export / "model", export / name)
-    failed = [(row["id"], row["words"]) for row in content["checks"] if row["verdict"] == "fail"]
-    assert not failed
-    assert status == 0
-    passed = {row["id"] for row in content["checks"] if row["verdict"] == "pass"}
+    content = verify(export / "model", export / name)
+    assert not failed(content)
+    verdicts = {row["id"]: row["verdict"] for row in content["checks"]}
+    passed = {id for id, verdict in verdicts.items() if verdict == "pass"}
     assert passed >= {"tokenizer.ids", "prompt.llamacpp", "weights.metadata", "stopping.llamacpp"}
     assert ("logits.mean" if name == "mine.gguf" else "logits.quantized") in passed
     # What it cannot know is said not to have run.
-    missing = {row["id"]: row["verdict"] for row in content["checks"]}
-    assert missing["weights.merged"] == missing["prompt.ollama"] == "not run"
+    assert verdicts["weights.merged"] == verdicts["prompt.ollama"] == "not run"
 
 
 def other_end(metadata: dict[str, Any], _: Any) -> None:
@@ -83,23 +91,32 @@ def test_a_broken_export_is_named(
 ) -> None:
     shutil.copy(export / name, tmp_path / name)
     rewrite_gguf(tmp_path / name, damage)
-    status, content, _ = verify(export / "model", tmp_path / name)
-    assert status == 1
-    assert check in {row["id"] for row in content["checks"] if row["verdict"] == "fail"}
+    content = verify(export / "model", tmp_path / name)
+    assert check in failed(content)
     assert content["first_broken"]["rung"].partition("/")[0] == ("convert" if name == "mine.gguf" else "quantize")
 
 
-def test_a_file_of_another_model(export: Path) -> None:
+def test_the_command(export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The folder of one fine-tune, the file of another: the commonest mistake of all."""
-    status, content, _ = verify(base_folder(), export / "mine.gguf")
-    assert status == 1
-    assert "weights.gguf" in {row["id"] for row in content["checks"] if row["verdict"] == "fail"}
+    other = tmp_path / "other"
+    shutil.copytree(export / "model", other)
+    change(other / "model.safetensors")
+    files = ("--hf", other, "--gguf", export / "mine-Q4_K_M.gguf")
+    command = [sys.executable, "-m", "pipeline", "verify", *files, "--json", *QUICK]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert answer.returncode == 1
+    assert "Traceback" not in answer.stderr
+    content = json.loads(answer.stdout)  # and nothing else is printed there
+    assert "blk.1.ffn_up.weight" in failed(content)["quantization.error"]
+    show(content)
+    table = capsys.readouterr().out
+    assert f"the first broken rung is quantize/q4_k_m: {content['first_broken']['id']}" in table
+    assert "not run" in table
 
 
-def test_a_published_file(tmp_path: Path) -> None:
-    """The packaged model's own GGUF file, made years ago by somebody else, against the folder that was unpacked."""
-    path = tmp_path / "smollm2-Q4_1.gguf"
-    shutil.copy(original_gguf(), path)
-    status, content, _ = verify(base_folder(), path)
-    verdicts = {row["id"]: row["verdict"] for row in content["checks"]}
-    assert verdicts["tokenizer.ids"] == verdicts["logits.quantized"] == "pass", (status, content["first_broken"])
+def change(path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.weight"] *= -1
+    save_file(tensors, path, {"format": "pt"})

@@ -143,7 +143,6 @@ def compare(
     output: list[str] = []
 
     def read(line: str) -> None:
-        print(line)
         output.append(line)
         if done := re.match(r"\s*(\d+)\s+[\d.]+\s+±", line):
             on_chunk(float(done[1]))

@@ -7,8 +7,6 @@ capabilities; then the prompt of every conversation of the suite, as text and as
 from __future__ import annotations
 
 import ast
-import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +17,7 @@ from pipeline.errors import PipelineError
 from pipeline.llamacpp.server import LlamaServer
 from pipeline.ollama.choose import explain
 from pipeline.ollama.client import Client
+from pipeline.ollama.habits import known_habit
 from pipeline.ollama.jinja import ChatTemplate
 from pipeline.ollama.modelfile import ServedModel
 from pipeline.ollama.suite import EXACT, JOINED, Report, for_ollama, joined, judge, with_system
@@ -138,7 +137,7 @@ def prove_prompts(
             served = server.tokenize(prompt, add_special=True, parse_special=True)
             if expected == served:
                 equal += 1
-            elif reason := _explained(server, tokenizer, trained, prompt, expected, served):
+            elif reason := known_habit(server, tokenizer, trained, prompt, expected, served):
                 other[case.name] = reason
             else:
                 place = next(
@@ -150,24 +149,3 @@ def prove_prompts(
                     f"trained {expected[place : place + 8]}, served {served[place : place + 8]}"
                 )
     return PromptProof(report, equal, other)
-
-
-def _explained(
-    server: LlamaServer, tokenizer: Any, trained: str, prompt: str, expected: list[int], served: list[int]
-) -> str:
-    """Which known habit of llama.cpp's tokenizer explains other ids completely; "" if none does."""
-    for form in ("NFC", "NFKC"):
-        normal = unicodedata.normalize(form, prompt)
-        if normal != prompt and server.tokenize(normal, add_special=True, parse_special=True) == expected:
-            return f"the trained tokenizer normalises texts ({form}), llama.cpp does not"
-    # Words such as </s> are special to llama.cpp in any vocabulary that has them.
-    pieces = {tokenizer.convert_ids_to_tokens(token): token for token in set(served) - set(expected)}
-    words = [piece for piece in pieces if piece in trained]
-    if words:
-        parts = re.split(f"({'|'.join(map(re.escape, words))})", trained)
-        ids: list[int] = []
-        for part in parts:
-            ids += [pieces[part]] if part in words else tokenizer(part, add_special_tokens=False).input_ids
-        if ids == served:
-            return f"llama.cpp reads {', '.join(words)} in a text as a special token, the trained tokenizer does not"
-    return ""

@@ -7,6 +7,7 @@ name says faster what is wrong than a thousand differing strings.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from pipeline.llamacpp.gguf_file import inspect
 from pipeline.llamacpp.library import LlamaModel
 from pipeline.llamacpp.server import LlamaServer
 from pipeline.model.corpus import hostile_strings
+from pipeline.ollama.habits import known_habit
 from pipeline.verify.result import Claim, Result
 from pipeline.verify.subject import Subject, load_tokenizer
 
@@ -80,7 +82,7 @@ def _file(subject: Subject, rung: str, path: Path) -> Iterator[Result]:
     yield from _metadata(subject, rung, metadata)
     try:
         with LlamaServer(path, context=256) as server:
-            yield _same_ids(subject, ids, server)
+            yield from _same_ids(subject, ids, server)
             yield _adds(subject, rung, server)
     except PipelineError as error:
         yield ids.holds(False, f"llama-server cannot use it: {error}")
@@ -118,23 +120,32 @@ def _key_difference(key: str, ours: Any, theirs: Any) -> str:
     return f"{key} is {ours!r} instead of {theirs!r}"
 
 
-def _same_ids(subject: Subject, claim: Claim, server: LlamaServer) -> Result:
+def _same_ids(subject: Subject, claim: Claim, server: LlamaServer) -> Iterator[Result]:
     tokenizer = subject.tokenizer
     rows = [decode(tokenizer, ids) for ids, _ in subject.held_out[1][:_ROWS]] + _training_rows(subject)
     hostile = hostile_strings(subject.settings.strings, special_tokens=tokenizer.all_special_tokens)
     texts = [*dict.fromkeys(rows), *hostile]
     trained = _ids(tokenizer, texts)
     differing, words = 0, ""
+    habits: Counter[str] = Counter()
     with progress(f"tokens of {claim.rung}", len(texts), "strings") as update:
         for number, (text, ids) in enumerate(zip(texts, trained, strict=True), 1):
             served = server.tokenize(text)
-            if served != ids:
+            if served == ids:
+                pass
+            elif habit := known_habit(server, tokenizer, text, text, ids, served, add_special=False):
+                habits[habit] += 1
+            else:
                 differing += 1
                 words = words or f"{text[:40]!r} is {served[:8]}, trained {ids[:8]}"
             if number % 100 == 0 or number == len(texts):
                 update(number)
     more = f" ({differing:,} of {len(texts):,} strings differ)" if differing else ""
-    return claim.at_most(differing, subject.settings.differing_strings, words + more)
+    yield claim.at_most(differing, subject.settings.differing_strings, words + more)
+    if habits:
+        known = "; ".join(f"{habit} ({count:,} strings)" for habit, count in habits.most_common(3))
+        sentence = f"where hostile texts are served with other ids, llama.cpp is known for it: {known}"
+        yield Claim("tokenizer.habits", claim.rung, sentence).holds(True, figure=habits.total(), threshold="explained")
 
 
 def _training_rows(subject: Subject) -> list[str]:
