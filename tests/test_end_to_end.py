@@ -92,6 +92,20 @@ def test_ollama_answers_what_the_file_answers(run: Path) -> None:
         assert row["answers"]["base"] != row["answers"]["q4_k_m"]
 
 
+def test_the_base_went_the_whole_way_first(run: Path) -> None:
+    content = json.loads((run / "preflight" / "preflight.json").read_text(encoding="utf-8"))
+    assert content["verdict"] == "pass"
+    passed = {(row["id"], row["rung"]) for row in content["checks"] if row["verdict"] == "pass"}
+    assert passed >= {
+        *(("machine.disk", "base"), ("machine.memory", "base"), ("machine.versions", "base")),
+        *(("weights.reload", "base"), ("weights.finite", "base"), ("toolchain.pin", "convert")),
+        *(("preflight.convert", "convert"), ("preflight.template", "modelfile"), ("preflight.served", "deploy")),
+        *(("tokenizer.ids", "convert"), ("tokenizer.ids", "quantize/q4_k_m"), ("prompt.llamacpp", "quantize/q4_k_m")),
+        *(("logits.mean", "convert"), ("logits.quantized", "quantize/q4_k_m")),
+        ("quantization.types", "quantize/q4_k_m"),
+    }
+
+
 def test_every_link_is_proven(run: Path) -> None:
     proof = json.loads((run / "verify" / "verify.json").read_text(encoding="utf-8"))
     assert proof["verdict"] == "pass"

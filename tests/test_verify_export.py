@@ -12,6 +12,7 @@ import pytest
 from artefacts import scratch
 from good_run import good_run, rewrite_gguf
 
+from pipeline.cli import main
 from pipeline.config import Verify
 from pipeline.llamacpp.programs import program, source_tree
 from pipeline.verify.chain import EXPORT_CHECKS
@@ -96,20 +97,19 @@ def test_a_broken_export_is_named(
     assert content["first_broken"]["rung"].partition("/")[0] == ("convert" if name == "mine.gguf" else "quantize")
 
 
-def test_the_command(export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(export: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The folder of one fine-tune, the file of another: the commonest mistake of all."""
     other = tmp_path / "other"
     shutil.copytree(export / "model", other)
     change(other / "model.safetensors")
-    files = ("--hf", other, "--gguf", export / "mine-Q4_K_M.gguf")
-    command = [sys.executable, "-m", "pipeline", "verify", *files, "--json", *QUICK]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert answer.returncode == 1
-    assert "Traceback" not in answer.stderr
-    content = json.loads(answer.stdout)  # and nothing else is printed there
+    arguments = ["verify", "--hf", other, "--gguf", export / "mine-Q4_K_M.gguf", *QUICK, "--json"]
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    assert ended.value.code == 1
+    content = json.loads(capfd.readouterr().out)  # and nothing else is printed there, by no program
     assert "blk.1.ffn_up.weight" in failed(content)["quantization.error"]
     show(content)
-    table = capsys.readouterr().out
+    table = capfd.readouterr().out
     assert f"the first broken rung is quantize/q4_k_m: {content['first_broken']['id']}" in table
     assert "not run" in table
 

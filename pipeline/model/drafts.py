@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.chat.labels import IGNORED, tokenize_conversation
+from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,16 +32,26 @@ class Draft:
         """The answer's tokens."""
         return self.ids[self.start :]
 
+    def ends_in(self, stop: Sequence[int], limit: int) -> bool:
+        """Whether decoding would stop where the draft does: at one of these tokens, within so many."""
+        return len(self.answer) <= limit and self.answer[-1] in stop
 
-def draft(tokenizer: Any, question: Sequence[dict[str, Any]], answer: str) -> Draft:
+
+def draft(tokenizer: Any, question: Sequence[dict[str, Any]], answer: str) -> Draft | None:
     """Tokenize a question and its answer as they are trained.
 
     Args:
         tokenizer: with the chat template.
         question: messages up to where the assistant speaks.
         answer: what it is expected to say.
+
+    Returns:
+        None where the template cannot be trained on this conversation: it can still be asked.
     """
-    row = tokenize_conversation(tokenizer, [*question, {"role": "assistant", "content": answer}])
+    try:
+        row = tokenize_conversation(tokenizer, [*question, {"role": "assistant", "content": answer}])
+    except UserError:
+        return None
     end = max(place for place, label in enumerate(row.labels) if label != IGNORED) + 1
     start = end
     while start and row.labels[start - 1] != IGNORED:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,18 +112,16 @@ def answers(
     """
     drafts = [draft(tokenizer, question, answer) for question, answer in zip(questions, expected, strict=True)]
     stop = _stop_tokens(model, tokenizer)
-    order = sorted(range(len(drafts)), key=lambda place: len(drafts[place].ids))
+    tried = sorted(
+        ((place, guess) for place, guess in enumerate(drafts) if guess and guess.ends_in(stop, max_new_tokens)),
+        key=lambda pair: len(pair[1].ids),
+    )
     found: dict[int, str] = {}
-    tried = 0
-    for batch in predict(model, [drafts[place].ids for place in order]):
-        for logits in batch:
-            place = order[tried]
-            tokens = drafts[place].answer
-            fits = len(tokens) <= max_new_tokens and tokens[-1] in stop
-            if fits and would_be_written(drafts[place], logits):
-                found[place] = tokenizer.decode(tokens, skip_special_tokens=True)
-            tried += 1
-        update(len(found))
+    batches = predict(model, [guess.ids for _, guess in tried])
+    for (place, guess), logits in zip(tried, itertools.chain.from_iterable(batches), strict=True):
+        if would_be_written(guess, logits):
+            found[place] = tokenizer.decode(guess.answer, skip_special_tokens=True)
+            update(len(found))
     left = [place for place in range(len(drafts)) if place not in found]
     written = answer_in_batches(
         model, tokenizer, [questions[place] for place in left], max_new_tokens, lambda done: update(len(found) + done)

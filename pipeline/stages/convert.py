@@ -6,15 +6,15 @@ the tokenizer is the right kind, and the end-of-sequence token and the chat temp
 
 import json
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from pipeline import console
 from pipeline.errors import PipelineError
+from pipeline.llamacpp import converter
 from pipeline.llamacpp.gguf_file import GGUFInfo, check
-from pipeline.llamacpp.programs import failure, require_space, run, source_tree
+from pipeline.llamacpp.programs import require_space
 from pipeline.work import Work
 
 NEEDS = ("merge",)
@@ -26,14 +26,6 @@ _HARMLESS = ("Unknown RoPE type: default",)
 _COMPUTED = re.compile(r"^(blk\.\d+\.)?rope_(freqs|factors_long|factors_short)\.weight$")
 # Parts of a multimodal or multi-token-prediction model that a text GGUF leaves out, by what config.json calls them.
 _LEFT_OUT = ("vision_config", "audio_config", "num_nextn_predict_layers", "mtp_num_hidden_layers")
-_EXPLANATIONS = {
-    "BPE pre-tokenizer was not recognized": (
-        "the pinned llama.cpp does not know how this tokenizer splits text, so the GGUF would see other tokens than "
-        "were trained: the base cannot be served by this version"
-    ),
-    "is not supported": "the pinned llama.cpp has no converter for this architecture: choose another base",
-    "No module named": "a Python package that this model's converter needs is missing: run `pipeline setup`",
-}
 
 
 def main(work: Work) -> dict[str, Any]:
@@ -64,13 +56,9 @@ def main(work: Work) -> dict[str, Any]:
 
 
 def convert(work: Work, model: Path, target: Path, outtype: str) -> None:
-    """Run the pinned convert_hf_to_gguf.py, with its own gguf-py."""
-    arguments: list[str | Path] = [
-        *(sys.executable, source_tree() / "convert_hf_to_gguf.py", model),
-        *("--outfile", target, "--outtype", outtype, "--model-name", work.config.ollama.name or "model"),
-    ]
+    """Run the pinned converter, with a bar and its warnings."""
+    arguments = converter.command(model, target, outtype, work.config.ollama.name or "model")
     work.command(arguments)
-    output: list[str] = []
     with console.progress("writing the GGUF", 100, "%") as update:
 
         def read(line: str) -> None:
@@ -78,19 +66,12 @@ def convert(work: Work, model: Path, target: Path, outtype: str) -> None:
                 update(float(share[1]))
                 return
             print(line)
-            output.append(line)
             if line.startswith("WARNING:") and line.count(":") > 1:
                 message = line.split(":", 2)[2].strip(" *")
                 if message and message not in _HARMLESS:
                     work.warn(f"llama.cpp's converter: {message}")
 
-        # NO_LOCAL_GGUF would make it use another gguf-py than its own.
-        offline = {"NO_LOCAL_GGUF": None, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-        status = run(arguments, on_line=read, environment=offline)
-    if status:
-        explained = [text for sign, text in _EXPLANATIONS.items() if any(sign in line for line in output)]
-        error = failure("llama.cpp's converter", status, output, target.parent)
-        raise PipelineError(f"{explained[0]}\n{error}") if explained else error
+        converter.convert(arguments, target.parent, read)
 
 
 def stored_weights(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -6,12 +6,12 @@ no table of architectures is needed to say so.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
+from pipeline.llamacpp import converter
 from pipeline.llamacpp.gguf_file import GGUFInfo, inspect
-from pipeline.llamacpp.programs import failure, require_space, run, source_tree
+from pipeline.llamacpp.programs import require_space
 
 _UNQUANTIZED = {0: "f32", 1: "f16", 32: "bf16"}  # general.file_type
 
@@ -41,15 +41,7 @@ def reconvert(model: Path, folder: Path, outtype: str) -> GGUFInfo:
         size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
         require_space(folder, 2 * size if outtype == "f32" else size, "the model, converted again")
         partial = target.with_suffix(".partial")
-        arguments: list[str | Path] = [
-            *(sys.executable, source_tree() / "convert_hf_to_gguf.py", model),
-            *("--outfile", partial, "--outtype", outtype),
-        ]
-        output: list[str] = []
-        environment = {"NO_LOCAL_GGUF": None, "HF_HUB_OFFLINE": "1"}
-        status = run(arguments, on_line=output.append, environment=environment)
-        if status:
-            raise failure("llama.cpp's converter", status, output, folder)
+        converter.convert(converter.command(model, partial, outtype), folder)
         partial.rename(target)
     return inspect(target)
 

@@ -1,0 +1,59 @@
+"""llama.cpp's pinned convert_hf_to_gguf.py, run in a process of its own with its own gguf-py."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pipeline.errors import PipelineError
+from pipeline.llamacpp.programs import failure, run, source_tree
+
+_EXPLANATIONS = {
+    "BPE pre-tokenizer was not recognized": (
+        "the pinned llama.cpp does not know how this tokenizer splits text, so the GGUF would see other tokens than "
+        "were trained: the base cannot be served by this version"
+    ),
+    "is not supported": "the pinned llama.cpp has no converter for this architecture: choose another base",
+    "No module named": "a Python package that this model's converter needs is missing: run `pipeline setup`",
+}
+# NO_LOCAL_GGUF would make it use another gguf-py than its own.
+_ENVIRONMENT = {"NO_LOCAL_GGUF": None, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def command(model: Path, target: Path, outtype: str, name: str | None = None) -> list[str | Path]:
+    """The argument list that converts a Hugging Face folder.
+
+    Args:
+        model: the folder.
+        target: the GGUF file.
+        outtype: "f32", "f16" or "bf16".
+        name: the model's name in the file; default: what the folder says.
+    """
+    named = ("--model-name", name) if name else ()
+    script = source_tree() / "convert_hf_to_gguf.py"
+    return [sys.executable, script, model, "--outfile", target, "--outtype", outtype, *named]
+
+
+def convert(
+    arguments: Sequence[str | Path], folder: Path, on_line: Callable[[str], None] = lambda line: None
+) -> None:
+    """Run the converter.
+
+    Args:
+        arguments: of `command`.
+        folder: where it writes, to see whether the disk is full.
+        on_line: called with every line that it prints.
+
+    Raises:
+        PipelineError: it refuses the model, with what that means and its words.
+    """
+    output: list[str] = []
+
+    def read(line: str) -> None:
+        output.append(line)
+        on_line(line)
+
+    status = run(arguments, on_line=read, environment=_ENVIRONMENT)
+    if status:
+        explained = [text for sign, text in _EXPLANATIONS.items() if any(sign in line for line in output)]
+        error = failure("llama.cpp's converter", status, output, folder)
+        raise PipelineError(f"{explained[0]}\n{error}") if explained else error
