@@ -93,7 +93,7 @@ def test_served_as_trained(name: str) -> None:
     client.delete(model)
 
 
-@pytest.mark.parametrize("name", servers.FAMILIES)
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
 def test_verified_by_the_same_checks(name: str) -> None:
     """What llama.cpp does otherwise with a real family's tokenizer is named; nothing else differs."""
     run = servers.family_run(name)

@@ -525,15 +525,27 @@ def test_system_text_that_nobody_trained(tmp_path: Path) -> None:
 # --- what was measured, and what was recorded
 
 
-def test_answers_lost_by_quantizing(tmp_path: Path) -> None:
+LADDER = ("base", "adapter", "adapter-16bit", "merged", "gguf-16bit", "q4_k_m", "ollama")
+
+
+@pytest.mark.parametrize(
+    ("from_rung", "id", "rung", "said"),
+    [
+        ("merged", "answers.merged", "merge", "adapter answers 38 of 40 rightly, merged 20"),
+        ("gguf-16bit", "answers.converted", "convert", "merged answers 38 of 40 rightly, gguf-16bit 20"),
+        ("q4_k_m", "answers.quantized", "quantize/q4_k_m", "gguf-16bit answers 38 of 40 rightly, q4_k_m 20"),
+        ("ollama", "answers.ollama", "deploy", "q4_k_m answers 38 of 40 rightly, ollama 20"),
+    ],
+)
+def test_answers_lost_on_the_way(tmp_path: Path, from_rung: str, id: str, rung: str, said: str) -> None:
     run = copy_run(tmp_path)
-    marks = {"base": 2, "adapter": 38, "q4_k_m": 20, "ollama": 20}
-    for rung, right in marks.items():
-        (run / "evaluate" / rung).mkdir(parents=True)
-        write_rows(run / "evaluate" / rung / "answers.jsonl", [{"correct": at < right} for at in range(40)])
-    found = list(failures(run, "answers", "answers.quantized"))
-    assert [result.id for result in found] == ["answers.quantized"]
-    assert "adapter answers 38 of 40 rightly, q4_k_m 20" in found[0].words
+    for place, name in enumerate(LADDER):
+        right = 2 if name == "base" else 38 if place < LADDER.index(from_rung) else 20
+        (run / "evaluate" / name).mkdir(parents=True)
+        write_rows(run / "evaluate" / name / "answers.jsonl", [{"correct": at < right} for at in range(40)])
+    found = list(failures(run, "answers", id))
+    assert [(result.id, result.rung) for result in found] == [(id, rung)]
+    assert said in found[0].words
 
 
 def test_a_file_changed_after_the_run(tmp_path: Path) -> None:
