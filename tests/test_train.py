@@ -13,6 +13,7 @@ import pytest
 
 from pipeline.config import Config
 from pipeline.model.base import resolve_base
+from pipeline.provenance import gpu_memory
 from pipeline.resources import sha256_of
 from pipeline.stages.train import COMPLETE, schedule
 
@@ -65,8 +66,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(project: Path, run: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "pipeline", "train", str(project), "--set", f"run.folder={run}"]
+def train(project: Path, run: str, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "pipeline", "train", str(project), "--set", f"run.folder={run}", *more]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -131,6 +132,15 @@ def test_killed_and_resumed_is_the_same_training(project: Path, trained: Path) -
     assert manifest["stages"]["train"]["figures"]["resumed_from"] is not None
     for name in ("adapter/adapter_model.safetensors", "history.json", "batches.jsonl", "loss.svg"):
         assert sha256_of(project / "killed" / "train" / name) == sha256_of(trained / "train" / name), name
+
+
+@pytest.mark.skipif(gpu_memory() is None, reason="no GPU: CUDA training, packing and GPU memory were not tested")
+def test_the_same_command_on_a_gpu(project: Path) -> None:
+    finish(train(project, "gpu", "--set", "train.packing=true"))
+    figures = json.loads((project / "gpu" / "manifest.json").read_text())["stages"]["train"]["figures"]
+    assert figures["device"] != "cpu"
+    assert figures["peak_gpu_bytes"] > 0
+    assert figures["loss_last"] < figures["loss_first"]
 
 
 def config(**train: object) -> Config:
