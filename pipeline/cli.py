@@ -265,11 +265,15 @@ def preflight(config: Path, overrides: tuple[str, ...], force: bool, as_json: bo
     settings, sources = resolved(config, overrides)
     _bring_up_to_date(settings, sources, ["preflight"], force)
     content = json.loads((settings.run_folder / "preflight" / "preflight.json").read_text(encoding="utf-8"))
+    _print_checks(content, as_json)
+
+
+def _print_checks(content: dict[str, Any], as_json: bool) -> None:
+    from pipeline.verify.command import show
+
     if as_json:
         click.echo(json.dumps(content, indent=1, ensure_ascii=False))
     else:
-        from pipeline.verify.command import show
-
         show(content)
 
 
@@ -331,7 +335,7 @@ def verify(
     Exit status 1 if a check failed. A check that could not run is shown as such, never as passed.
     """
     from pipeline.errors import UserError
-    from pipeline.verify.command import show, verify_export, verify_folder
+    from pipeline.verify.command import verify_export, verify_folder
 
     if (hf is None) != (gguf is None):
         raise UserError("--hf and --gguf belong together: the folder, and the GGUF file that was made from it")
@@ -343,10 +347,7 @@ def verify(
         settings, sources = resolved(config, overrides)
         _bring_up_to_date(settings, sources, ["verify"], force)
         content = json.loads((settings.run_folder / "verify" / "verify.json").read_text(encoding="utf-8"))
-    if as_json:
-        click.echo(json.dumps(content, indent=1, ensure_ascii=False))
-    else:
-        show(content)
+    _print_checks(content, as_json)
     if content["verdict"] != "pass":
         context.exit(1)
 

@@ -9,7 +9,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pipeline import console
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.verify.preflight import failures, preflight
@@ -37,6 +36,6 @@ def main(work: Work) -> dict[str, Any]:
         raise UserError(f"this base cannot go the whole way:\n  {lines}\n`--no-preflight` runs the stages anyway")
     for row in content["checks"]:
         if row["verdict"] == NOT_RUN:
-            console.warn(f"{row['id']}: not judged: {row['words']}")
+            work.warn(f"{row['id']}: not judged: {row['words']}")
     write(work.output / "preflight.json", content)
     return {"verdict": content["verdict"], **{name.replace(" ", "_"): n for name, n in content["counts"].items()}}
