@@ -9,6 +9,7 @@ from typing import Any
 import artefacts
 import pytest
 
+from pipeline.model.tokenizer import load_tokenizer
 from pipeline.ollama.choose import Engine
 from pipeline.ollama.client import Client
 from pipeline.ollama.server import OllamaServer, find_ollama
@@ -66,7 +67,6 @@ def family(name: str) -> Path:
         if file.suffix in (".json", ".jinja"):
             shutil.copyfile(file, folder / file.name)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     common: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": 256,
@@ -94,12 +94,16 @@ def family(name: str) -> Path:
 
 @cache
 def family_run(name: str) -> Path:
-    """A run's folder of a family: merged, converted, quantized by the real programs."""
+    """A run's folder of a family: with the tokenizer that is trained, converted, quantized by the real programs."""
     from pipeline.stages import convert, quantize
 
     run = artefacts.scratch() / f"run-{name}"
-    (run / "merge").mkdir(parents=True)
-    (run / "merge" / "model").symlink_to(family(name))
+    merged = run / "merge" / "model"
+    merged.mkdir(parents=True)
+    for file in ("config.json", "model.safetensors"):
+        (merged / file).symlink_to(family(name) / file)
+    tokenizer, _ = load_tokenizer(family(name))
+    tokenizer.save_pretrained(merged)
     convert.main(artefacts.make_work(run, "convert"))
     quantize.main(artefacts.make_work(run, "quantize", "q8_0", export={"quant": ["q8_0"]}))
     return run

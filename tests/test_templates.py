@@ -4,6 +4,7 @@ import json
 from functools import cache
 from pathlib import Path
 
+import artefacts
 import pytest
 import servers
 
@@ -375,3 +376,19 @@ def test_the_command_shows_it_all(tmp_path: Path) -> None:
     refused = CliRunner().invoke(template, [str(path)])
     assert refused.exit_code == 1
     assert "refused" in refused.output
+
+
+@pytest.mark.parametrize("given", [artefacts.BASE, "folder", "file"])
+def test_the_command_takes_a_name_a_folder_and_a_file(given: str) -> None:
+    from click.testing import CliRunner
+
+    from pipeline.ollama.commands import template
+
+    model = {"folder": str(artefacts.base_folder()), "file": str(artefacts.original_gguf())}.get(given, given)
+    answer = CliRunner().invoke(template, [model, "--json"])
+    assert answer.exit_code == 0, answer.output
+    told = json.loads(answer.stdout)
+    assert told["way"] == "go"
+    assert told["template"] == told["derived"]
+    assert "You are a helpful AI assistant named SmolLM" in told["template"]
+    assert {outcome["status"] for outcome in told["suite"]["go"].values()} <= set(HARMLESS)

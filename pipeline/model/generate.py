@@ -25,11 +25,12 @@ def compute_type() -> Any:
 
 
 def load_base(settings: Model) -> tuple[Any, Any]:
-    """The untouched base and its tokenizer."""
+    """The untouched base, and the tokenizer that it is trained with."""
     from pipeline.model.base import resolve_base
+    from pipeline.model.tokenizer import load_tokenizer
 
     folder, remote = resolve_base(settings.base, settings.revision), settings.trust_remote_code
-    return _load(folder, remote), _tokenizer(folder, remote)
+    return _load(folder, remote), load_tokenizer(folder, trust_remote_code=remote)[0]
 
 
 def _load(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -42,15 +43,15 @@ def _load(folder: Path, trust_remote_code: bool = False) -> Any:
     ).eval()
 
 
-def _tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+def _trained_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def load_merged(folder: Path) -> tuple[Any, Any]:
     """A merged model and its tokenizer."""
-    return _load(folder), _tokenizer(folder)
+    return _load(folder), _trained_tokenizer(folder)
 
 
 def load_adapter(settings: Model, adapter: Path, *, in_4bit: bool) -> tuple[Any, Any]:
@@ -68,7 +69,7 @@ def load_adapter(settings: Model, adapter: Path, *, in_4bit: bool) -> tuple[Any,
 
     from pipeline.model.base import resolve_base
 
-    tokenizer = _tokenizer(adapter)
+    tokenizer = _trained_tokenizer(adapter)
     if not in_4bit:
         model, _ = load_base(settings)
         return PeftModel.from_pretrained(model, adapter).eval(), tokenizer

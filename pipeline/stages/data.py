@@ -27,6 +27,7 @@ from pipeline.chat.labels import (
 from pipeline.console import progress
 from pipeline.errors import UserError
 from pipeline.model.base import resolve_base
+from pipeline.model.tokenizer import load_tokenizer
 from pipeline.work import Work
 
 if TYPE_CHECKING:
@@ -82,7 +83,12 @@ def main(work: Work) -> dict[str, Any]:
             )
         leaks[name] = len(found)
 
-    tokenizer = _tokenizer(work.config)
+    model = work.config.model
+    tokenizer, changes = load_tokenizer(
+        resolve_base(model.base, model.revision), trust_remote_code=model.trust_remote_code
+    )
+    if changes:
+        work.warn(f"the tokenizer is trained as llama.cpp will read texts: {'; '.join(changes)}")
     figures: dict[str, Any] = {"test_rows": len(test), "duplicates_dropped": duplicates}
     figures |= {f"{name}_leaks": count for name, count in leaks.items()}
     summary: dict[str, Any] = {}
@@ -124,13 +130,6 @@ def _read(work: Work, path: Path) -> list[Conversation]:
             f"{path.name}: {cut:,} messages after a row's last answer were left off: nothing answers them"
         )
     return rows
-
-
-def _tokenizer(config: Config) -> Any:
-    from transformers import AutoTokenizer
-
-    folder = resolve_base(config.model.base, config.model.revision)
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
 
 
 def _tokenize(

@@ -38,10 +38,11 @@ def main(work: Work) -> dict[str, Any]:
     _prepare_environment(work)
     import unsloth  # noqa: F401, I001  (first: it patches what is imported after it)
     import torch
-    from transformers import AutoTokenizer, set_seed
+    from transformers import set_seed
     from unsloth import FastLanguageModel
 
     from pipeline.model.base import resolve_base
+    from pipeline.model.tokenizer import load_tokenizer
 
     config, settings = work.config, work.config.train
     folder = resolve_base(config.model.base, config.model.revision)
@@ -50,7 +51,7 @@ def main(work: Work) -> dict[str, Any]:
     if settings.early_stopping and not validation_rows:
         raise UserError("train.early_stopping needs validation data: give data.validation or data.validation_fraction")
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
+    tokenizer, _ = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
     assert settings.max_length is not None
     cuda = torch.cuda.is_available()
     model, _ = FastLanguageModel.from_pretrained(

@@ -18,6 +18,7 @@ from pipeline.console import progress
 from pipeline.llamacpp.programs import failure, program, require_space, run
 from pipeline.model.base import resolve_base
 from pipeline.model.facts import facts
+from pipeline.model.tokenizer import load_tokenizer
 from pipeline.ollama.choose import choose, refusal
 from pipeline.ollama.client import Client
 from pipeline.ollama.jinja import ChatTemplate
@@ -74,7 +75,9 @@ def _subject(config: Config, base: Path, scratch: Path) -> Subject:
         update={"tokens": min(_TOKENS, config.verify.tokens), "strings": min(_STRINGS, config.verify.strings)}
     )
     types = {kind: scratch / f"model-{kind}.gguf" for kind in config.export.quant}
-    return Subject(settings=settings, model=base, sixteen_bit=None, quantized=types, scratch=scratch)
+    subject = Subject(settings=settings, model=base, sixteen_bit=None, quantized=types, scratch=scratch)
+    subject.tokenizer, _ = load_tokenizer(base, trust_remote_code=config.model.trust_remote_code)
+    return subject
 
 
 def _convert(subject: Subject) -> Iterator[Result]:
