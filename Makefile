@@ -17,7 +17,7 @@ setup: $(BIN)/pipeline ## install the locked libraries; build llama.cpp and Olla
 	@$(BIN)/pipeline setup
 
 all: setup ## fine-tune, quantize, deploy and check the example, or CONFIG=my/pipeline.toml
-	@$(BIN)/pipeline run $(CONFIG)
+	@$(BIN)/pipeline run "$(CONFIG)"
 
 test: lint ## set up, lint, and run all tests
 	@$(BIN)/pipeline setup --dev
@@ -34,6 +34,8 @@ clean: ## remove the virtual environment and what tools left here; runs and the 
 $(BIN)/pipeline: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.14 with the venv module is on PATH;" \
 	"install one (on Debian: python3 and python3-venv) or name it: make PYTHON=/path/to/python3" >&2; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable . 2>.venv/pip.log || { \
+	echo "error: pip cannot install this program: $$(grep -o -m 1 'ERROR: .*' .venv/pip.log) (all: .venv/pip.log)." \
+	"The first time needs the network: check it and pip's proxy and index settings, and type the same again" >&2; exit 1; }
 	@touch $@

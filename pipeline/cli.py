@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline import __version__
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, full_disk
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -73,6 +73,15 @@ class Commands(click.Group):
             context.exit(130)
         except BrokenPipeError:
             context.exit(0)
+        except OSError as error:
+            what = "no space left on the disk; free some and give the same command again"
+            click.echo(f"error: {what if full_disk(error) else error}", err=True)
+            context.exit(1)
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] == "pipeline":
+                raise
+            click.echo(f"error: the library {error.name} is missing: run `pipeline setup`", err=True)
+            context.exit(1)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -131,9 +140,19 @@ def run(config: Path, overrides: tuple[str, ...], until: str | None, no_prefligh
     _bring_up_to_date(settings, sources, stages)
     _say_where(settings)
     if last >= graph.STAGES.index("verify"):
-        from pipeline.verify.result import require_passed
+        _say_proof(settings)
 
-        require_passed(settings.run_folder / "verify" / "verify.json")
+
+def _say_proof(config: Config) -> None:
+    """How many checks passed, those that did not, and the end of the command if one failed."""
+    from pipeline.console import results, say
+    from pipeline.verify.result import FAIL, NOT_RUN, PASS, require_passed, summary, table
+
+    content = json.loads((config.run_folder / "verify" / "verify.json").read_text(encoding="utf-8"))
+    say(f"verify: {summary(content)}")
+    if content["counts"][PASS] < len(content["checks"]):
+        results().print(table(content, (FAIL, NOT_RUN)))
+    require_passed(content)
 
 
 def _say_where(config: Config) -> None:
@@ -153,9 +172,12 @@ def export(config: Path, overrides: tuple[str, ...], quant: tuple[str, ...]) -> 
     settings, sources = resolved(config, overrides)
     _bring_up_to_date(settings, sources, ["modelfile"])
     from pipeline.console import say
+    from pipeline.ollama.target import names_of
 
-    for name in settings.export.quant:
-        say(f"ollama create {settings.ollama.name} -f {settings.run_folder / 'modelfile' / name / 'Modelfile'}")
+    for kind, name in names_of(settings.ollama.name, settings.export.quant).items():
+        modelfile = settings.run_folder / "modelfile" / kind / "Modelfile"
+        if modelfile.is_file():  # where none can carry the model, the stage has said so
+            say(f"ollama create {name} -f {modelfile}")
 
 
 @main.command()
@@ -167,10 +189,9 @@ def status(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     from pipeline import graph
 
     if (config / "config.json").is_file():
-        from pipeline.config import Config
+        from pipeline.config import read_run
 
-        settings = Config.model_validate_json((config / "config.json").read_text(encoding="utf-8"))
-        settings = settings.model_copy(update={"run": settings.run.model_copy(update={"folder": config.absolute()})})
+        settings = read_run(config.absolute())
     else:
         settings, _ = resolved(config, overrides)
     rows = graph.status(settings)

@@ -7,11 +7,12 @@ data; `pipeline.defaults` fills those in before any stage runs, so a stage never
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -24,11 +25,23 @@ TARGET_MODULES = {
     "all": (*ATTENTION, "gate_proj", "up_proj", "down_proj"),
 }
 
+# Those of transformers that need no library beyond the locked ones.
+Optimizer = Literal[
+    "adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit",
+    "ademamix", "ademamix_8bit", "paged_ademamix_8bit", "paged_ademamix_32bit",
+    "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit",
+    "adafactor", "adagrad", "sgd", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit",
+]  # fmt: skip
+
+# TOML has strings for paths and lists for tuples: only for these two a value of another type is taken.
+File = Annotated[Path, Field(strict=False)]
+Names = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+
 
 class Section(BaseModel):
-    """A table of the file: its values never change, and a key that it does not know is an error."""
+    """A table of the file: its values never change, and a key or a type that it does not know is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
 
 
 class Model(Section):
@@ -42,9 +55,9 @@ class Model(Section):
 class Data(Section):
     """What it is trained on."""
 
-    train: Path = Field(description="conversations to train on: .jsonl, .json, .csv or .parquet")
-    validation: Path | None = Field(None, description="conversations for the validation loss")
-    test: Path | None = Field(None, description="conversations that `evaluate` and `deploy` ask")
+    train: File = Field(description="conversations to train on: .jsonl, .json, .csv or .parquet")
+    validation: File | None = Field(None, description="conversations for the validation loss")
+    test: File | None = Field(None, description="conversations that `evaluate` and `deploy` ask")
     validation_fraction: float = Field(
         0.05, ge=0, lt=1, description="share of train that is split off when no validation file is given"
     )
@@ -62,7 +75,7 @@ class Lora(Section):
     alpha: float | None = Field(None, gt=0, description="scaling numerator; default: the rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases are trained")
-    target_modules: Literal["minimal", "attention", "all"] | tuple[str, ...] = Field(
+    target_modules: Literal["minimal", "attention", "all"] | Names = Field(
         "all", description="a preset (minimal, attention, all) or a list of module names"
     )
     rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead of alpha / r")
@@ -87,7 +100,7 @@ class Train(Section):
     )
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay")
-    optimizer: str | None = Field(None, description="an optimizer's name as transformers spells it")
+    optimizer: Optimizer | None = Field(None, description="an optimizer's name as transformers spells it")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     seed: int = Field(3407, ge=0, le=2**32 - 1, description="seed of the adapter, the split and the order of rows")
     load_in_4bit: bool = Field(True, description="train on the base in 4-bit NF4 (QLoRA)")
@@ -121,7 +134,7 @@ class Merge(Section):
 class Export(Section):
     """Which GGUF files are made."""
 
-    quant: tuple[str, ...] = Field(("q4_k_m",), min_length=1, description="quantization types of llama-quantize")
+    quant: Names = Field(("q4_k_m",), description="quantization types of llama-quantize")
     outtype: Literal["auto", "f16", "bf16"] = Field("auto", description="16-bit type; auto: as the base is stored")
 
     @field_validator("quant", mode="before")
@@ -179,7 +192,7 @@ class Verify(Section):
 class Run(Section):
     """Where the results are kept."""
 
-    folder: Path = Field(Path("run"), description="the run's folder, beside this file")
+    folder: File = Field(Path("run"), description="the run's folder, beside this file")
 
 
 class Config(Section):
@@ -195,6 +208,19 @@ class Config(Section):
     eval: Eval = Eval()
     verify: Verify = Verify()
     run: Run = Run()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        if self.merge.base == "dequantized" and not self.train.load_in_4bit:
+            raise ValueError(
+                'merge.base = "dequantized" needs a base that was trained in 4 bits, and train.load_in_4bit is false: '
+                "remove one of the two"
+            )
+        if self.train.early_stopping and self.data.validation is None and not self.data.validation_fraction:
+            raise ValueError(
+                "train.early_stopping needs validation data: give data.validation or data.validation_fraction"
+            )
+        return self
 
     @property
     def run_folder(self) -> Path:
@@ -380,6 +406,11 @@ def _explain(error: ValidationError, places: dict[str, str], path: Path) -> Iter
             continue
         seen.add(key)
         where = next((place for name, place in places.items() if name == key or name.startswith(f"{key}.")), path)
+        if detail["type"] == "value_error":  # its message names the key, which may be of any section
+            message = str(detail["ctx"]["error"])
+            where = next((places[word] for word in re.findall(r"[\w.]+", message) if word in places), where)
+            yield f"{where}: {message}"
+            continue
         if detail["type"] == "missing":
             example = {
                 "model": 'base = "smollm2-135m-instruct" (the packaged model), a hub id or a local folder',
@@ -388,9 +419,24 @@ def _explain(error: ValidationError, places: dict[str, str], path: Path) -> Iter
                 "data.train": '"train.jsonl"',
             }.get(key, "it")
             yield f"{where}: {key}: must be given: {example}"
-        elif detail["type"] == "value_error":
-            yield f"{where}: {detail['ctx']['error']!s}"
         else:
             given = detail.get("input")
             meaning = next((text for name, text, _ in fields() if name == key), "")
             yield f"{where}: {key} = {given!r}: {detail['msg'][0].lower()}{detail['msg'][1:]} ({meaning})"
+
+
+def read_run(folder: Path) -> Config:
+    """The configuration that a run's folder was made with. The folder may have been moved.
+
+    Raises:
+        UserError: it is no run's folder.
+    """
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        values["run"]["folder"] = str(folder)
+        return Config.model_validate_json(json.dumps(values))
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{folder}: is not a run's folder: its config.json is not this program's; a model's folder is verified "
+            f"with `pipeline verify --hf {folder} --gguf FILE`"
+        ) from None

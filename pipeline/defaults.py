@@ -1,14 +1,18 @@
 """The defaults that depend on the size of the model and on the machine, each with its reason.
 
 What is given in pipeline.toml or with --set always wins; this fills in the rest and says where each value came from.
+What was given is held here against what is installed, so that a mistake is not found only after the training.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from pipeline.config import Config, fields
+from pipeline.errors import UserError
 
 GIB = 2**30
 
@@ -38,7 +42,11 @@ def resolve(config: Config, given: dict[str, str], facts: Facts) -> tuple[Config
 
     Returns:
         The configuration with every value set, and the source of every key.
+
+    Raises:
+        UserError: Ollama does not know a parameter, or the experiment tracker is not installed.
     """
+    _check(config, given)
     chosen: dict[str, tuple[Any, str]] = {}
 
     def choose(key: str, value: Any, reason: str) -> None:
@@ -88,3 +96,20 @@ def resolve(config: Config, given: dict[str, str], facts: Facts) -> tuple[Config
 def _given_table(key: str, given: dict[str, str]) -> str | None:
     """A key whose value is a table is given by the keys in that table."""
     return next((place for name, place in given.items() if name.startswith(f"{key}.")), None)
+
+
+def _check(config: Config, given: dict[str, str]) -> None:
+    from pipeline.ollama.parameters import check_parameters
+
+    for name, value in config.ollama.parameters.items():
+        key = f"ollama.parameters.{name}"
+        try:
+            check_parameters({name: value})
+        except UserError as error:
+            raise UserError(f"{given.get(key) or _given_table(key, given)}: {error}") from None
+    tracker = config.train.report_to
+    if tracker != "none" and find_spec(tracker) is None:
+        raise UserError(
+            f'{given.get("train.report_to", "")}: train.report_to = "{tracker}": the package {tracker} is not '
+            f"installed here; type `{sys.executable} -m pip install {tracker}`, or remove the key"
+        )

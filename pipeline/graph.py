@@ -36,6 +36,8 @@ STAGES = (
 # What has no effect on a stage's outputs, however much of it the stage imports.
 _NO_PART_OF_THE_CODE = {"pipeline.config", "pipeline.console", "pipeline.errors", "pipeline.work"}
 PARTIAL = ".partial"
+_NOTHING = 2**20  # bytes: with so few, a stage could not even say what is wrong
+PARENT = "PIPELINE_PARENT"  # tells a stage's process whose it is
 
 
 @dataclass(frozen=True)
@@ -124,18 +126,27 @@ def _examine(node: Node, config: Config, manifest: dict[str, Any], stale: set[No
     elif recorded["fingerprint"] != fingerprint:
         reason = _what_changed(recorded, node, config, inputs)
     else:
-        reason = unchanged(config.run_folder, recorded["outputs"])
+        reason = unchanged(config.run_folder, recorded["outputs"]) or _unfinished(node, recorded)
     return State(node, reason, fingerprint, inputs)
+
+
+def _unfinished(node: Node, recorded: dict[str, Any]) -> str | None:
+    """What a stage could not do, and tries again every time."""
+    module = stage_module(node.stage)
+    reason: str | None = module.unfinished(recorded["figures"]) if hasattr(module, "unfinished") else None
+    return reason
 
 
 def _inputs(node: Node, config: Config, manifest: dict[str, Any]) -> dict[str, str]:
     """SHA-256 of every file that the node reads: outputs of other nodes by their names in the run, others by path."""
+    module = stage_module(node.stage)
+    reads = getattr(module, "READS", {})  # where a stage reads only some files of another
     inputs = {
         name: record["sha256"]
         for needed in needs(node, config)
         for name, record in manifest["stages"][str(needed)]["outputs"].items()
+        if needed.stage not in reads or Path(name).name in reads[needed.stage]
     }
-    module = stage_module(node.stage)
     for path in module.inputs(config) if hasattr(module, "inputs") else ():
         inputs[str(path)] = hash_outside(path, manifest.setdefault("files", {}))
     return inputs
@@ -230,7 +241,8 @@ def run(config: Config, sources: dict[str, str], targets: Sequence[Node], *, for
 
         manifest = read_manifest(folder)
         manifest["config"] = {"values": config.model_dump(mode="json"), "sources": sources}
-        manifest |= provenance()
+        made_with = provenance()
+        manifest |= made_with | {"nodes": [str(node) for node in nodes(config)]}
         write_whole(folder / "config.json", config.model_dump_json(indent=1) + "\n")
         wanted = with_needs(targets, config)
         states = []
@@ -244,14 +256,14 @@ def run(config: Config, sources: dict[str, str], targets: Sequence[Node], *, for
                 skipped += 1
                 continue
             console.say(f"{node}: {state.reason}" if state.reason != "has not run" else f"{node}")
-            _run_node(state, config, manifest)
+            _run_node(state, config, manifest, made_with)
         write_manifest(folder, manifest)
         if skipped:
             console.say(f"{skipped} of {len(wanted)} stages are up to date and were skipped")
     return states
 
 
-def _run_node(state: State, config: Config, manifest: dict[str, Any]) -> None:
+def _run_node(state: State, config: Config, manifest: dict[str, Any], made_with: dict[str, Any]) -> None:
     node, folder = state.node, config.run_folder
     name = str(node).replace("/", "__")
     work = folder / PARTIAL / name
@@ -272,7 +284,7 @@ def _run_node(state: State, config: Config, manifest: dict[str, Any]) -> None:
     result = _result(work / "result.json", status, node, folder)
     if "error" in result:
         append_event(folder, "failed", stage=str(node), message=result["error"])
-        raise (UserError if result["exit_status"] == UserError.exit_status else PipelineError)(result["error"])
+        raise (UserError if status == UserError.exit_status else PipelineError)(result["error"])
 
     outputs = _publish(work / "output", folder / node.stage / node.variant, folder)
     manifest["stages"][str(node)] = {
@@ -287,6 +299,7 @@ def _run_node(state: State, config: Config, manifest: dict[str, Any]) -> None:
         "seconds": round(seconds, 3),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 3),
         "peak_memory_bytes": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        "made_with": made_with,
     }
     write_manifest(folder, manifest)
     shutil.rmtree(work, ignore_errors=True)
@@ -297,7 +310,7 @@ def _run_node(state: State, config: Config, manifest: dict[str, Any]) -> None:
 def _worker(folder: Path, node: Node) -> tuple[int, Any]:
     """Run one node in a process of its own; return its wait status and resource usage."""
     # Libraries count their users on the hub unless told not to.
-    environment = {"HF_HUB_DISABLE_TELEMETRY": "1", **os.environ, "PYTHONHASHSEED": "0"}
+    environment = {"HF_HUB_DISABLE_TELEMETRY": "1", **os.environ, "PYTHONHASHSEED": "0", PARENT: str(os.getpid())}
     process = subprocess.Popen(
         [sys.executable, "-m", "pipeline.worker", str(folder), node.stage, node.variant], env=environment
     )
@@ -319,13 +332,15 @@ def _result(path: Path, status: int, node: Node, folder: Path) -> dict[str, Any]
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return result
     log = folder / "logs" / f"{str(node).replace('/', '__')}.log"
+    if shutil.disk_usage(folder).free < _NOTHING:
+        return {"error": f"{node}: no space left on the disk of {folder}; free some and give the same command again"}
     if status == -signal.SIGKILL:
         cause = "was killed, as a machine does that is out of memory; try a smaller train.batch or train.max_length"
     elif status < 0:
         cause = f"was ended by signal {signal.Signals(-status).name}"
     else:
         cause = f"ended with status {status}"
-    return {"error": f"{node}: {cause}; its log is {log}. The same command continues here.", "exit_status": 1}
+    return {"error": f"{node}: {cause}; its log is {log}. The same command continues here."}
 
 
 def _publish(output: Path, final: Path, folder: Path) -> dict[str, dict[str, Any]]:

@@ -51,7 +51,7 @@ def ladder(answers: dict[str, tuple[float, float, float]], divergences: dict[str
         right = axes.twinx()
         right.bar(*zip(*found, strict=True), width=0.25, color="#c2410c", alpha=0.55)
         right.set_yscale("log")
-        right.set_ylim(1e-8, 10)
+        right.set_ylim(min(1e-8, *(mean / 10 for _, mean in found)), 10)
         right.set_ylabel("mean KL (nats per token)", color="#c2410c")
         right.spines["right"].set_visible(True)
     _save(figure, path)

@@ -5,9 +5,9 @@ What libraries print goes to the stage's log; the terminal is for what `pipeline
 """
 
 import ctypes
-import errno
 import json
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -15,8 +15,8 @@ from pathlib import Path
 
 from pipeline import console
 from pipeline.config import Config
-from pipeline.errors import PipelineError
-from pipeline.graph import PARTIAL, stage_module
+from pipeline.errors import PipelineError, full_disk
+from pipeline.graph import PARENT, PARTIAL, stage_module
 from pipeline.run import write_whole
 from pipeline.work import Work
 
@@ -39,14 +39,16 @@ def main(run: Path, stage: str, variant: str) -> int:
     except PipelineError as error:
         result, status = {"error": f"{name.replace('__', '/')}: {error}"}, error.exit_status
     except Exception as error:
+        if full_disk(error):  # what was half written is in the way of everything, and of saying so
+            shutil.rmtree(partial / "output", ignore_errors=True)
         traceback.print_exc()
         result, status = {"error": f"{name.replace('__', '/')}: {_explain(error, run)}; the log is {log}"}, 1
-    write_whole(partial / "result.json", json.dumps(result | {"exit_status": status}, default=str))
+    write_whole(partial / "result.json", json.dumps(result, default=str))
     return status
 
 
 def _explain(error: Exception, run: Path) -> str:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if full_disk(error):
         return f"no space left on the disk of {run}; free some and give the same command again"
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
         return "out of memory; try a smaller train.batch or train.max_length"
@@ -68,6 +70,8 @@ def _end_with_parent() -> None:
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if str(os.getppid()) != os.environ.get(PARENT):  # it ended before that was asked for
+            sys.exit(128 + signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -137,6 +137,13 @@ def test_a_damaged_package_leaves_nothing_behind(tmp_path: Path, monkeypatch: py
     assert all(name.endswith(".lock") for name in left)
 
 
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("PIPELINE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(PipelineError, match=r"file.*cannot be written.*PIPELINE_CACHE"):
+        resolve_base("smollm2-135m-instruct")
+
+
 def test_a_packaged_base_has_no_revision() -> None:
     with pytest.raises(UserError, match=r"model\.revision"):
         resolve_base("smollm2-135m-instruct", "main")

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from pipeline.cli import main
+from pipeline.errors import PipelineError
 
 CONFIG = '[model]\nbase = "smollm2-135m-instruct"\n[data]\ntrain = "train.jsonl"\n'
 ROW = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]}
@@ -103,6 +104,42 @@ def test_status_of_a_run_that_has_not_started(project: Path) -> None:
     rows = json.loads(result.stdout)["stages"]
     assert [row["stage"] for row in rows[:2]] == ["preflight", "data"]
     assert {row["state"] for row in rows} == {"missing"}
+
+
+@pytest.mark.parametrize("command", ["status", "verify"])
+@pytest.mark.parametrize("config", ['{"model_type": "llama"}', "{", '{"run": 1}'])
+def test_a_models_folder_is_no_run(tmp_path: Path, command: str, config: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    result = invoke(command, tmp_path)
+    assert result.exit_code == 2
+    assert f"{tmp_path}: is not a run's folder" in result.stderr
+    assert f"pipeline verify --hf {tmp_path} --gguf FILE" in result.stderr
+
+
+def test_a_library_that_is_missing(project: Path) -> None:
+    program = "import sys; sys.modules['pydantic'] = None; from pipeline.cli import main; main()"
+    command = [sys.executable, "-c", program, "config", str(project)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (answer.returncode, answer.stderr) == (1, "error: the library pydantic is missing: run `pipeline setup`\n")
+
+
+def test_chat_streams_the_greedy_answer_and_an_error_of_the_model_does_not_hang() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from pipeline.config import Model
+    from pipeline.model.generate import answer_in_batches, load_base, stream_answer
+
+    model, tokenizer = load_base(Model(base="smollm2-135m-instruct"))
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    pieces = list(stream_answer(model, tokenizer, question, 12))
+    assert len(pieces) > 2
+    assert ["".join(pieces)] == answer_in_batches(model, tokenizer, [question], 12, lambda done: None)
+
+    small = LlamaForCausalLM(
+        LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
+    )
+    with pytest.raises(PipelineError, match="the model cannot answer: IndexError"):
+        list(stream_answer(small, tokenizer, question, 12))
 
 
 def test_an_interrupt_is_no_traceback(project: Path) -> None:

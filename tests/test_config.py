@@ -1,11 +1,13 @@
 """pipeline.toml: what is refused, in which words, and where values come from."""
 
+import importlib.util
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config import Config, load_config
+from pipeline.config import Config, Optimizer, load_config
 from pipeline.defaults import Facts, resolve
 from pipeline.errors import UserError
 
@@ -52,6 +54,22 @@ def test_only_base_and_data_must_be_given(tmp_path: Path) -> None:
         ("model = 3\n[data]\ntrain = 'x'\n", ["model: must be a table"]),
         ("[model\n", ["not valid TOML", "line 1"]),
         (MINIMAL + "[train]\nseed = -1\n", ["train.seed = -1"]),
+        (MINIMAL + "[train]\nbatch = true\n", ["pipeline.toml:7: train.batch = True", "integer"]),
+        (MINIMAL + "[train]\nbatch = 2.0\n", ["train.batch = 2.0", "integer"]),
+        (MINIMAL + '[train]\nsteps = "5"\n', ["train.steps = '5'", "integer"]),
+        (MINIMAL + "[train]\nlearning_rate = inf\n", ["train.learning_rate = inf", "finite"]),
+        (MINIMAL + "[train]\nwarmup = true\n", ["train.warmup = True", "number"]),
+        (MINIMAL + '[train]\noptimizer = "adam"\n', ["pipeline.toml:7: train.optimizer = 'adam'", "'adamw_torch'"]),
+        (MINIMAL + '[lora]\ndora = "yes"\n', ["lora.dora = 'yes'", "boolean"]),
+        (MINIMAL + "[lora]\ntarget_modules = []\n", ["pipeline.toml:7: lora.target_modules = []"]),
+        (
+            MINIMAL + '[train]\nload_in_4bit = false\n[merge]\nbase = "dequantized"\n',
+            ['pipeline.toml:9: merge.base = "dequantized" needs', "train.load_in_4bit"],
+        ),
+        (
+            MINIMAL + "validation_fraction = 0\n[train]\nearly_stopping = 2\n",
+            ["pipeline.toml:8: train.early_stopping needs validation data", "data.validation_fraction"],
+        ),
         (MINIMAL + "[data]\ntrain = 'y'\n", ["not valid TOML"]),
     ],
 )
@@ -136,7 +154,44 @@ def test_given_values_are_never_replaced(tmp_path: Path) -> None:
     assert sources["ollama.parameters"] == "pipeline.toml:11"
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("temprature", "0", "unknown; did you mean 'temperature'?"),
+        ("num_ctx", "true", "must be a whole number"),
+        ("options.seed", "1", "unknown"),
+    ],
+)
+def test_a_parameter_that_ollama_does_not_know(tmp_path: Path, key: str, value: str, said: str) -> None:
+    config, given = load_config(write(tmp_path, MINIMAL + f"[ollama.parameters]\n{key} = {value}\n"))
+    with pytest.raises(UserError) as caught:
+        resolve(config, given, Facts(None, None, None))
+    assert f"pipeline.toml:7: ollama.parameters.{key.partition('.')[0]}" in str(caught.value)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "mlflow"])
+def test_a_tracker_that_is_not_installed(tmp_path: Path, tracker: str) -> None:
+    if importlib.util.find_spec(tracker):
+        pytest.skip(f"{tracker} is installed here")
+    config, given = load_config(write(tmp_path, MINIMAL + f'[train]\nreport_to = "{tracker}"\n'))
+    with pytest.raises(UserError, match=rf"pipeline.toml:7: train.report_to .* -m pip install {tracker}"):
+        resolve(config, given, Facts(None, None, None))
+
+
+def test_every_optimizer_is_one_that_transformers_makes_with_the_locked_libraries() -> None:
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    names = set(get_args(Optimizer))
+    assert {"adamw_torch", "adamw_8bit"} <= names
+    for name in names:
+        kind, _ = Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(optim=name, report_to="none"))
+        assert issubclass(kind, torch.optim.Optimizer), name
+
+
 def test_resolved_config_survives_json(tmp_path: Path) -> None:
-    config, given = load_config(write(tmp_path, MINIMAL))
+    text = MINIMAL + 'test = "train.jsonl"\n[lora]\ntarget_modules = ["q_proj"]\n[train]\nlearning_rate = 1\n'
+    config, given = load_config(write(tmp_path, text))
     resolved, _ = resolve(config, given, Facts(1_000_000_000, 4096, None))
     assert Config.model_validate_json(resolved.model_dump_json()) == resolved

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import artefacts
@@ -13,6 +14,7 @@ import pytest
 
 from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.server import LlamaServer
+from pipeline.ollama.commands import _stream
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -64,6 +66,21 @@ def test_a_stop_text_ends_the_answer(server: LlamaServer) -> None:
 def test_a_refused_request_is_a_readable_error(server: LlamaServer) -> None:
     with pytest.raises(PipelineError, match="exceeds the available context size"):
         server.complete([5] * 3000, 1)
+
+
+def test_a_refused_question_of_a_chat_is_a_readable_error(server: LlamaServer) -> None:
+    with pytest.raises(PipelineError, match="exceeds the available context size"):
+        list(_stream(server, [{"role": "user", "content": "word " * 3000}]))
+    assert "France" in "".join(islice(_stream(server, MESSAGES), 12))  # and it goes on
+
+
+def test_an_answer_that_breaks_off_is_a_readable_error() -> None:
+    with LlamaServer(artefacts.quantized()[0], context=2048) as server:
+        pieces = _stream(server, [{"role": "user", "content": "Count from 1 to 1000, one number a line."}])
+        next(pieces)
+        server.process.kill()
+        with pytest.raises(PipelineError, match="llama-server stopped answering: ."):
+            list(pieces)
 
 
 def test_it_is_stopped_and_its_log_kept(tmp_path: Path) -> None:

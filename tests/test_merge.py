@@ -2,15 +2,18 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from artefacts import make_work
 from good_run import CONFIG, good_run
+from safetensors.torch import load_file, save_file
 
-from pipeline.errors import UserError
 from pipeline.model.held_out import held_out_loss
+from pipeline.model.nf4 import dequantized
 from pipeline.model.predict import load_float32
 from pipeline.stages import merge
 from pipeline.verify import merge_base, weights
@@ -18,16 +21,42 @@ from pipeline.verify.result import FAIL, PASS
 from pipeline.verify.subject import Subject
 
 
-def merged(folder: Path, base: str, **train: Any) -> tuple[Subject, dict[str, Any]]:
-    """The good run with its adapter merged anew: what `verify` is given, and base.json."""
+def merged(
+    folder: Path, base: str, targets: Sequence[str] = (), **train: Any
+) -> tuple[Subject, dict[str, Any]]:
+    """The good run with its adapter, or the part of it for some modules, merged anew; and base.json."""
     run = folder / "run"
     for stage in ("data", "train", "base"):
         shutil.copytree(good_run() / stage, run / stage)
+    if targets:
+        leave_only(run / "train" / "adapter", targets)
     sections = {**CONFIG, "model": {"base": str(run / "base")}, "merge": {"base": base}}
     sections["train"] = {**CONFIG["train"], **train}
     work = make_work(run, "merge", **sections)
     merge.main(work)
     return Subject.of_run(run, work.config, folder), json.loads((run / "merge" / "base.json").read_text())
+
+
+def leave_only(adapter: Path, targets: Sequence[str]) -> None:
+    """An adapter as if only these modules had been trained."""
+    weights = load_file(adapter / "adapter_model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if any(f".{target}." in name for target in targets)}
+    assert 0 < len(kept) < len(weights)
+    save_file(kept, adapter / "adapter_model.safetensors", {"format": "pt"})
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"target_modules": list(targets)}))
+
+
+def test_modules_without_an_adapter_were_4_bit_too(tmp_path: Path) -> None:
+    subject, _ = merged(tmp_path, "dequantized", targets=("q_proj", "v_proj"))
+    assert subject.base is not None
+    assert subject.adapter is not None
+    results = {result.id: result for result in weights._merge(subject, subject.base, subject.adapter)}
+    assert {result.verdict for result in results.values()} == {PASS}
+    base, result = weights.Tensors(subject.base), weights.Tensors(subject.model)
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(result[name], dequantized(base[name]).to(result[name].dtype))
+    assert not torch.equal(result[name], base[name])
 
 
 @pytest.mark.parametrize("wanted", ["auto", "16bit", "dequantized"])
@@ -64,5 +93,3 @@ def test_an_adapter_of_16_bits_has_one_base(tmp_path: Path) -> None:
     assert not chosen["losses"]
     (result,) = merge_base.check(subject)
     assert result.verdict == "not run"
-    with pytest.raises(UserError, match="16-bit base"):
-        merged(tmp_path / "dequantized", "dequantized", load_in_4bit=False)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,6 +38,12 @@ def test_versions_are_compared_as_numbers(version: str, enough: bool) -> None:
 def test_a_wrong_variable_is_the_users_mistake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PIPELINE_OLLAMA", str(tmp_path))
     with pytest.raises(UserError, match="PIPELINE_OLLAMA"):
+        find_ollama()
+    old = tmp_path / "ollama"
+    old.write_text("#!/bin/sh\necho client version is 0.12.3\n")
+    old.chmod(0o755)
+    monkeypatch.setenv("PIPELINE_OLLAMA", str(old))
+    with pytest.raises(UserError, match=r"Ollama 0\.12\.3 is too old.*unset PIPELINE_OLLAMA"):
         find_ollama()
 
 
@@ -130,6 +136,8 @@ def test_a_server_that_is_down_is_refused_soon() -> None:
         ("https://host/", "https://host:443"),
         ("0.0.0.0:11434", "http://127.0.0.1:11434"),
         ("[::1]:11434", "http://[::1]:11434"),
+        (":11435", "http://127.0.0.1:11435"),
+        ('"127.0.0.1:8080"', "http://127.0.0.1:8080"),
     ],
 )
 def test_addresses_are_read_as_ollama_reads_them(given: str, meant: str) -> None:
@@ -190,6 +198,31 @@ def test_an_upload_is_made_once_and_its_digest_is_the_files(tmp_path: Path) -> N
     again: list[float] = []
     servers.client().upload(path, again.append)
     assert again == [path.stat().st_size]
+
+
+def test_a_server_that_dies_is_told_whatever_it_was_asked(tmp_path: Path) -> None:
+    from pipeline.stages.deploy import _remove
+
+    (tmp_path / "blob").write_bytes(b"x")
+    with OllamaServer(tmp_path / "models") as server:
+        client = Client(server.host)
+    hello = [{"role": "user", "content": "hi"}]
+    requests: tuple[Callable[[], object], ...] = (
+        client.names,
+        lambda: client.show("a"),
+        lambda: client.render("a", hello),
+        lambda: client.chat("a", hello),
+        lambda: list(client.stream("a", hello)),
+        lambda: client.upload(tmp_path / "blob"),
+        lambda: client.create("a", {"from": "b", "requires": "0.34.0"}),
+        lambda: client.copy("a", "b"),
+        lambda: client.unload("a"),
+        lambda: client.delete("a"),
+    )
+    for request in requests:
+        with pytest.raises(PipelineError, match=f"Ollama at {server.host} stopped answering: ."):
+            request()
+    _remove(client, "pipeline-proof")  # what hid the error that ended the deployment
 
 
 def test_what_the_server_refuses_is_said_in_its_words(tmp_path: Path) -> None:

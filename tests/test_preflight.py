@@ -93,7 +93,7 @@ def target(project: Path, *overrides: str) -> tuple[str, str]:
     """What preflight says of the server and of the names there: the verdict, and why."""
     settings, _ = load_config(project / "pipeline.toml", overrides)
     check = partial(_target, settings, project / "run", project)
-    (result,) = run_check("preflight.target", "deploy", check, mistakes_fail=True)
+    (result,) = run_check("preflight.target", "deploy", check)
     return result.verdict, result.words
 
 
@@ -131,6 +131,10 @@ def test_a_machine_that_is_too_small(project: Path) -> None:
     needs = machine.disk_needs(config, 10**9)
     assert needs["merge"] == needs["convert"] == 2 * 10**9
     assert needs["quantize"] > 10**9 * (4.9 + 8.5) / 8
+    hosts = {"127.0.0.1:11434": True, "http://localhost:9": True, "[::1]:9": True, "10.0.0.2": False}
+    for host, there in hosts.items():
+        other, _ = load_config(project / "pipeline.toml", [f"ollama.host={host!r}"])
+        assert bool(machine.disk_needs(other, 10**9)["deploy"]) == there
 
 
 def test_a_run_stops_before_it_trains(project: Path) -> None:

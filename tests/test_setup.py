@@ -783,6 +783,25 @@ def test_make_without_a_fitting_python_says_which(tmp_path: Path) -> None:
     assert not (tmp_path / ".venv").exists()
 
 
+def test_make_mends_an_environment_without_pip_and_says_once_that_there_is_no_network(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / ".venv"], check=True)
+    answer = make(tmp_path, "setup", **NO_NETWORK)
+    assert answer.returncode == 2
+    assert (tmp_path / ".venv" / "bin" / "pip").exists()
+    said = [line for line in answer.stderr.splitlines() if not line.startswith("make")]
+    assert len(said) == 1
+    assert re.match(r"error: pip cannot install this program: ERROR: .*hatchling.* needs the network", said[0])
+
+
+def test_make_passes_a_configuration_whose_name_has_a_space(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    answer = make(tmp_path, "--dry-run", "all", "CONFIG=my data/pipeline.toml")
+    assert 'run "my data/pipeline.toml"' in answer.stdout
+
+
 def test_wheel_carries_what_set_up_needs(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path],

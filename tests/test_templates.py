@@ -18,7 +18,17 @@ from pipeline.ollama.guard import guarded, write_with_template
 from pipeline.ollama.handling import WHITE_SPACE, Ends, Handling, learn
 from pipeline.ollama.jinja import ChatTemplate, TemplateRefused
 from pipeline.ollama.scratch import write_scratch_model
-from pipeline.ollama.suite import DIFFERS, EXACT, HARMLESS, JOINED, THINKING, judge
+from pipeline.ollama.suite import (
+    DIFFERS,
+    DROPPED,
+    EXACT,
+    HARMLESS,
+    JOINED,
+    NOT_SERVED,
+    THINKING,
+    TRIMMED,
+    judge,
+)
 
 # What no way carries, and why it is refused. All others are served exactly.
 REFUSED = {
@@ -27,7 +37,17 @@ REFUSED = {
     "google-gemma-4-31B-it-interleaved": "llama.cpp has Gemma 4's tools rendered by its own code",
     "meetkai-functionary-medium-v3.1": "the template escapes JSON as HTML, llama.cpp does not",
 }
-NATIVE_ALONE = {"needs tools": ("command-r-plus", "Hermes-2-Pro", "Hermes-3", "firefunction")}
+# Which conversations llama.cpp itself renders otherwise, for REFUSED's reasons; in all others a difference has a name.
+CALLS = {"a call and its result", "a call, its result, another turn", "a call with several arguments"}
+NATIVE_DIFFERS = {
+    "google-gemma-4-31B-it-interleaved": CALLS,
+    "meetkai-functionary-medium-v3.1": {"one tool", "several tools, system"} | CALLS,
+}
+NEED_TOOLS = {
+    "CohereForAI-c4ai-command-r-plus-tool_use",
+    "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use",
+    "NousResearch-Hermes-3-Llama-3.1-8B-tool_use",
+}
 
 
 def templates() -> dict[str, Path]:
@@ -66,6 +86,23 @@ def test_the_table() -> None:
     assert len(choices) >= 70
     assert len(derived) >= 55
     assert sum(choice.way != "refused" for choice in choices.values()) >= 66
+
+
+@pytest.mark.parametrize("name", templates())
+def test_llama_cpp_renders_it_exactly_or_the_difference_is_named(name: str) -> None:
+    """The native way of each, where a TEMPLATE is preferred too."""
+    choice = chosen(name)
+    if "native" not in choice.reports:
+        choice = choose(ChatTemplate.from_file(templates()[name]), "native", servers.engine())
+    report = choice.reports["native"]
+    assert [outcome.name for outcome in report.outcomes] == [case.name for case in CONVERSATIONS]
+    assert report.exact == (name not in REFUSED)
+    unnamed = {outcome.name for outcome in report.outcomes if outcome.status not in (*HARMLESS, TRIMMED)}
+    assert unnamed == NATIVE_DIFFERS.get(name, set())
+
+
+def test_templates_that_need_tools_are_known_by_it() -> None:
+    assert {name for name in templates() if "the template needs tools" in chosen(name).reason} == NEED_TOOLS
 
 
 @pytest.mark.parametrize("name", ["Qwen-Qwen3-0.6B", "google-gemma-2-2b-it", "ibm-granite-granite-3.3-2B-Instruct"])
@@ -168,7 +205,8 @@ NOT_DERIVABLE = {
     "messages backwards": ("{% for m in messages | reverse %}{{ m.content }};{% endfor %}", "order"),
     "messages twice": ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "twice"),
     "numbered turns": ("{% for m in messages %}{{ loop.index }}{{ m.content }}{% endfor %}", "depends on more"),
-    "only tools": ("{{ raise_exception('no tools') }}", "refuses every plain conversation"),
+    "tools wanted": ("{% if not tools %}{{ raise_exception('no') }}{% endif %}" + CHATML, "the template needs tools"),
+    "nothing taken": ("{{ raise_exception('never') }}", "refuses every plain conversation: never"),
 }
 
 
@@ -197,11 +235,66 @@ def test_what_probing_cannot_see_is_seen_by_the_suite(what: str, source: str) ->
         assert choice.reports["go"].first_difference() is not None
 
 
-def test_trimming_and_dates_are_recognised() -> None:
-    assert derive(ChatTemplate(DERIVABLE["trimmed messages"])).trims == ("system", "user", "assistant")
-    assert derive(ChatTemplate(DERIVABLE["ChatML"])).trims == ()
-    assert derive(ChatTemplate(DERIVABLE["today's date as ISO"])).dated
-    assert not derive(ChatTemplate(DERIVABLE["ChatML"])).dated
+def test_a_date_is_named_where_it_is_why_go_cannot() -> None:
+    choice = choose(ChatTemplate("{{ strftime_now('%A') }}" + CHATML), "auto", servers.engine())
+    assert choice.way == "native"
+    assert "go: it writes the date or the time" in choice.reason
+
+
+# What a difference is called.
+
+TRIMS = CHATML.replace("m.content", "m.content | trim")
+
+
+@pytest.mark.parametrize(("trained", "served"), [(TRIMS, CHATML), (CHATML, TRIMS)])
+def test_trimming_is_called_so(trained: str, served: str) -> None:
+    go = derive(ChatTemplate(served)).template
+    assert go is not None
+    report = servers.engine().judge_go(ChatTemplate(trained), go, CONVERSATIONS)
+    assert {outcome.status for outcome in report.outcomes} <= {*HARMLESS, TRIMMED}
+    assert report.counts[TRIMMED] > 5
+    assert not report.exact
+
+
+@pytest.mark.parametrize("trained", [CHATML, TRIMS])
+@pytest.mark.parametrize("more", ["\n", " "])
+def test_other_white_space_is_not_called_trimming(trained: str, more: str) -> None:
+    go = derive(ChatTemplate(trained)).template
+    assert go is not None
+    report = servers.engine().judge_go(ChatTemplate(trained), go + more, CONVERSATIONS)
+    assert {outcome.status for outcome in report.outcomes} == {DIFFERS, NOT_SERVED}
+
+
+def test_only_what_ollama_itself_does_not_support_is_harmless() -> None:
+    """A template may use the same words; and a refusal has to be of what was asked for."""
+    asked = "{% if tools or messages[0].role == 'system' %}"
+    refuses = asked + "{{ raise_exception('m does not support tools') }}{% endif %}"
+    suite = [case for case in CONVERSATIONS if case.tools or case.think or case.name.startswith("1 turn")]
+    report = servers.engine().judge_native(ChatTemplate(CHATML), guarded(refuses + CHATML), suite)
+    statuses = {outcome.name: outcome.status for outcome in report.outcomes}
+    assert statuses.pop("1 turn") == EXACT
+    assert statuses.pop("thinking on") == NOT_SERVED
+    assert set(statuses.values()) == {DIFFERS}
+    assert any("does not support tools" in outcome.words for outcome in report.outcomes)
+    plain = servers.engine().judge_native(ChatTemplate(CHATML), guarded(CHATML), suite)
+    assert {outcome.name for outcome in plain.outcomes if outcome.status == NOT_SERVED} == {
+        case.name for case in suite if case.tools or case.think
+    }
+
+
+@pytest.mark.parametrize("way", ["go", "native"])
+def test_thinking_that_ollama_drops_for_qwen3_is_named(way: str) -> None:
+    """It does so by the architecture's name, before any template."""
+    for architecture, expected in (("qwen3", 2), ("qwen3moe", 0), ("", 0)):
+        choice = choose(ChatTemplate(CHATML, architecture=architecture), way, servers.engine())
+        assert choice.way == way, choice.reason
+        assert choice.reports[way].counts[DROPPED] == expected
+        assert any("Qwen3" in warning for warning in choice.warnings) == bool(expected)
+
+
+def test_code_of_ollamas_own_is_warned_of() -> None:
+    choice = choose(ChatTemplate(CHATML, architecture="nemotron_h_moe"), "auto", servers.engine())
+    assert any("only `deploy` can prove" in warning for warning in choice.warnings)
 
 
 @pytest.mark.parametrize("adds_bos", [True, False])
@@ -352,10 +445,25 @@ def test_handling_is_learned(expression: str, handling: Handling) -> None:
     assert learn(source, lambda text: template.render(t=text)) == handling
 
 
-def test_a_refusal_is_no_crash() -> None:
-    template = ChatTemplate("{{ messages[5].content.nothing.at.all }}{{ 1 / 0 }}")
-    with pytest.raises(TemplateRefused):
-        template.render([{"role": "user", "content": "x"}])
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("{{ messages[5].content.nothing.at.all }}", "has no element 5"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ range(10**9) | list }}", "OverflowError"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
+        ("{{ messages[0].content * 10**18 }}", "MemoryError"),
+        ("{{ messages | sum }}", "TypeError"),
+    ],
+)
+def test_a_refusal_is_no_crash(source: str, words: str) -> None:
+    with pytest.raises(TemplateRefused, match=words):
+        ChatTemplate(source).render([{"role": "user", "content": "x"}])
+
+
+def test_a_syntax_error_is_told_with_its_line() -> None:
+    with pytest.raises(UserError, match=r"no valid Jinja: line 3: .*unknown tag 'oops'"):
+        choose(ChatTemplate("a\nb\n{% oops %}"), "auto", servers.engine())
 
 
 def test_the_command_shows_it_all(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Training by the real Unsloth on a small random model: what is trained, resumed, and the same every time."""
 
+import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -11,11 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Config
+from pipeline.config import Config, Verify
 from pipeline.model.base import resolve_base
 from pipeline.provenance import gpu_memory
 from pipeline.resources import sha256_of
-from pipeline.stages.train import COMPLETE, schedule
+from pipeline.stages.train import COMPLETE, _trainer, conversations_of, schedule
+from pipeline.verify.labels import check as check_labels
+from pipeline.verify.result import FAIL, PASS
+from pipeline.verify.subject import Subject
+from pipeline.work import Work
 
 STEPS = 8
 CONFIG = f"""
@@ -76,6 +82,18 @@ def finish(process: subprocess.Popen[str]) -> None:
     assert process.returncode == 0, said
 
 
+def kill_at(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    """kill -9 once the checkpoint of a step is on the disk."""
+    checkpoint = run / ".partial" / "train" / "scratch" / "checkpoints" / f"checkpoint-{step}" / COMPLETE
+    deadline = time.monotonic() + 300
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert checkpoint.exists()
+    assert not (run / "train").exists()
+
+
 @pytest.fixture(scope="module")
 def trained(project: Path) -> Path:
     finish(train(project, "whole"))
@@ -117,21 +135,69 @@ def test_the_batches_are_the_rows_of_the_data_stage(trained: Path) -> None:
 
 def test_killed_and_resumed_is_the_same_training(project: Path, trained: Path) -> None:
     """kill -9 in the middle; the same command ends with the same bytes."""
-    process = train(project, "killed")
-    checkpoint = project / "killed" / ".partial" / "train" / "scratch" / "checkpoints" / "checkpoint-4" / COMPLETE
-    deadline = time.monotonic() + 300
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert checkpoint.exists()
-    assert not (project / "killed" / "train").exists()
+    kill_at(train(project, "killed"), project / "killed", 4)
 
     finish(train(project, "killed"))
     manifest = json.loads((project / "killed" / "manifest.json").read_text())
     assert manifest["stages"]["train"]["figures"]["resumed_from"] is not None
     for name in ("adapter/adapter_model.safetensors", "history.json", "batches.jsonl", "loss.svg"):
         assert sha256_of(project / "killed" / "train" / name) == sha256_of(trained / "train" / name), name
+
+
+def test_packed_rows_are_counted_and_recorded_as_their_conversations(
+    project: Path, trained: Path, tmp_path: Path
+) -> None:
+    """Packed and collated by TRL without Unsloth, which packs on a GPU only."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import pack_dataset
+
+    tokens = [json.loads(line) for line in (trained / "data" / "train.tokens.jsonl").read_text().splitlines()]
+    rows = [{key: row[key] for key in ("input_ids", "labels")} for row in tokens]
+    packed = len(pack_dataset(Dataset.from_list(rows), 128))
+    assert packed < len(rows) / 2
+    settings = Config.model_validate_json((trained / "config.json").read_text())
+    several = {"steps": None, "epochs": 3.0, "batch": 2, "early_stopping": None}
+    settings = settings.model_copy(update={"train": settings.train.model_copy(update=several)})
+    shutil.copytree(trained / "data", tmp_path / "data")
+    (tmp_path / "train").mkdir()
+    (tmp_path / "scratch").mkdir()
+
+    work = Work(settings, tmp_path, tmp_path / "train", "", tmp_path / "scratch", "train")
+    model = AutoModelForCausalLM.from_pretrained(project / "base")
+    tokenizer = AutoTokenizer.from_pretrained(project / "base")
+    trainer = _trainer(model, tokenizer, rows, [], resuming=False, packing=True, work=work)
+    assert trainer.args.max_steps == 3 * math.ceil(packed / 2)
+    assert trainer.args.warmup_steps == math.ceil(trainer.args.max_steps * settings.train.warmup)
+
+    collated = list(trainer.get_train_dataloader())
+    assert {len(batch["input_ids"]) for batch in collated} == {1}
+    batches = [conversations_of(batch) for batch in collated]
+    pairs = itertools.chain.from_iterable(zip(*batch, strict=True) for batch in batches)
+    assert sorted(pairs) == sorted((row["input_ids"], row["labels"]) for row in rows)
+
+    adapter = trained / "train" / "adapter"
+    subject = Subject(Verify(), adapter, None, {}, tmp_path, adapter=adapter, run=tmp_path, config=settings)
+    record = tmp_path / "train" / "batches.jsonl"
+    record.write_text("".join(json.dumps({"step": 0, "input_ids": ids, "labels": of}) + "\n" for ids, of in batches))
+    assert {result.verdict for result in check_labels(subject)} == {PASS}
+    # A packed row that is taken for one conversation is none of the data.
+    whole = {key: collated[0][key].tolist() for key in ("input_ids", "labels")}
+    record.write_text(json.dumps({"step": 0, **whole}) + "\n")
+    assert FAIL in {result.verdict for result in check_labels(subject)}
+
+
+def test_early_stopping_goes_on_counting_after_an_interruption(project: Path) -> None:
+    """With steps too small to change anything the loss is never better: three validations after the first, it ends."""
+    more = ["early_stopping=3", "eval_interval=1", "learning_rate=1e-30"]
+    options = [text for key in more for text in ("--set", f"train.{key}")]
+    kill_at(train(project, "stopped", *options), project / "stopped", 3)
+    finish(train(project, "stopped", *options))
+    history = json.loads((project / "stopped" / "train" / "history.json").read_text())
+    assert [row["step"] for row in history if "eval_loss" in row] == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in history if "loss" in row] == [1, 2, 3, 4]
+    figures = json.loads((project / "stopped" / "manifest.json").read_text())["stages"]["train"]["figures"]
+    assert figures["resumed_from"] is not None
 
 
 @pytest.mark.skipif(gpu_memory() is None, reason="no GPU: CUDA training, packing and GPU memory were not tested")

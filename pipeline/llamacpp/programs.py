@@ -12,14 +12,14 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from pipeline.errors import PipelineError, UserError
+from pipeline.errors import NotInstalled, PipelineError
 
 
 def program(name: str) -> Path:
     """The path of a program, e.g. "llama-quantize".
 
     Raises:
-        UserError: it is not there.
+        NotInstalled: it is not there.
     """
     return _existing(programs_folder() / name, name, "PIPELINE_LLAMACPP")
 
@@ -28,7 +28,7 @@ def installed(name: str) -> bool:
     """Whether a program is there."""
     try:
         program(name)
-    except UserError:
+    except NotInstalled:
         return False
     return True
 
@@ -52,14 +52,14 @@ def _given(variable: str, from_setup: str) -> Path:
 
     folder: Path | None = getattr(toolchain, from_setup)()
     if folder is None:
-        raise UserError("llama.cpp is not built on this machine yet: run `pipeline setup`")
+        raise NotInstalled("llama.cpp is not built on this machine yet: run `pipeline setup`")
     return folder
 
 
 def _existing(path: Path, what: str, variable: str) -> Path:
     if not path.is_file():
         remedy = f"{variable} names another folder: correct it" if variable in os.environ else "run `pipeline setup`"
-        raise UserError(f"{what} is not at {path}: {remedy}")
+        raise NotInstalled(f"{what} is not at {path}: {remedy}")
     return path
 
 

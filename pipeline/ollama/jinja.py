@@ -31,6 +31,7 @@ class ChatTemplate:
         adds_bos: whether the tokenizer puts BOS in front of every text by itself (as a server then does).
         special_tokens: texts of all special tokens.
         variables: further variables that transformers gives the template (unk_token, pad_token, ...).
+        architecture: the model's, which Ollama looks at too; "" if it is not known.
     """
 
     source: str
@@ -39,6 +40,7 @@ class ChatTemplate:
     adds_bos: bool = False
     special_tokens: tuple[str, ...] = ()
     variables: Mapping[str, Any] = field(default_factory=dict)
+    architecture: str = ""
 
     @staticmethod
     def from_folder(folder: Path) -> ChatTemplate:
@@ -75,6 +77,7 @@ class ChatTemplate:
             adds_bos=bool(beginning) and beginning[0] == tokenizer.bos_token_id,
             special_tokens=tuple(sorted(added | set(tokenizer.all_special_tokens))),
             variables=dict(tokenizer.special_tokens_map),
+            architecture=_architecture(Path(tokenizer.name_or_path) / "config.json"),
         )
 
     @staticmethod
@@ -104,6 +107,7 @@ class ChatTemplate:
             text("eos"),
             adds_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", metadata["tokenizer.ggml.model"] == "llama")),
             special_tokens=tuple(sorted(token for token, kind in zip(tokens, kinds, strict=False) if kind == _CONTROL)),
+            architecture=str(metadata.get("general.architecture", "")),
         )
 
     @staticmethod
@@ -131,8 +135,9 @@ class ChatTemplate:
 
         Raises:
             TemplateRefused: with the template's own words.
+            UserError: the template is no valid Jinja.
         """
-        from jinja2 import TemplateError
+        from jinja2 import TemplateError, TemplateSyntaxError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         names: dict[str, Any] = {"bos_token": self.bos_token, "eos_token": self.eos_token, **self.variables}
@@ -149,9 +154,11 @@ class ChatTemplate:
                 add_generation_prompt=True,
                 **names,
             )
+        except TemplateSyntaxError as error:
+            raise UserError(f"the chat template is no valid Jinja: line {error.lineno}: {error.message}") from None
         except TemplateError as error:
             raise TemplateRefused(str(error)) from None
-        except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        except Exception as error:  # it is somebody's program: it may end in anything
             raise TemplateRefused(f"{type(error).__name__}: {error}") from None
         text: str = rendered[0]
         return text
@@ -163,3 +170,11 @@ class ChatTemplate:
     def with_source(self, source: str) -> ChatTemplate:
         """The same tokenizer with another template."""
         return replace(self, source=source)
+
+
+def _architecture(config: Path) -> str:
+    """What a model's GGUF will name its architecture, as far as Ollama asks for it: there the names are the same."""
+    try:
+        return str(json.loads(config.read_text(encoding="utf-8"))["model_type"]).removesuffix("_text")
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""

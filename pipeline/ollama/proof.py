@@ -20,7 +20,7 @@ from pipeline.ollama.client import Client
 from pipeline.ollama.habits import known_habit
 from pipeline.ollama.jinja import ChatTemplate
 from pipeline.ollama.modelfile import ServedModel
-from pipeline.ollama.suite import EXACT, JOINED, Report, for_ollama, joined, judge, with_system
+from pipeline.ollama.suite import COMPARED, EXACT, Report, for_ollama, judge, with_system
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class PromptProof:
 
     Attributes:
         report: the suite's results.
-        token_equal: how many prompts have the trained token ids too.
+        token_equal: how many prompts are served as the token ids that the trained tokenizer makes of them.
         other_ids: conversations that are served other ids, by a known habit of llama.cpp's tokenizer, and which.
     """
 
@@ -121,18 +121,17 @@ def prove_prompts(
     if not report.exact:
         words = explain(difference) if difference else "no conversation could be compared"
         raise PipelineError(f"Ollama sends other prompts than were trained ({report.summary}).\n{words}")
-    statuses = {outcome.name: outcome.status for outcome in report.outcomes}
     client.unload(name)
     equal, other = 0, dict[str, str]()
     with LlamaServer(gguf, context=256) as server:
-        for case in suite:
-            if statuses[case.name] not in (EXACT, JOINED):
+        for case, outcome in zip(suite, report.outcomes, strict=True):
+            if outcome.status not in COMPARED:
                 continue
-            messages = with_system(case.messages, system)
-            trained = template.render(
-                joined(messages) if statuses[case.name] == JOINED else messages, case.tools, case.think
-            )
+            trained = template.render(with_system(case.messages, system), case.tools, case.think)
             prompt = template.served(trained)
+            if outcome.status != EXACT:
+                # Of a text that is not quite the trained one, the ids still have to be what the trainer made of it.
+                trained, prompt = trained.removesuffix(prompt) + outcome.served, outcome.served
             expected = list(tokenizer(trained, add_special_tokens=False).input_ids)
             served = server.tokenize(prompt, add_special=True, parse_special=True)
             if expected == served:

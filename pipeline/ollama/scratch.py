@@ -1,8 +1,8 @@
 """A model of a few kilobytes that real servers load in no time: it is asked for prompts, never for answers.
 
 What a server sends depends on the chat template, on the texts of BOS and EOS and on whether the tokenizer adds them;
-on nothing else of a model. So templates are tried on this one, and only the one that is chosen is tried on the real
-model, when it is deployed.
+and in Ollama on the architecture's name: it drops thinking from the earlier answers of every "qwen3". So templates are
+tried on this one, and only the one that is chosen is tried on the real model, when it is deployed.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ def write_scratch_model(path: Path, template: ChatTemplate | None = None) -> Pat
 
     Args:
         path: the file.
-        template: the chat template that it carries; None for a model without one.
+        template: the chat template that it carries; one without a source, or None, for a model without one.
 
     Returns:
         The path.
@@ -32,7 +32,9 @@ def write_scratch_model(path: Path, template: ChatTemplate | None = None) -> Pat
     tokens += ["\u2581", *(chr(code) for code in range(ord("a"), ord("z") + 1))]
     types = [_UNKNOWN, _CONTROL, _CONTROL, *[_BYTE] * 256, *[_NORMAL] * 27]
 
-    writer = gguf.GGUFWriter(path, "llama")
+    # A qwen3 is a llama with norms on its queries and keys. No other name matters, but to code that ignores templates.
+    qwen3 = template is not None and template.architecture == "qwen3"
+    writer = gguf.GGUFWriter(path, "qwen3" if qwen3 else "llama")
     writer.add_name("scratch")
     writer.add_context_length(131072)
     writer.add_embedding_length(_WIDTH)
@@ -54,7 +56,7 @@ def write_scratch_model(path: Path, template: ChatTemplate | None = None) -> Pat
     writer.add_add_bos_token(template.adds_bos if template else False)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
-    if template is not None:
+    if template is not None and template.source:
         writer.add_chat_template(template.source)
 
     random = np.random.default_rng(0)
@@ -66,6 +68,7 @@ def write_scratch_model(path: Path, template: ChatTemplate | None = None) -> Pat
         "blk.0.ffn_norm.weight": (_WIDTH,),
         **{f"blk.0.{name}.weight": (_WIDTH, _WIDTH) for name in ("attn_q", "attn_k", "attn_v", "attn_output")},
         **{f"blk.0.{name}.weight": (_WIDTH, _WIDTH) for name in ("ffn_gate", "ffn_up", "ffn_down")},
+        **({f"blk.0.{name}.weight": (_WIDTH,) for name in ("attn_q_norm", "attn_k_norm")} if qwen3 else {}),
     }
     for name, shape in shapes.items():
         writer.add_tensor(name, random.normal(scale=0.02, size=shape).astype(np.float32))

@@ -37,12 +37,18 @@ def find_ollama() -> Path | None:
     """The Ollama program: PIPELINE_OLLAMA, else the one that set-up built, else a system one that is new enough.
 
     Raises:
-        UserError: PIPELINE_OLLAMA names no program.
+        UserError: PIPELINE_OLLAMA names no program, or one that is too old.
     """
     if given := os.environ.get("PIPELINE_OLLAMA"):
         path = Path(given).expanduser()
         if not os.access(path, os.X_OK) or path.is_dir():
             raise UserError(f"PIPELINE_OLLAMA={given}: not a program; give the path of the ollama executable")
+        version = program_version(path)
+        if not new_enough(version):
+            raise UserError(
+                f"PIPELINE_OLLAMA={given}: Ollama {version} is too old: {MINIMUM_VERSION} or newer is needed; name "
+                "another, or unset PIPELINE_OLLAMA"
+            )
         return path.resolve()
     from pipeline.setup.toolchain import ollama_program
 

@@ -40,7 +40,7 @@ def deployed(run: Path, log: Path | None = None) -> Iterator[tuple[Client, str] 
 
 
 def _check(client: Client, name: str, digest: str) -> None:
-    if client.names().get(name) != digest:
+    if client.digest(name) != digest:
         raise PipelineError(
             f"{name} in Ollama is not, or no longer, the model that this run deployed; `pipeline deploy --force` "
             "deploys it again"

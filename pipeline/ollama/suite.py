@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,14 +25,16 @@ EXACT = "exact"
 JOINED = "exact, joined"  # Ollama joins neighbours of one role before a Go template sees them
 REORDERED = "exact, tool keys reordered"  # Ollama reads tools into structures and writes them out again
 UNTRIMMED = "exact, U+00A0 and the like untrimmed"  # llama.cpp's trim knows the white space of ASCII only
+DROPPED = "exact, earlier thinking dropped"  # Ollama takes it from every qwen3, before any template
 NOT_TRAINED = "template refuses"
 NOT_SERVED = "server refuses"
-TRIMMED = "differs in trimmed white space"
+TRIMMED = "differs in trimmed white space"  # one of Jinja and server trims messages, the other does not
 DIFFERS = "differs"
 NOT_SAID = "exact, thinking not said"  # the guard takes a request to think for one that does not say
 THINKING = "differs, thinking switched on"  # Ollama asks a model to think unless told not to
-NAMED = (JOINED, REORDERED, UNTRIMMED, NOT_SAID)
-HARMLESS = (EXACT, *NAMED, NOT_TRAINED, NOT_SERVED)
+NAMED = (JOINED, REORDERED, UNTRIMMED, DROPPED, NOT_SAID)
+COMPARED = (EXACT, *NAMED)
+HARMLESS = (*COMPARED, NOT_TRAINED, NOT_SERVED)
 
 Render = Callable[[Conversation], str]
 
@@ -57,13 +60,8 @@ class Report:
     def exact(self) -> bool:
         """Whether no prompt differs and at least one could be compared."""
         return all(outcome.status in HARMLESS for outcome in self.outcomes) and any(
-            self.counts[status] for status in (EXACT, *NAMED)
+            self.counts[status] for status in COMPARED
         )
-
-    @property
-    def only_trimming(self) -> bool:
-        """Whether nothing differs but white space that the Jinja trims."""
-        return not self.exact and all(outcome.status in (*HARMLESS, TRIMMED) for outcome in self.outcomes)
 
     @property
     def counts(self) -> Counter[str]:
@@ -124,17 +122,23 @@ def _outcome(
     try:
         served = render(conversation)
     except RenderRefused as refusal:
-        unsupported = "does not support" in str(refusal)
-        return Outcome(conversation.name, NOT_SERVED if unsupported else DIFFERS, expected, words=str(refusal))
+        status = NOT_SERVED if _unsupported(str(refusal), conversation) else DIFFERS
+        return Outcome(conversation.name, status, expected, words=str(refusal))
     if served == expected:
         return Outcome(conversation.name, EXACT)
     for status, expectation in _explanations(template, conversation, messages, joins):
         try:
-            if expectation() == (_bare(served) if status == TRIMMED else served):
+            if expectation() == served:
                 return Outcome(conversation.name, status, expected, served)
         except TemplateRefused:
             continue
     return Outcome(conversation.name, DIFFERS, expected, served)
+
+
+def _unsupported(words: str, conversation: Conversation) -> bool:
+    """Whether Ollama itself, and no template, refuses what this conversation asks of the model."""
+    match = re.fullmatch(r"\S+ does not support (tools|thinking)", words)
+    return match is not None and bool(conversation.tools if match[1] == "tools" else conversation.think)
 
 
 def _explanations(
@@ -153,15 +157,14 @@ def _explanations(
         yield REORDERED, lambda: trained(meant, tools, think)
     if not joins:
         yield UNTRIMMED, lambda: _unhidden(trained(hidden(meant), tools, think))
+    if template.architecture == "qwen3" and (rest := dropped(messages)) != messages:
+        yield DROPPED, lambda: trained(joined(rest) if joins else rest, tools, think)
     if think:
         yield NOT_SAID, lambda: trained(meant, tools, None)
     if think is None:
         yield THINKING, lambda: trained(meant, tools, True)
-    yield TRIMMED, lambda: _bare(trained(trimmed(meant), tools, think))
-
-
-def _bare(text: str) -> str:
-    return "".join(text.split())
+    yield TRIMMED, lambda: trained(trimmed(meant), tools, think)
+    yield TRIMMED, lambda: _unhidden(trained(hidden_ends(meant), tools, think))
 
 
 # Property names as Ollama's structures have them: what it knows, in its order.
@@ -189,15 +192,26 @@ def reordered(tools: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return result
 
 
-# Stand for characters that Python's strip takes away and llama.cpp's does not.
-_UNUSUAL = [character for character in WHITE_SPACE if character not in " \t\n\r\v\f"]
-_HIDE = {ord(character): 0xE100 + number for number, character in enumerate(_UNUSUAL)}
+# Stand for white space that is not to be trimmed; the unusual is what Python's strip takes away, but not llama.cpp's.
+_HIDE = {ord(character): 0xE100 + number for number, character in enumerate(WHITE_SPACE)}
 _UNHIDE = {private: character for character, private in _HIDE.items()}
+_HIDE_UNUSUAL = {character: private for character, private in _HIDE.items() if chr(character) not in " \t\n\r\v\f"}
 
 
 def hidden(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The messages with the unusual white space replaced by characters that nothing trims."""
-    return [{**message, "content": message["content"].translate(_HIDE)} for message in messages]
+    return [{**message, "content": message["content"].translate(_HIDE_UNUSUAL)} for message in messages]
+
+
+def hidden_ends(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The messages with the white space around their contents so replaced."""
+
+    def hide(text: str) -> str:
+        bare = text.strip()
+        before, middle, after = text.partition(bare) if bare else (text, "", "")
+        return before.translate(_HIDE) + middle + after.translate(_HIDE)
+
+    return [{**message, "content": hide(message["content"])} for message in messages]
 
 
 def _unhidden(text: str) -> str:
@@ -220,6 +234,26 @@ def joined(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         else:
             result.append(message)
     return result
+
+
+def dropped(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The messages as Ollama hands those of a qwen3 on: answers before the last user's turn begin with no thinking.
+
+    The rule is that of `filterThinkTags` in its server/routes.go, and of its thinking/parser.go.
+    """
+
+    def rest(text: str) -> str:
+        bare = text.lstrip()
+        if "<think>".startswith(bare):  # as far as it goes
+            return ""
+        return bare.partition("</think>")[2].lstrip() if bare.startswith("<think>") else text
+
+    last = max((number for number, message in enumerate(messages) if message["role"] == "user"), default=0)
+    earlier = [
+        {**message, "content": rest(message["content"])} if message["role"] == "assistant" else message
+        for message in messages[:last]
+    ]
+    return [*earlier, *messages[last:]]
 
 
 def trimmed(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

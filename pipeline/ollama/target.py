@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from pipeline import console
 from pipeline.errors import UserError
-from pipeline.ollama.client import Client, check_name, normal_host
+from pipeline.ollama.client import Client, canonical, check_name, normal_host
 from pipeline.ollama.server import DEFAULT_HOST, OllamaServer, find_ollama
+from pipeline.resources import sha256_of
+from pipeline.run import write_whole
 
 STORE = "ollama"  # folder in the run: the models of a server of our own
+PUBLISHED = "ollama-published.json"  # file in the run: the digests that it gave, or was about to give, each name
 
 
 def names_of(name: str | None, types: Sequence[str]) -> dict[str, str]:
@@ -28,6 +32,15 @@ def names_of(name: str | None, types: Sequence[str]) -> dict[str, str]:
     return {kind: first if number == 0 else check_name(f"{stem}{kind}") for number, kind in enumerate(types)}
 
 
+def usual_host() -> str:
+    """Where an Ollama is looked for if none is configured: OLLAMA_HOST, else the usual address.
+
+    Raises:
+        UserError: OLLAMA_HOST is no address.
+    """
+    return normal_host(os.environ.get("OLLAMA_HOST", "").strip() or DEFAULT_HOST, "OLLAMA_HOST")
+
+
 @contextmanager
 def server(host: str | None, store: Path, log: Path) -> Iterator[tuple[Client, bool, Path | None] | str]:
     """An Ollama to deploy to: the configured one, else a running one, else one of our own that is stopped at the end.
@@ -40,24 +53,24 @@ def server(host: str | None, store: Path, log: Path) -> Iterator[tuple[Client, b
     Yields:
         The client, whether the server is our own, and its log; or, if there is no Ollama, why.
     """
-    if host:
-        with Client(host) as client:
-            yield client, False, None
-        return
-    reason = "no Ollama is running and none is installed"
+    address, given = host or usual_host(), os.environ.get("OLLAMA_HOST", "").strip()
     try:
-        running = Client(normal_host(os.environ.get("OLLAMA_HOST") or DEFAULT_HOST))
+        running = Client(address)
     except UserError as error:
-        if "too old" in str(error):
-            reason = str(error)
+        if host:
+            raise UserError(f"{error}, or leave ollama.host out: then one is started for the run") from None
+        why = f"OLLAMA_HOST={given}: {error}" if given else str(error)
     else:
         with running:
             yield running, False, None
         return
+    telling = given or "too old" in why  # that nothing answers at the usual address is nothing to tell
     program = find_ollama()
     if program is None:
-        yield reason
+        yield why if telling else "no Ollama is running and none is installed"
         return
+    if telling:
+        console.warn(f"{why}. Instead of it, one is started for the run")
     with OllamaServer(store, program=program, log=log) as own, Client(own.host) as client:
         yield client, True, own.log
 
@@ -68,19 +81,53 @@ def refuse_taken(client: Client, name: str, deployed: Path, *, replace: bool) ->
     Args:
         client: the server.
         name: the name with its tag.
-        deployed: what an earlier deployment of this run left.
+        deployed: the folder in which an earlier deployment of this run left its outputs.
         replace: it is asked for.
 
     Raises:
         UserError: the name is taken.
     """
-    digest = client.names().get(name)
+    digest = client.digest(name)
     before: dict[str, Any] = {}
     with suppress(OSError, ValueError):  # nothing was deployed from this run yet
         before = json.loads((deployed / "deploy.json").read_text(encoding="utf-8"))
-    ours = [model["digest"] for model in before.get("models", ()) if model["name"] == name]
+    ours = [model["digest"] for model in before.get("models", ()) if canonical(model["name"]) == canonical(name)]
+    ours += _published(deployed.parent).get(canonical(name), [])
     if digest is not None and digest not in ours and not replace:
         raise UserError(
             f"ollama.name: a model {name!r} is at {client.host} already, and this run did not make it; choose "
             "another name, or replace it with ollama.replace = true (`pipeline deploy --replace`)"
         )
+
+
+def remember(run: Path, digests: Mapping[str, str]) -> None:
+    """Write down what is about to be published, so that after a crash the run knows its own models.
+
+    Args:
+        run: the run's folder.
+        digests: name -> digest.
+    """
+    published = _published(run)
+    for name, digest in digests.items():
+        published[canonical(name)] = sorted({*published.get(canonical(name), []), digest})
+    write_whole(run / PUBLISHED, json.dumps(published, indent=1) + "\n")
+
+
+def _published(run: Path) -> dict[str, list[str]]:
+    try:
+        return dict(json.loads((run / PUBLISHED).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def local_store(client: Client) -> Path | None:
+    """The folder of a running server's models if it is on this machine, known by a model that both have; else None."""
+    digests = set(client.names().values())
+    given = os.environ.get("OLLAMA_MODELS")
+    usual = (Path("~/.ollama/models").expanduser(), Path("/usr/share/ollama/.ollama/models"))
+    for folder in (Path(given),) if given else usual:
+        with suppress(OSError):  # another user's
+            manifests = (path for path in (folder / "manifests").rglob("*") if path.is_file())
+            if any(sha256_of(path) in digests for path in manifests):
+                return folder
+    return None

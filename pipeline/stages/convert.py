@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import console
+from pipeline.config import Config
 from pipeline.errors import PipelineError
 from pipeline.llamacpp import converter
 from pipeline.llamacpp.gguf_file import GGUFInfo, check
 from pipeline.llamacpp.programs import require_space
+from pipeline.resources import resource
 from pipeline.work import Work
 
 NEEDS = ("merge",)
-CONFIG = ("export.outtype", "ollama.name")
+CONFIG = ("export.outtype", "model.base")
 
 # Said for every model that transformers 5 saved: "default" is its name for no scaling, and that is what is written.
 _HARMLESS = ("Unknown RoPE type: default",)
@@ -26,6 +28,11 @@ _HARMLESS = ("Unknown RoPE type: default",)
 _COMPUTED = re.compile(r"^(blk\.\d+\.)?rope_(freqs|factors_long|factors_short)\.weight$")
 # Parts of a multimodal or multi-token-prediction model that a text GGUF leaves out, by what config.json calls them.
 _LEFT_OUT = ("vision_config", "audio_config", "num_nextn_predict_layers", "mtp_num_hidden_layers")
+
+
+def inputs(_: Config) -> list[Path]:
+    """The pin of the converter."""
+    return [resource("third_party/pins.toml")]
 
 
 def main(work: Work) -> dict[str, Any]:
@@ -57,7 +64,7 @@ def main(work: Work) -> dict[str, Any]:
 
 def convert(work: Work, model: Path, target: Path, outtype: str) -> None:
     """Run the pinned converter, with a bar and its warnings."""
-    arguments = converter.command(model, target, outtype, work.config.ollama.name or "model")
+    arguments = converter.command(model, target, outtype, f"{Path(work.config.model.base).name}-tuned")
     work.command(arguments)
     with console.progress("writing the GGUF", 100, "%") as update:
 

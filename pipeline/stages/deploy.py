@@ -1,21 +1,24 @@
 """deploy: `ollama create`, read back, proven, asked something - and only then under its name.
 
-A model is first made under a name of its own, so that one that is already there stays until the new one is proven; it
-is removed again whatever happens. Where there is no Ollama, that is said, with what to type; it is no failure.
+Every model is first made under a name for its proof, so that those that are already there stay until all the new ones
+are proven; that name is removed again, after a `kill -9` by the next attempt. Where there is no Ollama, that is said,
+with what to type; it is no failure.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
+import platform
 import re
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import console
 from pipeline.errors import PipelineError, UserError
-from pipeline.ollama.target import STORE, names_of, refuse_taken, server
+from pipeline.ollama.target import STORE, local_store, names_of, refuse_taken, remember, server, usual_host
 from pipeline.work import Work
 
 if TYPE_CHECKING:
@@ -31,6 +34,7 @@ CONFIG = (
     "export.quant",
     "eval.metric",
     "eval.max_new_tokens",
+    "verify.stopping",
 )
 
 QUESTIONS = 5
@@ -38,13 +42,31 @@ QUESTIONS = 5
 
 def main(work: Work) -> dict[str, Any]:
     """Deploy every GGUF file of the run; write deploy.json."""
-    with server(work.config.ollama.host, work.run / STORE, work.output / "ollama.log") as found:
+    config = work.config.ollama
+    names = names_of(config.name, work.config.export.quant)
+    with server(config.host, work.run / STORE, work.output / "ollama.log") as found:
         if isinstance(found, str):
             return _not_deployed(work, found)
         client, own, log = found
-        models = []
-        for variant, name in names_of(work.config.ollama.name, work.config.export.quant).items():
-            models.append(_deploy(work, client, own, log, variant, name))
+
+        def refuse() -> None:
+            for name in names.values() if not own else ():
+                refuse_taken(client, name, work.folder("deploy"), replace=config.replace)
+
+        refuse()
+        store = work.run / STORE if own else local_store(client)
+        proof = _proof_name(work.run)
+        _remove(client, proof)  # what a deployment left that was killed
+        try:
+            models = [
+                _prove(work, client, log, store, variant, f"{proof}:{variant}", name) for variant, name in names.items()
+            ]
+            refuse()  # proving takes minutes: another may have made one since
+            remember(work.run, {model["name"]: model["digest"] for model in models})
+            for model in models:
+                _publish(client, f"{proof}:{model['variant']}", model["name"], model["digest"])
+        finally:
+            _remove(client, proof)
         record = {
             "deployed": True,
             "host": None if own else client.host,
@@ -67,20 +89,26 @@ def main(work: Work) -> dict[str, Any]:
     }
 
 
+def unfinished(figures: dict[str, Any]) -> str | None:
+    """Without an Ollama nothing was deployed: by the next time there may be one."""
+    return None if figures["deployed"] else "there was no Ollama"
+
+
 def plan(config: Config, run: Path) -> list[str]:
     """What a deployment would do, one line each; nothing is created (`--dry-run`)."""
-    from pipeline.ollama.client import Client, normal_host
-    from pipeline.ollama.server import DEFAULT_HOST, find_ollama
+    from pipeline.ollama.client import Client, canonical
+    from pipeline.ollama.server import find_ollama
 
     lines = []
+    host = config.ollama.host or usual_host()
     try:
-        with Client(normal_host(config.ollama.host or os.environ.get("OLLAMA_HOST") or DEFAULT_HOST)) as client:
-            there = client.names()
+        with Client(host) as client:
+            there = {canonical(name) for name in client.names()}
             lines.append(f"server: Ollama {client.version} at {client.host}")
     except UserError as error:
         if config.ollama.host:
             raise
-        there = {}
+        there = set()
         program = find_ollama()
         lines.append(f"server: one of our own ({program}), models in {run / STORE}" if program else f"none: {error}")
     for kind, name in names_of(config.ollama.name, config.export.quant).items():
@@ -89,7 +117,7 @@ def plan(config: Config, run: Path) -> list[str]:
             raise UserError(f"{folder}: has no create.json; run the stage modelfile first")
         served, gguf = _plan(folder)
         way = "TEMPLATE" if served.template else "the GGUF's own Jinja"
-        taken = ", which is there already" if name in there else ""
+        taken = ", which is there already" if canonical(name) in there else ""
         lines.append(f"create: {name}{taken}, from {gguf} ({gguf.stat().st_size:,} bytes), rendered by {way}")
         lines += [f"  {key} = {json.dumps(value, ensure_ascii=False)}" for key, value in served.parameters.items()]
         if served.system:
@@ -102,10 +130,11 @@ def _plan(folder: Path) -> tuple[ServedModel, Path]:
     from pipeline.ollama.modelfile import ServedModel
 
     record = json.loads((folder / "create.json").read_text(encoding="utf-8"))
+    if record["adapter"]:
+        raise UserError(f"{folder / 'create.json'}: names an adapter; deploy sends whole models: merge it first")
     body = record["request"]
     served = ServedModel(
         gguf=record["gguf"],
-        adapter=record["adapter"],
         template=body.get("template", ""),
         system=body.get("system", ""),
         parameters=body.get("parameters", {}),
@@ -120,63 +149,63 @@ def _not_deployed(work: Work, reason: str) -> dict[str, Any]:
     commands = []
     for kind, name in names_of(work.config.ollama.name, work.config.export.quant).items():
         folder = work.folder("modelfile", kind)
-        commands.append(f"cd {folder} && ollama create {name} -f Modelfile")
-        commands.append(f"ollama run {name}")
+        if (folder / "Modelfile").is_file():
+            commands += [f"cd {shlex.quote(str(folder))} && ollama create {name} -f Modelfile", f"ollama run {name}"]
+        else:
+            commands.append(f"pipeline deploy  # no Modelfile can carry {name}")
     _write(work, {"deployed": False, "reason": reason, "commands": commands})
     work.warn(f"not deployed: {reason}. Where there is one, type:\n  " + "\n  ".join(commands))
     return {"deployed": False, "reason": reason, "commands": commands}
 
 
-def _deploy(work: Work, client: Client, own: bool, log: Path | None, variant: str, name: str) -> dict[str, Any]:
+def _proof_name(run: Path) -> str:
+    """A name in Ollama that is this run's alone, and the same after a crash."""
+    return f"pipeline-proof-{hashlib.sha256(f'{platform.node()}:{run.resolve()}'.encode()).hexdigest()[:12]}"
+
+
+def _prove(
+    work: Work, client: Client, log: Path | None, store: Path | None, variant: str, proof_name: str, name: str
+) -> dict[str, Any]:
+    """Make a model under its proof's name, and prove it; `name` is what it will be called."""
     from transformers import AutoTokenizer
 
     from pipeline.chat.conformance import conversations
     from pipeline.llamacpp.gguf_file import inspect
-    from pipeline.llamacpp.programs import require_space
     from pipeline.ollama.jinja import ChatTemplate
     from pipeline.ollama.proof import prove_prompts, read_back
 
     served, gguf = _plan(work.folder("modelfile", variant))
-    if not own:
-        refuse_taken(client, name, work.folder("deploy"), replace=work.config.ollama.replace)
     started = time.monotonic()
     model = str(work.folder("merge") / "model")
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     template = ChatTemplate.from_tokenizer(tokenizer, model)
-    if own:
-        require_space(work.run, 2 * gguf.stat().st_size, "Ollama's copy of the model, twice while it checks it")
-    proof_name = f"pipeline-proof-{os.getpid()}:{variant}"
-    try:
-        _create(client, proof_name, served, gguf)
-        in_force = served.template or str(inspect(gguf).metadata["tokenizer.chat_template"])
-        shown = read_back(client, proof_name, served, in_force)
-        proof = prove_prompts(
-            client,
-            proof_name,
-            template,
-            tokenizer,
-            gguf,
-            conversations(template.special_tokens),
-            joins=bool(served.template),
-            system=served.system,
-        )
-        console.say(f"  {name}: prompts {proof.report.summary}; {proof.token_equal} with equal token ids")
-        for reason in dict.fromkeys(proof.other_ids.values()):
-            cases = [case for case, why in proof.other_ids.items() if why == reason]
-            work.warn(f"other token ids are served for texts of some kinds: {reason} ({', '.join(cases)})")
-        answers, first_answer = _ask(work, client, proof_name)
-        client.copy(proof_name, name)
-    finally:
-        _remove(client, proof_name)
-    digest = client.names().get(name)
-    if digest is None:
-        raise PipelineError(f"{name} is not among the models of Ollama at {client.host}, though it was created there")
-    selected = _selected(log)
+    _create(client, proof_name, served, gguf, store)
+    in_force = served.template or str(inspect(gguf).metadata["tokenizer.chat_template"])
+    shown = read_back(client, proof_name, served, in_force)
+    _read_back_texts(client, proof_name, served)
+    proof = prove_prompts(
+        client,
+        proof_name,
+        template,
+        tokenizer,
+        gguf,
+        conversations(template.special_tokens),
+        joins=bool(served.template),
+        system=served.system,
+    )
+    console.say(f"  {name}: prompts {proof.report.summary}; {proof.token_equal} with equal token ids")
+    for reason in dict.fromkeys(proof.other_ids.values()):
+        cases = [case for case, why in proof.other_ids.items() if why == reason]
+        work.warn(f"other token ids are served for texts of some kinds: {reason} ({', '.join(cases)})")
+    answers, first_answer = _ask(work, client, proof_name)
+    way = "go" if served.template else "native"
+    selected = _selected(log, proof_name, way)
+    client.unload(proof_name)  # the next one needs the memory
     return {
         "name": name,
         "variant": variant,
-        "digest": digest,
-        "way": "go" if served.template else "native",
+        "digest": client.digest(proof_name),
+        "way": way,
         "selected": selected,
         "shown": shown,
         "prompts": {
@@ -191,13 +220,32 @@ def _deploy(work: Work, client: Client, own: bool, log: Path | None, variant: st
     }
 
 
-def _create(client: Client, name: str, served: ServedModel, gguf: Path) -> None:
+def _create(client: Client, name: str, served: ServedModel, gguf: Path, store: Path | None) -> None:
     size = gguf.stat().st_size
     with console.progress("giving the model to Ollama", size / 1e6, "MB") as update:
-        digest = client.upload(gguf, lambda sent: update(sent / 1e6))
+        digest = client.upload(gguf, lambda sent: update(sent / 1e6), store)
     with console.progress("ollama create", 100, "%") as update:
         client.create(name, {**served.body(), "files": {gguf.name: digest}}, lambda _, share: update(100 * share))
         update(100)
+
+
+def _read_back_texts(client: Client, name: str, served: ServedModel) -> None:
+    """The licence and the messages, which have no part in how it answers the proof's questions."""
+    shown = client.show(name)
+    told = (shown.get("license") or "", shown.get("messages") or [])
+    meant = ("\n".join(served.licenses), list(served.messages))
+    for what, is_now, was_told in zip(("licence", "messages"), told, meant, strict=True):
+        if is_now != was_told:
+            raise PipelineError(f"Ollama did not make of {name} what it was told: {what} {is_now!r}, not {was_told!r}")
+
+
+def _publish(client: Client, proof_name: str, name: str, digest: str) -> None:
+    client.copy(proof_name, name)
+    if (found := client.digest(name)) != digest:
+        raise PipelineError(
+            f"{name} at {client.host} is not the model that was proven: its digest is {found}, not {digest}; did "
+            "another program write it at the same time? Run the same command again"
+        )
 
 
 def _ask(work: Work, client: Client, name: str) -> tuple[list[dict[str, Any]], float | None]:
@@ -207,15 +255,19 @@ def _ask(work: Work, client: Client, name: str) -> tuple[list[dict[str, Any]], f
         The answers beside the expected ones, and the seconds from the first request to its answer.
     """
     from pipeline.chat.metric import score
+    from pipeline.ollama.suite import for_ollama
 
     rows = _rows(work.folder("data"))
     metric, limit = work.config.eval.metric, work.config.eval.max_new_tokens
+    if not rows:
+        work.warn("nothing was asked: no row of the data ends with a question and its answer")
     answers = []
     first: float | None = None
     for row in rows[:QUESTIONS]:
         *question, expected = row["messages"]
         started = time.monotonic()
-        answer = client.chat(name, question, tools=row.get("tools", ()), options={"num_predict": limit})
+        options = {"temperature": 0, "num_predict": limit}
+        answer = client.chat(name, for_ollama(question), tools=row.get("tools", ()), options=options)
         first = first if first is not None else round(time.monotonic() - started, 3)
         right = score(metric, answer["content"], expected["content"]) if metric != "none" else None
         answers.append(
@@ -225,14 +277,17 @@ def _ask(work: Work, client: Client, name: str) -> tuple[list[dict[str, Any]], f
                 "answer": answer["content"],
                 "right": right,
                 "stopped": answer.get("done_reason") == "stop",
+                "prompt_tokens": answer.get("prompt_eval_count"),
                 "tokens": answer.get("eval_count"),
             }
         )
         console.say(f"  asked: {_short(question[-1]['content'])}\n  said:  {_short(answer['content'])}")
-    if answers and not any(answer["stopped"] for answer in answers):
+    stopped, least = sum(answer["stopped"] for answer in answers), work.config.verify.stopping
+    if stopped < least * len(answers):
         raise PipelineError(
-            f"the model never stops by itself: {len(answers)} answers of {limit} tokens each; see whether its "
-            "end-of-turn token was trained (`pipeline verify`)"
+            f"the model does not stop by itself: {stopped} of {len(answers)} answers ended within {limit} tokens, and "
+            f"{least:.0%} must (verify.stopping); see whether its end-of-turn token was trained, or raise "
+            "eval.max_new_tokens if it has that much to say"
         )
     return answers, first
 
@@ -255,21 +310,37 @@ def _short(text: str) -> str:
     return line if len(line) <= 120 else f"{line[:117]}..."
 
 
-def _selected(log: Path | None) -> str | None:
-    """The template source that our own server says it selected."""
-    if log is None:
+def _selected(log: Path | None, name: str, way: str) -> str | None:
+    """The template source that our own server says it selected.
+
+    A user's server has a log of its own, and a newer Ollama may have other words: there the prompts that it rendered
+    are the proof.
+
+    Raises:
+        PipelineError: it is not the way that was chosen.
+    """
+    text = log.read_text(encoding="utf-8", errors="replace") if log is not None else ""
+    found = re.findall(rf'msg="template selection" model=\S*{re.escape(name)} selected=(\S+)', text)
+    if not found:
         return None
-    found = re.findall(r'msg="template selection".*? selected=(\S+)', log.read_text(encoding="utf-8", errors="replace"))
-    return found[-1] if found else None
+    meant = {"go": "go_template", "native": "gguf_chat_template"}[way]
+    if set(found) != {meant}:
+        raise PipelineError(
+            f"Ollama rendered prompts of {name} by {', '.join(sorted(set(found) - {meant}))} instead of {meant}, which "
+            "was chosen and proven; see its log, and choose the other way with ollama.template"
+        )
+    return str(found[-1])
 
 
-def _remove(client: Client, name: str) -> None:
+def _remove(client: Client, proof: str) -> None:
+    """Remove the proof's models. That it fails is only told: it must not hide why the deployment ended."""
     try:
-        if name in client.names():
-            client.unload(name)
-            client.delete(name)
+        for name in client.names():
+            if name.startswith(f"{proof}:"):
+                client.unload(name)
+                client.delete(name)
     except PipelineError as error:
-        console.warn(f"{name} could not be removed from Ollama: {error}")
+        console.warn(f"{proof} could not be removed from Ollama: {error}")
 
 
 def _write(work: Work, record: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,13 @@ from typing import Any
 from pipeline.chat.metric import score
 from pipeline.config import Config
 from pipeline.console import progress
+from pipeline.errors import UserError
 from pipeline.verify.ladder import ADAPTER, ADAPTER_16BIT, BASE, GGUF_16BIT, MERGED, OLLAMA, rungs
 from pipeline.verify.statistics import wilson_interval
 from pipeline.work import Work
 
 CONFIG = ("eval", "model")
+READS = {"data": ("test.jsonl",)}
 
 TABLE = "table"
 
@@ -40,11 +42,11 @@ def NEEDS(variant: str) -> tuple[str, ...]:
         ADAPTER: ("train",),
         ADAPTER_16BIT: ("train",),
         MERGED: ("merge",),
-        GGUF_16BIT: ("convert",),
+        GGUF_16BIT: ("merge", "convert"),
         OLLAMA: ("deploy",),
         TABLE: ("evaluate",),
     }
-    return ("data", *stages.get(variant, (f"quantize/{variant}",)))
+    return ("data", *stages.get(variant, ("merge", f"quantize/{variant}")))
 
 
 def main(work: Work) -> dict[str, Any]:
@@ -96,6 +98,7 @@ def _rung(work: Work, rows: list[tuple[Question, str]]) -> Iterator[Answerer | N
         yield _transformers(work, rows)
     elif work.variant == OLLAMA:
         from pipeline.ollama.serving import deployed
+        from pipeline.ollama.suite import for_ollama
 
         with deployed(work.run) as served:
             if served is None:
@@ -105,7 +108,7 @@ def _rung(work: Work, rows: list[tuple[Question, str]]) -> Iterator[Answerer | N
             options = {"temperature": 0, "num_predict": limit}
 
             def ask(messages: Question) -> str:
-                return str(client.chat(name, messages, options=options)["content"])
+                return str(client.chat(name, for_ollama(messages), options=options)["content"])
 
             yield partial(_one_by_one, ask, questions)
     else:
@@ -115,9 +118,37 @@ def _rung(work: Work, rows: list[tuple[Question, str]]) -> Iterator[Answerer | N
             (model,) = work.folder("convert").glob("*.gguf")
         else:
             model = work.folder("quantize", work.variant) / f"model-{work.variant}.gguf"
-        with LlamaServer(model, context=work.config.train.max_length or 4096) as server:
+        context = context_for(work.folder("merge") / "model", questions, limit)
+        with LlamaServer(model, context=context) as server:
             work.command(server.command)
             yield partial(_one_by_one, lambda messages: server.chat(messages, limit), questions)
+
+
+def context_for(model: Path, questions: Sequence[Question], max_new_tokens: int) -> int:
+    """The tokens that hold the longest question and its answer, or as many as the model was made for.
+
+    Args:
+        model: the merged model's folder.
+        questions: conversations that end where the assistant speaks.
+        max_new_tokens: longest answer.
+
+    Raises:
+        UserError: a question leaves no room for an answer.
+    """
+    from transformers import AutoTokenizer
+
+    from pipeline.chat.labels import tokenize_prompt
+    from pipeline.model.facts import context_of
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    lengths = [len(tokenize_prompt(tokenizer, question)) for question in questions]
+    longest, most = max(lengths), context_of(model)
+    if most is not None and longest >= most:
+        raise UserError(
+            f"data.test: question {lengths.index(longest) + 1} has {longest:,} tokens, and the base was made for "
+            f"{most:,} with the answer: shorten the question, or leave it out"
+        )
+    return min(longest + max_new_tokens, most or longest + max_new_tokens)
 
 
 def _one_by_one(

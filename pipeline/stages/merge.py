@@ -15,12 +15,13 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.console import progress
-from pipeline.errors import PipelineError, UserError
+from pipeline.errors import PipelineError
 from pipeline.model.held_out import first_tokens, held_out_loss, read_held_out, trained_places
-from pipeline.model.nf4 import dequantize_targets, restore_targets
+from pipeline.model.nf4 import dequantize_base, restore_base
 from pipeline.work import Work
 
 NEEDS = ("data", "train")
+READS = {"data": ("train.tokens.jsonl", "validation.tokens.jsonl")}
 CONFIG = ("model", "merge", "train.load_in_4bit", "train.max_length", "verify.tokens")
 
 
@@ -104,8 +105,6 @@ def _choose_base(work: Work, model: Any) -> dict[str, Any]:
         and "why".
     """
     wanted, trained_on_4bit = work.config.merge.base, work.config.train.load_in_4bit
-    if wanted == "dequantized" and not trained_on_4bit:
-        raise UserError('merge.base = "dequantized": it was trained on the 16-bit base; give "auto" or "16bit"')
     where, rows = read_held_out(work.folder("data"), work.config.train.max_length)
     rows = first_tokens(rows, work.config.verify.tokens)
     measurable = any(trained_places(labels) for _, labels in rows)
@@ -124,7 +123,7 @@ def _choose_base(work: Work, model: Any) -> dict[str, Any]:
                 losses["base"] = loss("base")
             losses["16bit"] = loss("adapter on 16-bit")
         with progress("dequantizing", None):
-            before = dequantize_targets(model)
+            before = dequantize_base(model)
         if measurable:
             losses["dequantized"] = loss("adapter on 4-bit")
         if wanted != "auto":
@@ -135,7 +134,7 @@ def _choose_base(work: Work, model: Any) -> dict[str, Any]:
             better = "dequantized" if losses["dequantized"] < losses["16bit"] else "16bit"
             chosen |= {"taken": better, "why": "its held-out loss is lower"}
         if chosen["taken"] == "16bit":
-            restore_targets(model, before)
+            restore_base(model, before)
     (work.output / "base.json").write_text(json.dumps(chosen, indent=1) + "\n", encoding="utf-8")
     return chosen
 

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import PipelineError
 from pipeline.llamacpp.gguf_file import inspect
+from pipeline.llamacpp.programs import require_space
 from pipeline.ollama.choose import choose, explain, refusal
 from pipeline.ollama.guard import write_with_template
 from pipeline.ollama.jinja import ChatTemplate
 from pipeline.ollama.modelfile import ServedModel, write
 from pipeline.ollama.parameters import parameters
+from pipeline.resources import resource
 from pipeline.work import Work
 
 if TYPE_CHECKING:
@@ -43,8 +45,9 @@ def variants(config: "Config") -> tuple[str, ...]:
 
 
 def inputs(config: "Config") -> list[Path]:
-    """The user's own Go template, if there is one."""
-    return [] if config.ollama.template in ("auto", "go", "native") else [Path(config.ollama.template)]
+    """The Modelfile's template, and the user's own Go template, if there is one."""
+    own = [] if config.ollama.template in ("auto", "go", "native") else [Path(config.ollama.template)]
+    return [resource("templates/Modelfile.j2"), *own]
 
 
 def main(work: Work) -> dict[str, Any]:
@@ -57,7 +60,7 @@ def main(work: Work) -> dict[str, Any]:
     if carried != template.source:
         raise PipelineError(
             f"{gguf.name} carries another chat template than the merged model has: convert it again "
-            "(`pipeline run --from convert`)"
+            "(`pipeline convert --force`)"
         )
     choice = choose(template, config.ollama.template)
     if choice.way == "refused":
@@ -66,6 +69,7 @@ def main(work: Work) -> dict[str, Any]:
         work.warn(warning)
     final = work.run / "modelfile" / work.variant
     if choice.jinja is not None:
+        require_space(work.output, gguf.stat().st_size, "the GGUF file with its chat template guarded")
         write_with_template(gguf, work.output / gguf.name, choice.jinja)
         path = gguf.name
     else:

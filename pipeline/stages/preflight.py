@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.errors import UserError
+from pipeline.resources import resource
 from pipeline.verify.preflight import failures, preflight
 from pipeline.verify.result import FAIL, NOT_RUN, write
 from pipeline.work import Work
@@ -20,11 +21,11 @@ CONFIG = ("model", "train.load_in_4bit", "export", "ollama.name", "ollama.host",
 
 
 def inputs(config: Config) -> list[Path]:
-    """The base's files, and the user's own Go template, if there is one."""
+    """The base's files, the user's own Go template, if there is one, and the pin of the programs."""
     from pipeline.model.facts import base_files
 
     own = [] if config.ollama.template in ("auto", "go", "native") else [Path(config.ollama.template)]
-    return [*base_files(config.model.base, config.model.revision), *own]
+    return [*base_files(config.model.base, config.model.revision), *own, resource("third_party/pins.toml")]
 
 
 def main(work: Work) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.gguf_file import GGUFInfo, check, inspect
 from pipeline.llamacpp.programs import failure, installed, program, require_space, run
 from pipeline.llamacpp.quantization import QuantizationType, quantization_type
+from pipeline.resources import resource
 from pipeline.work import Work
 
 if TYPE_CHECKING:
@@ -38,6 +39,11 @@ def variants(config: "Config") -> tuple[str, ...]:
         if installed("llama-quantize") and quantization_type(name).needs_importance_matrix:
             raise UserError(_NO_IMPORTANCE_MATRIX.format(name.upper()))
     return names
+
+
+def inputs(_: "Config") -> list[Path]:
+    """The pin of the programs."""
+    return [resource("third_party/pins.toml")]
 
 
 def main(work: Work) -> dict[str, Any]:

@@ -34,7 +34,8 @@ def main(work: Work) -> dict[str, Any]:
     from markupsafe import Markup
 
     manifest = read_manifest(work.run)
-    stages = manifest["stages"]
+    # A type that the configuration no longer names is kept, and is no part of the result.
+    stages = {name: record for name, record in manifest["stages"].items() if name in manifest["nodes"]}
     evaluation = _read(work.folder("evaluate", "table") / "evaluation.json")
     deployed = _read(work.folder("deploy") / "deploy.json")
     loss_svg = (work.folder("train") / "loss.svg").read_text(encoding="utf-8")

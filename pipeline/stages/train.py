@@ -6,6 +6,7 @@ is what is trained; every batch that the trainer really used is written down for
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from pipeline.errors import PipelineError, UserError
 from pipeline.work import Work
 
 NEEDS = ("data",)
+READS = {"data": ("train.tokens.jsonl", "validation.tokens.jsonl")}
 CONFIG = ("model", "lora", "train")
 
 # A checkpoint that was being written when the process was killed has no such file, and is not resumed from.
@@ -81,7 +83,13 @@ def main(work: Work) -> dict[str, Any]:
     trained, total = _count_parameters(model)
 
     checkpoint = _last_checkpoint(work.scratch)
-    trainer = _trainer(model, tokenizer, train_rows, validation_rows, checkpoint is not None, work)
+    _prepare_tracker(work, new=checkpoint is None)
+    if settings.packing and not cuda:
+        work.warn("train.packing: Unsloth packs on a GPU only; here every row is a sequence of its own")
+    packing = settings.packing and cuda
+    trainer = _trainer(model, tokenizer, train_rows, validation_rows, checkpoint is not None, packing, work)
+    if packing and not trainer.args.packing:
+        work.warn("train.packing: Unsloth cannot pack this model; every row is a sequence of its own")
     # TRL rounds the adapter on a 4-bit base to bfloat16; small updates would be lost in it, and so in a checkpoint.
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
@@ -129,6 +137,18 @@ def _prepare_environment(work: Work) -> None:
     os.chdir(work.scratch)
 
 
+def _prepare_tracker(work: Work, *, new: bool) -> None:
+    """Have an experiment tracker write beside the run's logs, where nothing is deleted, unless it was told where."""
+    folder = work.run / "logs" / "tracker"
+    if new:  # this training replaces the last one
+        shutil.rmtree(folder, ignore_errors=True)
+    if work.config.train.report_to != "none":
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder))
+        os.environ.setdefault("WANDB_DIR", str(folder))
+        os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+
+
 def _read_rows(path: Path) -> list[dict[str, list[int]]]:
     if not path.is_file():
         return []
@@ -158,6 +178,8 @@ def _count_parameters(model: Any) -> tuple[int, int]:
 def schedule(rows: int, validation_rows: int, config: Config) -> tuple[int, int, int]:
     """Optimizer steps in all, between validations, between checkpoints.
 
+    `rows` are what the trainer counts: with packing, sequences of several conversations.
+
     Unless it is given, the interval between validations is a tenth of the steps, or longer where ten validations would
     cost more than an eighth of the training: a row that is only looked at costs a third of one that is trained on.
     """
@@ -175,35 +197,29 @@ def schedule(rows: int, validation_rows: int, config: Config) -> tuple[int, int,
 
 
 def _trainer(
-    model: Any, tokenizer: Any, train_rows: list[Any], validation_rows: list[Any], resuming: bool, work: Work
+    model: Any,
+    tokenizer: Any,
+    train_rows: list[Any],
+    validation_rows: list[Any],
+    resuming: bool,
+    packing: bool,
+    work: Work,
 ) -> Any:
     import torch
     from datasets import Dataset
     from transformers import EarlyStoppingCallback, TrainerCallback
-    from transformers.training_args import OptimizerNames
     from trl import SFTConfig, SFTTrainer
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     settings = work.config.train
-    if settings.optimizer not in {name.value for name in OptimizerNames}:
-        raise UserError(
-            f"train.optimizer: {settings.optimizer} is unknown to transformers; known are "
-            + ", ".join(sorted(name.value for name in OptimizerNames))
-        )
-    steps, evaluate, save = schedule(len(train_rows), len(validation_rows), work.config)
     cuda = torch.cuda.is_available()
-    packing = settings.packing and cuda
-    if settings.packing and not cuda:
-        work.warn("train.packing: Unsloth packs on a GPU only; here every row is a sequence of its own")
     arguments = SFTConfig(
         output_dir=str(work.scratch / "checkpoints"),
-        max_steps=steps,
         per_device_train_batch_size=settings.batch,
         per_device_eval_batch_size=4 * (settings.batch or 1),  # no gradients: there is room for more
         gradient_accumulation_steps=settings.accumulation,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.scheduler,
-        warmup_steps=math.ceil(steps * settings.warmup),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         gradient_checkpointing=bool(settings.gradient_checkpointing),  # TRL's default is on
@@ -215,14 +231,14 @@ def _trainer(
         use_cpu=not cuda,
         logging_steps=1,
         eval_strategy="steps" if validation_rows else "no",
-        eval_steps=evaluate,
+        eval_steps=1,  # how many there are is known when the trainer has packed the rows
         eval_on_start=bool(validation_rows) and not resuming,
         save_strategy="steps",
-        save_steps=save,
         save_total_limit=2,
         load_best_model_at_end=bool(settings.early_stopping),
         metric_for_best_model="eval_loss" if settings.early_stopping else None,
         greater_is_better=False if settings.early_stopping else None,
+        restore_callback_states_from_checkpoint=True,  # else a resumed training forgets how long it got no better
         max_length=settings.max_length,
         packing=packing,
         eval_packing=False,
@@ -235,11 +251,14 @@ def _trainer(
     )
 
     class MarkComplete(TrainerCallback):
-        """Mark a checkpoint once all of it is on the disk."""
+        """Mark a checkpoint once all of it is on the disk.
+
+        Not the last one: transformers would train another step from it.
+        """
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            if folder.is_dir():
+            if folder.is_dir() and not control.should_training_stop:
                 (folder / COMPLETE).touch()
 
     batches = work.scratch / "batches.jsonl"
@@ -248,11 +267,8 @@ def _trainer(
         """SFTTrainer that writes down every batch it trains on."""
 
         def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            record = {
-                "step": self.state.global_step,
-                "input_ids": inputs["input_ids"].tolist(),
-                "labels": inputs["labels"].tolist(),
-            }
+            ids, labels = conversations_of(inputs)
+            record = {"step": self.state.global_step, "input_ids": ids, "labels": labels}
             with batches.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record, separators=(",", ":")) + "\n")
             return super().training_step(model, inputs, *args, **kwargs)
@@ -264,7 +280,7 @@ def _trainer(
                 loss = model(**self._prepare_inputs(inputs)).loss
             return loss.detach().float().mean(), None, None
 
-    return RecordingTrainer(
+    trainer = RecordingTrainer(
         model=model,
         args=arguments,
         train_dataset=Dataset.from_list(train_rows),
@@ -277,6 +293,24 @@ def _trainer(
             *([EarlyStoppingCallback(settings.early_stopping)] if settings.early_stopping else []),
         ],
     )
+    steps, evaluate, save = schedule(len(trainer.train_dataset), len(validation_rows), work.config)
+    trainer.args.max_steps, trainer.args.eval_steps, trainer.args.save_steps = steps, evaluate, save
+    trainer.args.warmup_steps = math.ceil(steps * settings.warmup)
+    return trainer
+
+
+def conversations_of(batch: Any) -> tuple[list[list[int]], list[list[int]]]:
+    """The token ids and the labels of a batch, a list for each conversation.
+
+    In a packed batch, which has one long row, a conversation begins where positions start anew.
+    """
+    if "position_ids" not in batch:
+        return batch["input_ids"].tolist(), batch["labels"].tolist()
+    (positions,) = batch["position_ids"].tolist()
+    starts = [place for place, position in enumerate(positions) if position == 0]
+    cut = [slice(start, end) for start, end in itertools.pairwise([*starts, len(positions)])]
+    (ids,), (labels,) = batch["input_ids"].tolist(), batch["labels"].tolist()
+    return [ids[part] for part in cut], [labels[part] for part in cut]
 
 
 def _reporter(update: Any, work: Work) -> Any:

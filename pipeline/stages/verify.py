@@ -6,9 +6,12 @@ ran this ends with status 1.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pipeline import console
+from pipeline.config import Config
+from pipeline.resources import resource
 from pipeline.verify.chain import verify
 from pipeline.verify.result import FAIL, explain, write
 from pipeline.verify.subject import Subject
@@ -16,6 +19,11 @@ from pipeline.work import Work
 
 NEEDS = ("data", "train", "merge", "convert", "quantize", "modelfile", "deploy", "evaluate")
 CONFIG = ("verify", "model", "export", "ollama.parameters", "ollama.system", "data.system", "eval")
+
+
+def inputs(_: Config) -> list[Path]:
+    """The pin of the programs."""
+    return [resource("third_party/pins.toml")]
 
 
 def main(work: Work) -> dict[str, Any]:

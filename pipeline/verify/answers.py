@@ -1,7 +1,7 @@
 """answers: no rung answers worse than the one before it, by the example's metric and by the held-out loss.
 
-The answers are those that `evaluate` has measured. The loss is taken here, at the rungs where answers say too little to
-tell a broken step from luck: it is one forward pass.
+The answers are those that `evaluate` has measured, the losses those that other checks took on their way. A quantized
+file has a loss where there is no metric.
 """
 
 from __future__ import annotations
@@ -91,21 +91,29 @@ def _compared(
 
 
 def _losses(subject: Subject) -> Iterator[Result]:
-    """The held-out loss of the rungs on the way to the 16-bit file, as far as it is known."""
-    claim = Claim("answers.loss", "merge", "the merged model has the held-out loss of the adapter")
-    losses: dict[str, float] = subject.shared.get("losses", {})
+    """The held-out loss from rung to rung, as far as it is known."""
+    merged = Claim("answers.loss", "merge", "the merged model has the held-out loss of the adapter")
     if subject.run is None:
-        yield claim.not_run("this export has no held-out rows")
+        yield merged.not_run("this export has no held-out rows")
         return
-    if "merged" not in losses or not any(rung.startswith("adapter") for rung in losses):
-        yield claim.not_run("the losses were not measured")
-        return
+    losses: dict[str, float] = subject.shared.get("losses", {})
     limit = subject.settings.loss_lost
-    trained = losses.get("adapter on 4-bit", losses.get("adapter on 16-bit", 0.0))
-    rise = losses["merged"] - trained
-    yield claim.at_most(rise, limit, f"it is {losses['merged']:.4f}, the adapter's where it was trained {trained:.4f}")
-    if "16-bit GGUF" in losses:
-        step = Claim("answers.loss", "convert", "the 16-bit GGUF file has the held-out loss of the merged model")
-        rise = losses["16-bit GGUF"] - losses["merged"]
-        words = f"it is {losses['16-bit GGUF']:.4f}, the merged model's {losses['merged']:.4f}"
-        yield step.at_most(abs(rise), limit / 10, words)
+    sentence = "the 16-bit GGUF file has the held-out loss of the merged model"
+    steps = [
+        ("adapter on 4-bit", "merged", merged, limit),
+        ("merged", "16-bit GGUF", Claim("answers.loss", "convert", sentence), limit / 10),
+    ]
+    if subject.without_metric:
+        sentence = "the quantized file has nearly the held-out loss of the 16-bit one"
+        for kind in subject.quantized:
+            steps.append(("16-bit GGUF", kind, Claim("answers.loss", f"quantize/{kind}", sentence), limit))
+    for before, after, claim, tolerance in steps:
+        if before in losses and after in losses:
+            words = f"{before}: {losses[before]:.4f}, {after}: {losses[after]:.4f}"
+            yield claim.at_most(losses[after] - losses[before], tolerance, words)
+        else:
+            yield claim.not_run(f"the loss of {after if before in losses else before} was not measured")
+    if subject.without_metric:
+        yield Claim("answers.loss", "deploy", "Ollama has the held-out loss of its file").not_run(
+            "Ollama gives no probabilities of a given text; it was sent the file that is judged above"
+        )

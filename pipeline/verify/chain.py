@@ -1,7 +1,7 @@
 """All checks, one after the other, over one subject.
 
-A check that breaks on a broken file has found it: its error is a failure. Only what a check itself says it cannot do
-counts as not run.
+A check that breaks on what it judges has found it: its error is a failure. Only what a check itself says it cannot do,
+or what set-up has not brought, counts as not run.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from pipeline.errors import PipelineError, UserError
+from pipeline.errors import NotInstalled, PipelineError
 from pipeline.verify import (
     answers,
     labels,
@@ -46,23 +46,19 @@ CHECKS: dict[str, tuple[Check, str]] = {
 EXPORT_CHECKS = ("weights", "tokenizer", "prompt", "logits", "quantization", "stopping", "toolchain")
 
 
-def run_check(
-    name: str, rung: str, check: Callable[[], Iterator[Result]], *, mistakes_fail: bool = False
-) -> list[Result]:
+def run_check(name: str, rung: str, check: Callable[[], Iterator[Result]]) -> list[Result]:
     """Collect one check's results, and make one of its error if it has one.
 
     Args:
         name: the check's name.
         rung: which rung is blamed when the check itself breaks.
         check: called without arguments.
-        mistakes_fail: a UserError is a failure, and not a check that could not run.
     """
     results: list[Result] = []
     try:
         results.extend(check())
-    except UserError as error:
-        claim = Claim(name, rung, "the check can be run")
-        results.append(claim.holds(False, str(error)) if mistakes_fail else claim.not_run(str(error)))
+    except NotInstalled as error:
+        results.append(Claim(name, rung, "the check can be run").not_run(str(error)))
     except PipelineError as error:
         results.append(Claim(name, rung, "the files can be read").holds(False, str(error)))
     except Exception as error:

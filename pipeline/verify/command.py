@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,16 +37,14 @@ def verify_folder(run_folder: Path, overrides: Sequence[str] = ()) -> dict[str, 
     Raises:
         UserError: there is no merged model in it, or an override is none.
     """
-    from pipeline.config import Config
+    from pipeline.config import read_run
     from pipeline.verify.chain import verify as run
     from pipeline.verify.result import write
     from pipeline.verify.subject import Subject
 
-    values = json.loads((run_folder / "config.json").read_text(encoding="utf-8"))
-    values["run"]["folder"] = str(run_folder)
-    settings = Config.model_validate(values)
-    settings = settings.model_copy(update={"verify": _settings(values["verify"], overrides)})
-    with tempfile.TemporaryDirectory(prefix="pipeline-verify-") as scratch:
+    settings = read_run(run_folder)
+    settings = settings.model_copy(update={"verify": _settings(settings.verify.model_dump(), overrides)})
+    with tempfile.TemporaryDirectory(prefix=".verify-", dir=run_folder) as scratch:  # as large as the model
         content = run(Subject.of_run(run_folder, settings, Path(scratch)))
     (run_folder / "verify").mkdir(exist_ok=True)
     write(run_folder / "verify" / "verify.json", content)
@@ -66,7 +64,10 @@ def _settings(values: dict[str, Any], overrides: Sequence[str]) -> Any:
         if section != "verify" or name not in Verify.model_fields:
             known = ", ".join(f"verify.{field}" for field in Verify.model_fields)
             raise UserError(f"--set {override}: here only thresholds can be set: {known}")
-        given[name] = text.strip()
+        try:
+            given[name] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            given[name] = text.strip()
     try:
         return Verify.model_validate(given)
     except ValidationError as error:
@@ -77,11 +78,10 @@ def _settings(values: dict[str, Any], overrides: Sequence[str]) -> Any:
 def show(content: dict[str, Any]) -> None:
     """The table on standard output, and the first broken rung in words."""
     from pipeline.console import results
-    from pipeline.verify.result import FAIL, explain, table
+    from pipeline.verify.result import FAIL, explain, summary, table
 
     console = results()
     console.print(table(content))
-    counts = ", ".join(f"{count} {verdict}" for verdict, count in content["counts"].items())
-    console.print(f"\n{counts}")
+    console.print(f"\n{summary(content)}")
     if content["verdict"] == FAIL:
         console.print(explain(content), style="bold red", markup=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -40,8 +41,9 @@ def check(config: Config, run_folder: Path, parameters: int, gpu_bytes: int | No
     yield _bytes(_DISK, sum(needs.values()), free, f"{words}; free some space, or choose another folder (run.folder)")
 
     memory = psutil.virtual_memory().total
-    # In the stored type: the weights, and one matrix more.
-    yield _bytes(_MEMORY, int(2.6 * parameters), memory, "take a smaller base or a larger machine")
+    # In the stored type: the weights, one matrix more, and those of before they were dequantized.
+    copies = 2.3 if config.train.load_in_4bit and config.merge.base != "16bit" else 1.3
+    yield _bytes(_MEMORY, int(copies * 2 * parameters), memory, "take a smaller base or a larger machine")
     if 4.4 * parameters <= memory:
         yield _bytes(_FLOAT32, int(4.4 * parameters), memory)
     else:
@@ -67,9 +69,15 @@ def disk_needs(config: Config, parameters: int) -> dict[str, int]:
         "convert": sixteen_bit,
         "quantize": sum(quantized),
         "modelfile": sum(quantized),
-        "deploy": 0 if config.ollama.host else sum(quantized) + max(quantized),
-        "verify": sixteen_bit + 2**30,
+        "deploy": 0 if _elsewhere(config.ollama.host) else sum(quantized) + max(quantized),
+        # The merged model converted again, the 16-bit file in float32, and llama-perplexity's reference.
+        "verify": sixteen_bit + 2 * sixteen_bit + 2**30,
     }
+
+
+def _elsewhere(host: str | None) -> bool:
+    """Whether a server keeps its models on the disk of another machine."""
+    return host is not None and not re.search(r"(^|/|@)(localhost|127\.|\[?::1)", host)
 
 
 def _bits(kind: str) -> float:

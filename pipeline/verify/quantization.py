@@ -5,6 +5,7 @@ What the name stands for on this very model is asked of the pinned llama-quantiz
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,7 +104,7 @@ def _bits(
         words = f"{info.bits_per_weight:.2f} bits a weight, where {wanted.name} promises {wanted.promised_bits:.2f}"
         yield bits.at_least(info.bits_per_weight, least, words)
     share = sum(info.names[name].elements for name in fallen if name in info.names) / max(1, info.parameter_count)
-    claim = Claim("quantization.fallback", rung, "few parameters fell back to another type")
+    claim = Claim("quantization.fallback", rung, "no more parameters fell back to another type than may")
     yield claim.at_most(
         share, subject.settings.fallback, f"{share:.0%} of the parameters have rows that do not fit {wanted.name}"
     )
@@ -124,7 +125,9 @@ def _error(rung: str, subject: Subject, info: GGUFInfo) -> Result:
             meant = reference.values(theirs)
             size = float(np.linalg.norm(meant))
             error = float(np.linalg.norm(info.values(tensor) - meant)) / size if size else 0.0
-            if not error <= worst:
+            if math.isnan(error):
+                return claim.holds(False, f"{tensor.name} holds what is no number")
+            if error > worst:
                 worst, words = error, f"{tensor.name} is {error:.2f} of its size away"
             update(number)
     return claim.at_most(worst, subject.settings.quantization_error, words)

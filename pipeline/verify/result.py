@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ class Result:
         verdict: PASS, FAIL or NOT_RUN.
         figure: what was measured; None where nothing was.
         threshold: what the figure was held against.
-        words: what is wrong, or why it did not run.
+        words: what is wrong, why it did not run, or more of the figure.
     """
 
     id: str
@@ -55,18 +55,16 @@ class Claim:
 
     def holds(self, condition: bool, words: str = "", figure: Any = None, threshold: Any = None) -> Result:
         """Passed if the condition is true; `words` say what is wrong if it is not."""
-        verdict = PASS if condition else FAIL
-        return Result(
-            self.id, self.rung, self.sentence, verdict, figure, threshold, "" if condition else words
-        )
+        verdict, words = (PASS, "") if condition else (FAIL, words)
+        return Result(self.id, self.rung, self.sentence, verdict, figure, threshold, words)
 
     def at_most(self, figure: float, limit: float, words: str = "") -> Result:
-        """Passed if the figure is no greater than the limit. NaN fails."""
-        return self.holds(bool(figure <= limit), words, figure, f"at most {limit:g}")
+        """Passed if the figure is no greater than the limit. NaN fails. `words` tell more of the figure, also then."""
+        return replace(self.holds(bool(figure <= limit), words, figure, f"at most {limit:g}"), words=words)
 
     def at_least(self, figure: float, limit: float, words: str = "") -> Result:
-        """Passed if the figure is no smaller than the limit. NaN fails."""
-        return self.holds(bool(figure >= limit), words, figure, f"at least {limit:g}")
+        """Passed if the figure is no smaller than the limit. NaN fails. `words` tell more of the figure, also then."""
+        return replace(self.holds(bool(figure >= limit), words, figure, f"at least {limit:g}"), words=words)
 
     def not_run(self, why: str) -> Result:
         """Nothing was judged."""
@@ -96,18 +94,22 @@ def write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def require_passed(path: Path) -> None:
+def require_passed(content: dict[str, Any]) -> None:
     """End a command with the first broken rung in words.
 
     Args:
-        path: verify.json.
+        content: verify.json.
 
     Raises:
         PipelineError: a check failed.
     """
-    content = json.loads(path.read_text(encoding="utf-8"))
     if content["verdict"] != PASS:
         raise PipelineError(explain(content))
+
+
+def summary(content: dict[str, Any]) -> str:
+    """How many checks passed, failed and did not run."""
+    return ", ".join(f"{count} {verdict}" for verdict, count in content["counts"].items())
 
 
 def explain(content: dict[str, Any]) -> str:
@@ -117,8 +119,8 @@ def explain(content: dict[str, Any]) -> str:
     return f"the first broken rung is {broken['rung']}: {broken['id']}: {broken['words']}{more}"
 
 
-def table(content: dict[str, Any]) -> Table:
-    """The checks for a terminal, the first broken one in red."""
+def table(content: dict[str, Any], verdicts: Sequence[str] = (PASS, FAIL, NOT_RUN)) -> Table:
+    """The checks of these verdicts for a terminal, the first broken one in red."""
     from rich.table import Table
     from rich.text import Text
 
@@ -129,7 +131,7 @@ def table(content: dict[str, Any]) -> Table:
         rows.add_column(heading, overflow="fold")
     colours = {PASS: "green", FAIL: "bold red", NOT_RUN: "yellow"}
     broken = content["first_broken"]
-    for row in content["checks"]:
+    for row in (row for row in content["checks"] if row["verdict"] in verdicts):
         words = row["words"] if row["verdict"] != PASS else row["sentence"]
         first = broken is not None and (row["id"], row["rung"]) == (broken["id"], broken["rung"])
         rows.add_row(

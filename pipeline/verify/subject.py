@@ -108,6 +108,11 @@ class Subject:
             return Subject(settings, model, gguf, {}, scratch)
         return Subject(settings, model, None, {_type_of_name(gguf): gguf}, scratch)
 
+    @property
+    def without_metric(self) -> bool:
+        """Answers are not judged: then the held-out loss takes their place at every rung that has one."""
+        return self.config is not None and (self.config.eval.metric == "none" or self.config.data.test is None)
+
     @cached_property
     def tokenizer(self) -> Any:
         """The served model's tokenizer."""

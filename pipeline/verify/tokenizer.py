@@ -124,7 +124,7 @@ def _same_ids(subject: Subject, claim: Claim, server: LlamaServer) -> Iterator[R
     tokenizer = subject.tokenizer
     rows = [decode(tokenizer, ids) for ids, _ in subject.held_out[1][:_ROWS]] + _training_rows(subject)
     hostile = hostile_strings(subject.settings.strings, special_tokens=tokenizer.all_special_tokens)
-    texts = [*dict.fromkeys(rows), *hostile]
+    texts, own = [*dict.fromkeys(rows), *hostile], set(rows if subject.run else ())
     trained = _ids(tokenizer, texts)
     differing, words = 0, ""
     habits: Counter[str] = Counter()
@@ -133,7 +133,9 @@ def _same_ids(subject: Subject, claim: Claim, server: LlamaServer) -> Iterator[R
             served = server.tokenize(text)
             if served == ids:
                 pass
-            elif habit := known_habit(server, tokenizer, text, text, ids, served, add_special=False):
+            elif text not in own and (
+                habit := known_habit(server, tokenizer, text, text, ids, served, add_special=False)
+            ):
                 habits[habit] += 1
             else:
                 differing += 1

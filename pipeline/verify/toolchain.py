@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pipeline.console import progress
 from pipeline.llamacpp.programs import programs_folder, source_tree
@@ -27,12 +28,22 @@ def check(subject: Subject) -> Iterator[Result]:
         yield _SAME_PIN.not_run("this export has no manifest")
         return
     manifest = read_manifest(subject.run)
-    made_with, now = manifest.get("pins", {}).get("llama.cpp"), pins()["llama.cpp"]
-    if made_with is None:
-        yield _SAME_PIN.not_run("the run has no manifest that names a pin")
-    else:
-        yield _SAME_PIN.holds(made_with == now, f"it was made with {made_with}, this is {now}", now["version"])
-    yield from _files(subject.run, manifest["stages"])
+    stages = {name: record for name, record in manifest["stages"].items() if name in manifest.get("nodes", [name])}
+    yield _same_pin(stages)
+    yield from _files(subject.run, stages)
+
+
+def _same_pin(stages: dict[str, dict[str, Any]]) -> Result:
+    now = pins()["llama.cpp"]
+    made_with = {
+        name: record.get("made_with", {}).get("pins", {}).get("llama.cpp")
+        for name, record in stages.items()
+        if name.partition("/")[0] in ("convert", "quantize")
+    }
+    if not made_with or None in made_with.values():
+        return _SAME_PIN.not_run("the run has no manifest that names a pin")
+    other = [f"{name} was made with {pin}, this is {now}" for name, pin in made_with.items() if pin != now]
+    return _SAME_PIN.holds(not other, "; ".join(other), now["version"])
 
 
 def check_pin() -> Result:
@@ -49,7 +60,7 @@ def check_pin() -> Result:
     return _ONE_PIN.holds(programs.parent == source.parent, words, programs.parent.name)
 
 
-def _files(run: Path, stages: dict[str, dict[str, dict[str, dict[str, str]]]]) -> Iterator[Result]:
+def _files(run: Path, stages: dict[str, dict[str, Any]]) -> Iterator[Result]:
     wanted = {name: record for name, record in stages.items() if name.partition("/")[0] in _MODELS}
     if not wanted:
         yield Claim("toolchain.files", "data", _FILES).not_run("the manifest names no files")

@@ -17,7 +17,7 @@ from pipeline.console import progress
 from pipeline.errors import PipelineError
 from pipeline.llamacpp.gguf_file import GGUFInfo, inspect
 from pipeline.llamacpp.gguf_file import check as check_gguf
-from pipeline.model.nf4 import dequantized, kept_in_16bit
+from pipeline.model.nf4 import dequantized, quantized_modules
 from pipeline.model.predict import fits_float32
 from pipeline.verify.result import Claim, Result
 from pipeline.verify.subject import Subject
@@ -99,14 +99,13 @@ def _merge(subject: Subject, base_folder: Path, adapter_folder: Path) -> Iterato
     worst, worst_words, wrong = 0.0, "", 0
     touched, touched_words = 0, ""
     limit = subject.settings.rounding
+    in_4bit = quantized_modules(base_folder) if subject.merged_into == "dequantized" else set()
     names = [name for name in base.shapes if merged.shapes.get(name) == base.shapes[name]]
     with torch.no_grad(), progress("weights", len(names), "tensors") as update:
         for number, name in enumerate(names, 1):
             module = name.removesuffix(".weight")
             if module in modules:
-                weight = base[name].float()
-                if subject.merged_into == "dequantized" and not kept_in_16bit(module):
-                    weight = dequantized(weight)
+                weight = dequantized(base[name]) if module in in_4bit else base[name].float()
                 delta, expected = _expected(weight, module, adapter, settings)
                 found = merged[name].float()
                 scale = torch.maximum(torch.maximum(weight.abs(), expected.abs()), delta.abs())
@@ -121,7 +120,7 @@ def _merge(subject: Subject, base_folder: Path, adapter_folder: Path) -> Iterato
                     wrong += 1
                     worst_words = worst_words or f"{name} is not what was trained"
             else:
-                before = base[name]
+                before = dequantized(base[name]) if module in in_4bit else base[name]
                 if not torch.equal(merged[name], before.to(merged[name].dtype)):
                     touched += 1
                     touched_words = touched_words or f"{name} differs from the base, and no adapter changes it"
