@@ -181,7 +181,9 @@ class Verify(Section):
     quantized_divergence: float | None = Field(
         None, gt=0, description="largest mean KL divergence of a quantized file; default: by the bits of its type"
     )
-    quantization_error: float = Field(0.6, gt=0, description="largest relative error of a quantized tensor")
+    quantization_error: float | None = Field(
+        None, gt=0, description="largest relative error of a quantized tensor; default: by the bits of its type"
+    )
     fallback: float = Field(1.0, ge=0, le=1, description="largest share of parameters that fell back to another type")
     stopping_prompts: int = Field(8, ge=1, description="prompts that every server has to answer to the end")
     stopping: float = Field(0.8, ge=0, le=1, description="least share of answers that end by themselves")

@@ -13,6 +13,7 @@ from pipeline.chat.labels import IGNORED
 from pipeline.config import load_config
 from pipeline.errors import UserError
 from pipeline.stages import data
+from pipeline.stages.evaluate import read_questions
 from pipeline.work import Work
 
 QUESTIONS = [f"What is {number} plus {other}?" for number in range(10) for other in range(10)]
@@ -134,6 +135,18 @@ def test_given_sets_are_used_as_they_are(project: Project) -> None:
     figures = project.run("data.validation=v.jsonl", "data.test=t.jsonl")
     assert (figures["train_rows"], figures["validation_rows"], figures["test_rows"]) == (100, 2, 1)
     assert project.rows("test") == [conversation("Who are you?")]
+
+
+def test_questions_with_tools_are_left_out_and_that_is_said(project: Project) -> None:
+    tool = {"type": "function", "function": {"name": "lamp", "parameters": {}}}
+    plain, asked = conversation("Who are you?"), conversation("Light!") | {"tools": [tool]}
+    write(project.folder / "t.jsonl", [plain, asked])
+    project.run("data.test=t.jsonl")
+    assert "t.jsonl: 1 of 2 rows have tools; `evaluate` leaves them out" in project.work.warnings
+    assert read_questions(project.output / "test.jsonl", None) == [([plain["messages"][0]], "A number.")]
+    write(project.folder / "t.jsonl", [asked])
+    with pytest.raises(UserError, match=r"data\.test: every row of .*t\.jsonl has tools"):
+        project.run("data.test=t.jsonl")
 
 
 def test_duplicates_and_leaks_are_counted_and_said(project: Project) -> None:

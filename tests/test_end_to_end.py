@@ -133,6 +133,18 @@ def test_the_page_is_whole_and_needs_nothing_else(run: Path) -> None:
         assert stage in page
 
 
+def test_a_broken_link_ends_the_command(run: Path) -> None:
+    """A limit that no quantized file keeps stands for a file that is broken."""
+    answer = pipeline("run", run.parent, "--set", "verify.quantized_divergence=1e-9")
+    assert answer.returncode == 1
+    assert "the first broken rung is quantize/q4_k_m: logits.quantized: mean KL" in answer.stderr
+    assert re.search(r"logits\.quantized +quantize/q4_k_m +fail", answer.stdout)
+    assert "labels.spans" not in answer.stdout
+    again = pipeline("run", run.parent)
+    assert again.returncode == 0, again.stderr
+    assert re.search(r"verify: \d+ pass, 0 fail, 0 not run", again.stderr)
+
+
 def test_again_skips_everything_and_another_type_runs_only_what_follows(run: Path) -> None:
     again = pipeline("run", run.parent)
     assert again.returncode == 0, again.stderr

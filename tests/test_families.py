@@ -12,12 +12,14 @@ import pytest
 import servers
 
 from pipeline.chat.conformance import conversations
+from pipeline.chat.labels import tokenize_texts, training_texts
 from pipeline.chat.render import render
 from pipeline.config import Verify
 from pipeline.ollama.jinja import ChatTemplate, TemplateRefused
 from pipeline.ollama.proof import prove_prompts, read_back
 from pipeline.ollama.suite import COMPARED
 from pipeline.stages import deploy, modelfile
+from pipeline.verify import labels as label_check
 from pipeline.verify import prompt as prompt_check
 from pipeline.verify import tokenizer as tokenizer_check
 from pipeline.verify.result import FAIL
@@ -101,6 +103,28 @@ def test_verified_by_the_same_checks(name: str) -> None:
         named = [result.sentence for result in results if result.id == "tokenizer.habits"]
         assert any("NFC" in sentence for sentence in named) == differs, named
         assert bool(named) == differs
+
+
+def test_what_a_template_rewrites_is_still_the_answer() -> None:
+    """Thinking that it moves, and calls of tools that it writes after what is said."""
+    call = {"type": "function", "function": {"name": "lamp", "arguments": {"on": True}}}
+    answers: list[dict[str, Any]] = [
+        {"role": "assistant", "content": "<think>\nWhich one?\n</think>\n\nI switch it on.", "tool_calls": [call]},
+        {"role": "assistant", "content": "", "reasoning_content": "Done.", "tool_calls": [call]},
+        {"role": "assistant", "content": "<think>\nDone.\n</think>\n\nIt is on."},
+    ]
+    tokenizer = tokenizer_of("qwen3")
+    for answer in answers:
+        messages = [{"role": "user", "content": "Light!"}, answer]
+        (text,) = training_texts(tokenizer, messages, None)
+        (row,) = tokenize_texts(tokenizer, [text])
+        known: label_check._Known = {tuple(row.input_ids): (messages, None, 1)}
+        faults = label_check._Faults()
+        label_check._judge(tokenizer, row.input_ids, row.labels, known, "", faults, None)
+        assert faults == label_check._Faults(), answer
+        wrong = {tuple(row.input_ids): ([messages[0], answer | {"content": "No."}], None, 1)}
+        label_check._judge(tokenizer, row.input_ids, row.labels, wrong, "", faults, None)
+        assert faults.spans.count == 1
 
 
 def chat_template(gguf: Path) -> str:

@@ -58,6 +58,13 @@ def mask_one(batch: dict[str, Any]) -> None:
     batch["labels"][0] = [-100] * len(batch["labels"][0])
 
 
+def mask_first_answer(batch: dict[str, Any]) -> None:
+    for labels in batch["labels"]:
+        first = next(place for place, label in enumerate(labels) if label != -100)
+        end = labels.index(-100, first)
+        labels[first:end] = [-100] * (end - first)
+
+
 def train_the_prompt(batch: dict[str, Any]) -> None:
     batch["labels"] = [list(ids) for ids in batch["input_ids"]]
 
@@ -81,7 +88,8 @@ def other_text(batch: dict[str, Any]) -> None:
 
 
 LABELS = {
-    "labels off by one": (batches(shift_labels), "labels.prefix", "labels.spans"),
+    "labels off by one": (batches(shift_labels), "labels.spans"),
+    "one answer of two masked": (batches(mask_first_answer), "labels.masked"),
     "answers begin late": (batches(start_answers_late), "labels.prefix"),
     "all labels masked": (batches(mask_all), "labels.masked", "labels.share"),
     "one row masked": (batches(mask_one), "labels.masked"),
@@ -99,6 +107,18 @@ def test_labels(name: str, tmp_path: Path) -> None:
     run = copy_run(tmp_path)
     mutate(run)
     assert caught(run, "labels", "") >= set(expected)
+
+
+@pytest.mark.parametrize(("longest", "expected"), [(40, set()), (41, {"labels.cut"})])
+def test_rows_that_were_to_be_cut(tmp_path: Path, longest: int, expected: set[str]) -> None:
+    run = copy_run(tmp_path)
+    batches(cut)(run)
+    of_run = subject(run)
+    assert of_run.config is not None
+    train = of_run.config.train.model_copy(update={"max_length": longest})
+    data = of_run.config.data.model_copy(update={"on_overlong": "truncate"})
+    of_run.config = of_run.config.model_copy(update={"train": train, "data": data})
+    assert {result.id for result in CHECKS["labels"][0](of_run) if result.verdict == FAIL} == expected
 
 
 def caught(run: Path, check: str, until: str) -> set[str]:

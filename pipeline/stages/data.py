@@ -68,6 +68,14 @@ def main(work: Work) -> dict[str, Any]:
         train, validation = split(train, data.validation_fraction, seed)
     test = _read(work, data.test) if data.test is not None else []
     check_expected(test, work.config.eval.metric)
+    if with_tools := sum(bool(row.tools) for row in test):
+        assert data.test is not None
+        if with_tools == len(test):
+            raise UserError(
+                f"data.test: every row of {data.test} has tools, and calls of tools are not judged: add rows without, "
+                "or leave data.test out"
+            )
+        work.warn(f"{data.test.name}: {with_tools:,} of {len(test):,} rows have tools; `evaluate` leaves them out")
     if duplicates:
         work.warn(
             f"{data.train.name}: {duplicates:,} of {len(given):,} rows repeat another; each is trained once"

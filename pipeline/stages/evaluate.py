@@ -76,11 +76,16 @@ def main(work: Work) -> dict[str, Any]:
 
 
 def read_questions(path: Path, limit: int | None) -> list[tuple[list[dict[str, Any]], str]]:
-    """The test rows as (messages up to the last answer, that answer)."""
+    """The test rows as (messages up to the last answer, that answer).
+
+    Rows with tools are left out: servers take calls of tools apart, so that answers differ from rung to rung.
+    """
     rows = []
     with path.open(encoding="utf-8") as file:
-        for line in file:
-            messages = json.loads(line)["messages"]
+        for row in map(json.loads, file):
+            if row.get("tools"):
+                continue
+            messages = row["messages"]
             last = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
             rows.append((messages[:last], messages[last]["content"]))
     return rows[:limit]

@@ -71,6 +71,8 @@ def check(subject: Subject) -> Iterator[Result]:
         return
     tokenizer = load_tokenizer(subject.adapter)
     known = _known(tokenizer, subject.run / "data" / "train.jsonl")
+    truncates = subject.config is not None and subject.config.data.on_overlong == "truncate"
+    longest = subject.config.train.max_length if subject.config is not None and truncates else None
     faults = _Faults()
     tokens = trained = rows = 0
     batches = path.read_text(encoding="utf-8").splitlines()
@@ -83,10 +85,9 @@ def check(subject: Subject) -> Iterator[Result]:
                 trained += sum(label != IGNORED for label in labels)
                 rows += 1
                 where = f"step {batch['step']}, row {place}"
-                _judge(tokenizer, ids, labels, known, f"{where}: ", faults)
+                _judge(tokenizer, ids, labels, known, f"{where}: ", faults, longest)
             update(number)
 
-    truncated = subject.config is not None and subject.config.data.on_overlong == "truncate"
     yield _KNOWN.at_most(faults.unknown.count, 0, faults.unknown.words)
     share = trained / tokens if tokens else 0.0
     yield _SHARE.at_least(
@@ -95,21 +96,21 @@ def check(subject: Subject) -> Iterator[Result]:
     yield _MASKED.at_most(faults.masked.count, 0, faults.masked.words)
     yield _SPANS.at_most(faults.spans.count, 0, faults.spans.words)
     yield _ENDS.at_most(faults.ends.count, 0, faults.ends.words)
-    yield _CUT.at_most(faults.cut.count, rows if truncated else 0, faults.cut.words)
+    yield _CUT.at_most(faults.cut.count, 0, faults.cut.words)
     yield _PREFIX.at_most(faults.prefix.count, 0, faults.prefix.words)
     yield _BOS.at_most(faults.bos.count, 0, faults.bos.words)
 
 
-_Known = dict[tuple[int, ...], tuple[list[dict[str, Any]], Any]]
+_Known = dict[tuple[int, ...], tuple[list[dict[str, Any]], Any, int]]
 
 
 def _known(tokenizer: Any, path: Path) -> _Known:
-    """The ids of every training text, with its conversation."""
+    """The ids of every training text, with its conversation's messages and tools and how many answers it trains."""
     conversations = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     owners, texts = [], []
     for row in conversations:
         for text in training_texts(tokenizer, row["messages"], row.get("tools")):
-            owners.append((row["messages"], row.get("tools")))
+            owners.append((row["messages"], row.get("tools"), len(text.spans)))
             texts.append(text)
     rows = tokenize_texts(tokenizer, texts)
     return {tuple(row.input_ids): owner for row, owner in zip(rows, owners, strict=True)}
@@ -123,9 +124,15 @@ def _unpadded(tokenizer: Any, ids: list[int], labels: list[int]) -> tuple[list[i
 
 
 def _judge(
-    tokenizer: Any, ids: list[int], labels: list[int], known: _Known, where: str, faults: _Faults
+    tokenizer: Any,
+    ids: list[int],
+    labels: list[int],
+    known: _Known,
+    where: str,
+    faults: _Faults,
+    longest: int | None,
 ) -> None:
-    """Add what is wrong with one row."""
+    """Add what is wrong with one row; `longest` tokens are kept of one where that was asked for."""
     spans = [
         (group[0][0], group[-1][0] + 1)
         for trained, pairs in itertools.groupby(enumerate(labels), key=lambda pair: pair[1] != IGNORED)
@@ -144,7 +151,7 @@ def _judge(
     if owner is None:
         faults.unknown.add(f"{where}{decode(tokenizer, ids[:60])!r} is none of the conversations")
         return
-    messages, tools = owner
+    messages, tools, trained_answers = owner
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index]
     prompts = {index: tokenize_prompt(tokenizer, messages[:index], tools) for index in answers}
     expected_bos = expected_bos or leading_bos(tokenizer, prompts[answers[-1]])
@@ -153,6 +160,8 @@ def _judge(
         return
     if not spans:
         faults.masked.add(f"{where}no token is trained: {decode(tokenizer, ids[:60])!r}")
+        return
+    if cut and len(ids) == longest:  # as it was to be: its last answer has no end to judge
         return
     if cut:
         faults.cut.add(f"{where}ends after {len(ids)} tokens, in the middle: {decode(tokenizer, ids[-12:])!r}")
@@ -174,9 +183,12 @@ def _judge(
             faults.ends.add(f"{where}the trained answer {text[-60:]!r} ends in {last!r}")
             return
         content = messages[index].get("content")
-        if isinstance(content, str) and not text.removesuffix(last).rstrip().endswith(content.strip()):
+        # A template may write an answer's thinking its own way, and calls of tools after what is said.
+        if isinstance(content, str) and content.rpartition("</think>")[2].strip() not in text:
             faults.spans.add(f"{where}{text[:80]!r} is trained, the answer is {content[:80]!r}")
             return
+    if len(spans) < trained_answers:
+        faults.masked.add(f"{where}{len(spans)} of {trained_answers} answers are trained: {decode(tokenizer, ids)!r}")
 
 
 def _served(tokenizer: Any, prompt: list[int], before: list[int]) -> bool:

@@ -31,8 +31,8 @@ from pipeline.verify.subject import Subject
 CHUNK = 512  # tokens that llama-perplexity takes at once; it scores the second half of each
 _ENOUGH = 200  # positions below which a divergence says little
 
-# The largest mean divergence by the bits that a type promises. Four times or more of what the example loses, a small
-# model, which loses most: Q8_0 0.002, Q6_K 0.005, Q5_K_M 0.03, Q5_0 and Q4_K_M 0.05, Q4_0 0.25, Q3_K_S 0.26, IQ3_M 0.84.
+# The largest mean divergence by the bits that a type promises: four times or more of what the example loses, a small
+# model, which loses most: Q8_0 0.002, Q6_K 0.005, Q5_K_M 0.03, Q5_0 and Q4_K_M 0.05, Q4_0 0.25, Q3_K_S 0.26, IQ3_M 0.8.
 _LIMITS = ((16.0, 1e-3), (8.0, 0.01), (6.0, 0.03), (5.0, 0.2), (4.8, 0.3), (4.0, 1.0), (3.0, 3.5), (0.0, 6.0))
 
 

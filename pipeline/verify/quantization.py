@@ -21,6 +21,9 @@ from pipeline.verify.subject import Subject
 
 _PLAN = re.compile(r"\[\s*\d+/\s*\d+\]\s+(\S+)\s+- \[.*?\], type =\s+(\S+), size =.*?(?:\((\S+)\))?\s*$")
 _FALLBACK = re.compile(r"warning: (\S+)\s+- ncols")
+# The largest relative error of a tensor by the bits that a type promises, three times what the example's worst has:
+# Q8_0 0.0065, Q6_K 0.017, Q5_K_M 0.041, Q5_0 0.054, Q4_K_M 0.062, Q4_0 0.10, Q3_K_S 0.16, IQ3_M 0.19.
+_ERRORS = ((16.0, 0.005), (8.0, 0.02), (6.0, 0.05), (5.0, 0.15), (4.0, 0.3), (3.0, 0.5), (0.0, 0.8))
 
 
 def check(subject: Subject) -> Iterator[Result]:
@@ -56,7 +59,7 @@ def _file(subject: Subject, kind: str, path: Path) -> Iterator[Result]:
     yield _named(rung, info, wanted)
     yield _types(types, info, plan)
     yield from _bits(rung, subject, info, wanted, fallen)
-    yield _error(rung, subject, info)
+    yield _error(rung, subject, info, wanted)
 
 
 def _plan(source: Path, wanted: QuantizationType) -> tuple[dict[str, str], list[str]]:
@@ -110,7 +113,7 @@ def _bits(
     )
 
 
-def _error(rung: str, subject: Subject, info: GGUFInfo) -> Result:
+def _error(rung: str, subject: Subject, info: GGUFInfo, wanted: QuantizationType) -> Result:
     """The relative error of the worst tensor, dequantized, against the 16-bit file."""
     import numpy as np
 
@@ -130,4 +133,6 @@ def _error(rung: str, subject: Subject, info: GGUFInfo) -> Result:
             if error > worst:
                 worst, words = error, f"{tensor.name} is {error:.2f} of its size away"
             update(number)
-    return claim.at_most(worst, subject.settings.quantization_error, words)
+    bits = wanted.promised_bits or info.bits_per_weight
+    limit = subject.settings.quantization_error or next(limit for least, limit in _ERRORS if bits >= least)
+    return claim.at_most(worst, limit, words)

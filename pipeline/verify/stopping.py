@@ -10,6 +10,7 @@ from pipeline.console import progress
 from pipeline.errors import PipelineError
 from pipeline.llamacpp.server import LlamaServer
 from pipeline.ollama.serving import deployed
+from pipeline.ollama.suite import for_ollama
 from pipeline.verify.result import Claim, Result
 from pipeline.verify.subject import Subject
 
@@ -50,7 +51,7 @@ def _ollama(subject: Subject, limit: int) -> Iterator[Result]:
             yield _ask(
                 subject,
                 claim,
-                lambda messages: client.chat(name, messages, options=options).get("done_reason") == "stop",
+                lambda messages: client.chat(name, for_ollama(messages), options=options).get("done_reason") == "stop",
             )
     except PipelineError as error:
         yield claim.holds(False, str(error))
