@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -368,17 +367,6 @@ def test_an_adapter_is_refused_and_not_left_out(run: Path, tmp_path: Path) -> No
     path.write_text(json.dumps(json.loads(path.read_text()) | {"adapter": "lora.gguf"}))
     with pytest.raises(UserError, match="names an adapter"):
         deploy.main(work(folder, host=servers.ollama().host, name="adapted"))
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(folder)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("a small file system cannot be mounted here: a full disk was not tested")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def test_a_users_server_whose_disk_is_full(run: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from good_run import conversations, good_run
 from pipeline.model.drafts import draft
 from pipeline.model.generate import answer_in_batches, answers
 from pipeline.model.predict import load_float32
-from pipeline.verify.subject import load_tokenizer
+from pipeline.verify.subject import saved_tokenizer
 
 QUESTIONS = (
     "What is the capital of France? Answer in one word.",
@@ -17,7 +17,7 @@ QUESTIONS = (
 
 
 def test_right_wrong_and_mixed_drafts() -> None:
-    model, tokenizer = load_float32(base_folder()), load_tokenizer(base_folder())
+    model, tokenizer = load_float32(base_folder()), saved_tokenizer(base_folder())
     questions = [[{"role": "user", "content": question}] for question in QUESTIONS]
     limit = 20
     written = answer_in_batches(model, tokenizer, questions, limit, lambda done: None)
@@ -32,7 +32,7 @@ def test_right_wrong_and_mixed_drafts() -> None:
 
 
 def test_a_draft_is_what_is_trained() -> None:
-    tokenizer = load_tokenizer(good_run() / "merge" / "model")
+    tokenizer = saved_tokenizer(good_run() / "merge" / "model")
     (row,) = conversations(3, 1)
     *question, answer = row["messages"]
     made = draft(tokenizer, question, answer["content"])

@@ -23,7 +23,7 @@ from pipeline.chat.labels import (
 )
 from pipeline.console import progress
 from pipeline.verify.result import Claim, Result
-from pipeline.verify.subject import Subject, load_tokenizer
+from pipeline.verify.subject import Subject, saved_tokenizer
 
 _KNOWN = Claim("labels.known", "train", "every trained row is a conversation of the training data")
 _SHARE = Claim("labels.share", "train", "a share of the tokens is trained")
@@ -69,7 +69,7 @@ def check(subject: Subject) -> Iterator[Result]:
     if not path.is_file():
         yield from (claim.not_run(f"{path} is missing") for claim in CLAIMS)
         return
-    tokenizer = load_tokenizer(subject.adapter)
+    tokenizer = saved_tokenizer(subject.adapter)
     known = _known(tokenizer, subject.run / "data" / "train.jsonl")
     truncates = subject.config is not None and subject.config.data.on_overlong == "truncate"
     longest = subject.config.train.max_length if subject.config is not None and truncates else None

@@ -116,7 +116,7 @@ class Subject:
     @cached_property
     def tokenizer(self) -> Any:
         """The served model's tokenizer."""
-        return load_tokenizer(self.model)
+        return saved_tokenizer(self.model)
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -189,8 +189,8 @@ class Subject:
         return [[{"role": "user", "content": text}] for text in asked]
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """A folder's tokenizer.
+def saved_tokenizer(folder: Path) -> Any:
+    """A folder's tokenizer as it was saved there.
 
     Raises:
         UserError: there is none that can be loaded.

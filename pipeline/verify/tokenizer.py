@@ -21,7 +21,7 @@ from pipeline.llamacpp.server import LlamaServer
 from pipeline.model.corpus import hostile_strings
 from pipeline.ollama.habits import known_habit
 from pipeline.verify.result import Claim, Result
-from pipeline.verify.subject import Subject, load_tokenizer
+from pipeline.verify.subject import Subject, saved_tokenizer
 
 _TRAINED = Claim("tokenizer.trained", "merge", "the merged model has the tokenizer that was trained")
 _KEYS = {
@@ -51,7 +51,7 @@ def _trained(subject: Subject) -> Result:
     if subject.adapter is None:
         return _TRAINED.not_run("the tokenizer that was trained with is not known")
     wrong = []
-    trained, merged = load_tokenizer(subject.adapter), subject.tokenizer
+    trained, merged = saved_tokenizer(subject.adapter), subject.tokenizer
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"):
         if getattr(trained, name) != getattr(merged, name):
             wrong.append(f"{name} is {getattr(merged, name)} instead of {getattr(trained, name)}")
