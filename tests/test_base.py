@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import artefacts
+import hub
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -282,3 +283,63 @@ except PipelineError as error:
     assert "smollm2-135m-instruct" in result.stdout
     assert len(result.stdout.strip().splitlines()) == 1
     assert "hf_secret" not in result.stdout + result.stderr
+
+
+def ask_hub(server: hub.Hub, home: Path, base: str, revision: str | None = None) -> subprocess.CompletedProcess[str]:
+    """What a process that knows only of this hub makes of a base: its folder and its facts, or an error."""
+    program = (
+        "import json, sys\n"
+        "from pipeline.errors import PipelineError\n"
+        "from pipeline.model.base import resolve_base\n"
+        "from pipeline.model.facts import facts\n"
+        f"given = ({base!r}, {revision!r})\n"
+        "try: print(json.dumps([facts(*given), str(resolve_base(*given))]))\n"
+        "except PipelineError as error: sys.exit(f'{error.exit_status} {error}')\n"
+    )
+    environment = {**os.environ, "HF_ENDPOINT": server.address, "HF_HOME": str(home)}
+    for key in ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE"):
+        environment.pop(key, None)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
+
+
+@pytest.mark.parametrize("revision", [None, "v1"])
+def test_a_base_from_a_hub(tmp_path: Path, revision: str | None) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 2048}')
+    for name in ("tokenizer.json", "chat_template.jinja", "LICENSE", "modeling_own.py", "pytorch_model.bin"):
+        (folder / name).write_text("{}")
+    save_file({"weight": np.zeros((3, 5), np.float16)}, folder / "model.safetensors")
+    with hub.Hub("someone/tiny", folder) as server:
+        answer = ask_hub(server, tmp_path / "home", "someone/tiny", revision)
+        assert answer.returncode == 0, answer.stderr
+        (parameters, context), path = json.loads(answer.stdout)
+        assert (parameters, context) == (15, 2048)
+        fetched = {file.name: file.read_bytes() for file in Path(path).iterdir()}
+        assert fetched == {
+            name: (folder / name).read_bytes()
+            for name in ("config.json", "tokenizer.json", "chat_template.jinja", "LICENSE", "model.safetensors")
+        }
+    # The second time it comes from the hub's cache, the hub being gone.
+    again = ask_hub(server, tmp_path / "home", "someone/tiny", revision)
+    assert json.loads(again.stdout)[1] == path
+
+
+@pytest.mark.parametrize(
+    ("base", "revision", "said"),
+    [
+        ("someone/nothing", None, "the hub has no someone/nothing"),
+        ("someone/tiny", "v9", "someone/tiny has no revision v9"),
+        ("someone/gated", None, "someone/gated is gated: accept its licence"),
+        ("someone/tiny", None, "has no config.json"),
+    ],
+)
+def test_a_hub_that_refuses(tmp_path: Path, base: str, revision: str | None, said: str) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    with hub.Hub("someone/tiny", tmp_path / "model") as server:
+        answer = ask_hub(server, tmp_path / "home", base, revision)
+    assert answer.returncode == 1
+    last = answer.stderr.splitlines()[-1]  # above it is the download's progress
+    assert last.startswith("2 model.base: ")
+    assert said in last
