@@ -86,8 +86,7 @@ def test_ollama_answers_what_the_file_answers(run: Path) -> None:
     rows = json.loads((run / "evaluate" / "table" / "evaluation.json").read_text(encoding="utf-8"))["rows"]
     assert len(rows) == 4
     for row in rows:
-        # Only how they begin: after so few steps later tokens are near ties, and the two servers batch differently.
-        assert row["answers"]["ollama"][:8] == row["answers"]["q4_k_m"][:8]
+        assert row["answers"]["ollama"] == row["answers"]["q4_k_m"]
         assert row["answers"]["base"] != row["answers"]["q4_k_m"]
 
 

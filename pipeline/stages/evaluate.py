@@ -126,7 +126,9 @@ def _rung(work: Work, rows: list[tuple[Question, str]]) -> Iterator[Answerer | N
         context = context_for(work.folder("merge") / "model", questions, limit)
         with LlamaServer(model, context=context) as server:
             work.command(server.command)
-            yield partial(_one_by_one, lambda messages: server.chat(messages, limit), questions)
+            # As Ollama asks: what a question shares with the last one is not computed again. Computed again it would
+            # be rounded otherwise, and near ties would fall to another side than in Ollama.
+            yield partial(_one_by_one, lambda messages: server.chat(messages, limit, cache_prompt=True), questions)
 
 
 def context_for(model: Path, questions: Sequence[Question], max_new_tokens: int) -> int:
