@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from artefacts import scratch
+from artefacts import base_folder, original_gguf, scratch
 from good_run import good_run, rewrite_gguf
 
 from pipeline.cli import main
@@ -65,6 +65,16 @@ def test_a_good_export_passes(export: Path, name: str) -> None:
     assert ("logits.mean" if name == "mine.gguf" else "logits.quantized") in passed
     # What it cannot know is said not to have run.
     assert verdicts["weights.merged"] == verdicts["prompt.ollama"] == "not run"
+
+
+def test_a_published_file_passes() -> None:
+    """The packaged base's own GGUF, of another version of the converter."""
+    content = verify(base_folder(), original_gguf())
+    assert not failed(content)
+    assert {row["id"] for row in content["checks"] if row["verdict"] == "pass"} >= {
+        *("tokenizer.ids", "tokenizer.special", "prompt.llamacpp", "prompt.tokens", "weights.metadata"),
+        *("quantization.types", "quantization.error", "logits.quantized"),
+    }
 
 
 def other_end(metadata: dict[str, Any], _: Any) -> None:
