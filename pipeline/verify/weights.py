@@ -365,8 +365,8 @@ def _same_description(rung: str, info: GGUFInfo, expected: GGUFInfo) -> Result:
         key for key in info.metadata if key.startswith(prefix) and any(sign in key for sign in _CHANGES)
     }
     # llama.cpp takes the width of a head from these two where a file does not name it.
-    sizes = [expected.metadata.get(f"{prefix}{name}") for name in ("embedding_length", "attention.head_count")]
-    implied = sizes[0] // sizes[1] if all(isinstance(size, int) and size for size in sizes) else None
+    width, heads = (expected.metadata.get(f"{prefix}{name}") for name in ("embedding_length", "attention.head_count"))
+    implied = width // heads if isinstance(width, int) and isinstance(heads, int) else None
     wrong = [
         f"{key} is {info.metadata.get(key)} instead of {expected.metadata.get(key)}"
         for key in sorted(keys)
