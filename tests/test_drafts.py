@@ -6,7 +6,7 @@ from good_run import conversations, good_run
 from pipeline.model.drafts import draft
 from pipeline.model.generate import answer_in_batches, answers
 from pipeline.model.predict import load_float32
-from pipeline.verify.subject import saved_tokenizer
+from pipeline.model.tokenizer import saved_tokenizer
 
 QUESTIONS = (
     "What is the capital of France? Answer in one word.",

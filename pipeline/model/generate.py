@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import PipelineError
 from pipeline.model.drafts import draft, would_be_written
 from pipeline.model.predict import predict
+from pipeline.model.tokenizer import load_tokenizer, saved_tokenizer
 
 if TYPE_CHECKING:
     from pipeline.config import Model
@@ -28,7 +29,6 @@ def compute_type() -> Any:
 def load_base(settings: Model) -> tuple[Any, Any]:
     """The untouched base, and the tokenizer that it is trained with."""
     from pipeline.model.base import resolve_base
-    from pipeline.model.tokenizer import load_tokenizer
 
     folder, remote = resolve_base(settings.base, settings.revision), settings.trust_remote_code
     return _load(folder, remote), load_tokenizer(folder, trust_remote_code=remote)[0]
@@ -44,15 +44,9 @@ def _load(folder: Path, trust_remote_code: bool = False) -> Any:
     ).eval()
 
 
-def _trained_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
-
-
 def load_merged(folder: Path) -> tuple[Any, Any]:
     """A merged model and its tokenizer."""
-    return _load(folder), _trained_tokenizer(folder)
+    return _load(folder), saved_tokenizer(folder)
 
 
 def load_adapter(settings: Model, adapter: Path, *, in_4bit: bool) -> tuple[Any, Any]:
@@ -70,7 +64,7 @@ def load_adapter(settings: Model, adapter: Path, *, in_4bit: bool) -> tuple[Any,
 
     from pipeline.model.base import resolve_base
 
-    tokenizer = _trained_tokenizer(adapter)
+    tokenizer = saved_tokenizer(adapter)
     if not in_4bit:
         model, _ = load_base(settings)
         return PeftModel.from_pretrained(model, adapter).eval(), tokenizer

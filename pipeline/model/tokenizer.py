@@ -10,6 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from pipeline.errors import UserError
+
 # Where one of these is a word of a vocabulary, llama.cpp ends answers at it and makes it a control token, whatever the
 # file says (src/llama-vocab.cpp, special_eog_ids).
 CONTROL_WORDS = frozenset(
@@ -28,6 +30,20 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> tuple[An
     from transformers import AutoTokenizer
 
     return as_served(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code))
+
+
+def saved_tokenizer(folder: Path) -> Any:
+    """A folder's tokenizer as it was saved there: the one that a model was trained with.
+
+    Raises:
+        UserError: there is none that can be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: no tokenizer can be loaded from it: {error}") from None
 
 
 def as_served(tokenizer: Any) -> tuple[Any, list[str]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.model.tokenizer import saved_tokenizer
 
 _CONTROL = 3  # a special token, in tokenizer.ggml.token_type
 
@@ -49,15 +50,9 @@ class ChatTemplate:
         Raises:
             UserError: there is no tokenizer, or it has no chat template.
         """
-        from transformers import AutoTokenizer
-
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; give a model's folder or a .jinja file")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder}: no tokenizer can be loaded from it: {error}") from None
-        return ChatTemplate.from_tokenizer(tokenizer, str(folder))
+        return ChatTemplate.from_tokenizer(saved_tokenizer(folder), str(folder))
 
     @staticmethod
     def from_tokenizer(tokenizer: Any, where: str = "the tokenizer") -> ChatTemplate:

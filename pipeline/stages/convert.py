@@ -121,7 +121,7 @@ def check_against(info: GGUFInfo, merged: Path, weights: dict[str, tuple[tuple[i
     Raises:
         PipelineError: parameters are missing, or its tokenizer is not the trained one.
     """
-    from transformers import AutoTokenizer
+    from pipeline.model.tokenizer import saved_tokenizer
 
     config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
     expected = parameter_count(merged, weights)
@@ -133,7 +133,7 @@ def check_against(info: GGUFInfo, merged: Path, weights: dict[str, tuple[tuple[i
             raise PipelineError(f"{message}: the converter lost or invented some")
         work.warn(f"{message}: a text GGUF leaves out the other parts of this model")
 
-    tokenizer = AutoTokenizer.from_pretrained(merged)
+    tokenizer = saved_tokenizer(merged)
     kind = info.metadata["tokenizer.ggml.model"]
     if is_byte_level(merged) and kind != "gpt2":
         raise PipelineError(

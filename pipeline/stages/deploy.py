@@ -167,18 +167,17 @@ def _prove(
     work: Work, client: Client, log: Path | None, store: Path | None, variant: str, proof_name: str, name: str
 ) -> dict[str, Any]:
     """Make a model under its proof's name, and prove it; `name` is what it will be called."""
-    from transformers import AutoTokenizer
-
     from pipeline.chat.conformance import conversations
     from pipeline.llamacpp.gguf_file import inspect
+    from pipeline.model.tokenizer import saved_tokenizer
     from pipeline.ollama.jinja import ChatTemplate
     from pipeline.ollama.proof import prove_prompts, read_back
 
     served, gguf = _plan(work.folder("modelfile", variant))
     started = time.monotonic()
-    model = str(work.folder("merge") / "model")
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    template = ChatTemplate.from_tokenizer(tokenizer, model)
+    model = work.folder("merge") / "model"
+    tokenizer = saved_tokenizer(model)
+    template = ChatTemplate.from_tokenizer(tokenizer, str(model))
     _create(client, proof_name, served, gguf, store)
     in_force = served.template or str(inspect(gguf).metadata["tokenizer.chat_template"])
     shown = read_back(client, proof_name, served, in_force)

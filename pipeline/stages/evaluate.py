@@ -142,12 +142,11 @@ def context_for(model: Path, questions: Sequence[Question], max_new_tokens: int)
     Raises:
         UserError: a question leaves no room for an answer.
     """
-    from transformers import AutoTokenizer
-
     from pipeline.chat.labels import tokenize_prompt
     from pipeline.model.facts import context_of
+    from pipeline.model.tokenizer import saved_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = saved_tokenizer(model)
     lengths = [len(tokenize_prompt(tokenizer, question)) for question in questions]
     longest, most = max(lengths), context_of(model)
     if most is not None and longest >= most:

@@ -22,8 +22,9 @@ from pipeline.chat.labels import (
     training_texts,
 )
 from pipeline.console import progress
+from pipeline.model.tokenizer import saved_tokenizer
 from pipeline.verify.result import Claim, Result
-from pipeline.verify.subject import Subject, saved_tokenizer
+from pipeline.verify.subject import Subject
 
 _KNOWN = Claim("labels.known", "train", "every trained row is a conversation of the training data")
 _SHARE = Claim("labels.share", "train", "a share of the tokens is trained")

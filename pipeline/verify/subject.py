@@ -17,6 +17,7 @@ from pipeline.config import Verify
 from pipeline.errors import UserError
 from pipeline.llamacpp.gguf_file import GGUFInfo, inspect
 from pipeline.model.held_out import first_tokens, read_held_out
+from pipeline.model.tokenizer import saved_tokenizer
 from pipeline.verify.reconvert import reconvert, stored_outtype, unquantized_type
 
 if TYPE_CHECKING:
@@ -187,20 +188,6 @@ class Subject:
                     return [row[:-1] for row in rows if row[-1]["role"] == "assistant" and len(row) > 1]
         asked = ("Hi", "What is the capital of France?", "Name three colours.", "2 + 2?", "Say yes or no.")
         return [[{"role": "user", "content": text}] for text in asked]
-
-
-def saved_tokenizer(folder: Path) -> Any:
-    """A folder's tokenizer as it was saved there.
-
-    Raises:
-        UserError: there is none that can be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: no tokenizer can be loaded from it: {error}") from None
 
 
 def _type_of_name(path: Path) -> str:

@@ -19,9 +19,10 @@ from pipeline.llamacpp.gguf_file import inspect
 from pipeline.llamacpp.library import LlamaModel
 from pipeline.llamacpp.server import LlamaServer
 from pipeline.model.corpus import hostile_strings
+from pipeline.model.tokenizer import saved_tokenizer
 from pipeline.ollama.habits import known_habit
 from pipeline.verify.result import Claim, Result
-from pipeline.verify.subject import Subject, saved_tokenizer
+from pipeline.verify.subject import Subject
 
 _TRAINED = Claim("tokenizer.trained", "merge", "the merged model has the tokenizer that was trained")
 _KEYS = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -364,19 +364,25 @@ def _same_description(rung: str, info: GGUFInfo, expected: GGUFInfo) -> Result:
     keys = {key for key in expected.metadata if key.startswith(prefix) and "vocab" not in key} | {
         key for key in info.metadata if key.startswith(prefix) and any(sign in key for sign in _CHANGES)
     }
-    # llama.cpp takes the width of a head from these two where a file does not name it.
-    width, heads = (expected.metadata.get(f"{prefix}{name}") for name in ("embedding_length", "attention.head_count"))
-    implied = width // heads if isinstance(width, int) and isinstance(heads, int) else None
+    found, right = (metadata | _implied(metadata, prefix) for metadata in (info.metadata, expected.metadata))
     wrong = [
-        f"{key} is {info.metadata.get(key)} instead of {expected.metadata.get(key)}"
+        f"{key} is {found.get(key)} instead of {right.get(key)}"
         for key in sorted(keys)
-        if key in info.metadata or not key.endswith(("key_length", "value_length")) or expected.metadata[key] != implied
-        if not _near(info.metadata.get(key), expected.metadata.get(key))
+        if not _near(found.get(key), right.get(key))
     ]
     if info.architecture != expected.architecture:
         wrong.insert(0, f"general.architecture is {info.architecture} instead of {expected.architecture}")
     claim = Claim(_METADATA.id, rung, _METADATA.sentence)
     return claim.holds(not wrong, "; ".join(wrong[:3]), len(wrong), "at most 0 keys")
+
+
+def _implied(metadata: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The widths of a head that a file does not name, as llama.cpp takes them."""
+    width, heads = (metadata.get(f"{prefix}{name}") for name in ("embedding_length", "attention.head_count"))
+    if not isinstance(width, int) or not isinstance(heads, int):
+        return {}
+    lengths = (f"{prefix}attention.{name}_length" for name in ("key", "value"))
+    return {key: width // heads for key in lengths if key not in metadata}
 
 
 def _near(ours: Any, theirs: Any) -> bool:
