@@ -25,6 +25,7 @@ test: lint ## set up, lint, and run all tests
 
 lint: setup ## ruff, mypy, and the direction of the imports
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 

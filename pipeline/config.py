@@ -355,7 +355,7 @@ def _assign(values: dict[str, Any], key: str, value: Any, override: str) -> None
 
 
 def _place(path: Path, text: str, dotted: str) -> str:
-    """"file:line" of a key. tomllib keeps no positions, so the line is looked for; without one, the file."""
+    """ "file:line" of a key. tomllib keeps no positions, so the line is looked for; without one, the file."""
     *tables, key = dotted.split(".")
     table: list[str] = []
     for number, line in enumerate(text.splitlines(), 1):

@@ -82,9 +82,7 @@ def resolve(config: Config, given: dict[str, str], facts: Facts) -> tuple[Config
         section, name = key.split(".")
         update.setdefault(section, {})[name] = value
     resolved = config.model_copy(
-        update={
-            section: getattr(config, section).model_copy(update=values) for section, values in update.items()
-        }
+        update={section: getattr(config, section).model_copy(update=values) for section, values in update.items()}
     )
     sources = {
         key: given.get(key) or _given_table(key, given) or chosen.get(key, (None, "default"))[1].strip()

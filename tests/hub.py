@@ -71,9 +71,7 @@ class Hub:
         files = sorted(self.folder.iterdir())
         described: dict[str, object] = {
             "": {"id": self.name, "sha": COMMIT, "siblings": [{"rfilename": file.name} for file in files]},
-            "tree": [
-                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": COMMIT} for file in files
-            ],
+            "tree": [{"type": "file", "path": file.name, "size": file.stat().st_size, "oid": COMMIT} for file in files],
         }
         described["revision"] = described[""]
         if action in described:

@@ -14,9 +14,7 @@ from pipeline.errors import UserError
 
 
 def row(question: str, answer: str = "ok", place: str = "a.jsonl:1") -> Conversation:
-    return Conversation(
-        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], place
-    )
+    return Conversation([{"role": "user", "content": question}, {"role": "assistant", "content": answer}], place)
 
 
 def test_only_exact_repetitions_are_dropped_and_the_first_stays() -> None:
@@ -26,9 +24,7 @@ def test_only_exact_repetitions_are_dropped_and_the_first_stays() -> None:
 
 
 def test_a_question_that_was_trained_is_a_leak_whatever_its_case_and_answer() -> None:
-    (leak,) = find_leaks(
-        [row("Turn it on, please!", "yes", "train:1")], [row("turn it on please", "no", "test:1")]
-    )
+    (leak,) = find_leaks([row("Turn it on, please!", "yes", "train:1")], [row("turn it on please", "no", "test:1")])
     assert (leak.train, leak.held_out, leak.similarity) == ("train:1", "test:1", 1.0)
 
 
@@ -59,8 +55,7 @@ def test_the_filter_finds_what_comparing_all_pairs_finds(train: list[str], test:
         [row(text, place=f"test:{at}") for at, text in enumerate(test)],
     )
     best = {
-        f"test:{at}": max((plain_similarity(text, other) for other in train), default=0)
-        for at, text in enumerate(test)
+        f"test:{at}": max((plain_similarity(text, other) for other in train), default=0) for at, text in enumerate(test)
     }
     assert {leak.held_out: leak.similarity for leak in found} == {
         place: similarity for place, similarity in best.items() if similarity >= NEAR

@@ -8,7 +8,6 @@ from pipeline.chat.conformance import CONVERSATIONS, conversations
 TEXTS = [str(message["content"]) for case in CONVERSATIONS for message in case.messages]
 
 
-
 def test_there_are_enough_and_each_has_a_name_of_its_own() -> None:
     assert len(CONVERSATIONS) >= 40
     assert len({case.name for case in CONVERSATIONS}) == len(CONVERSATIONS)
@@ -26,9 +25,7 @@ def test_turns_and_systems_are_covered() -> None:
 
 
 def test_neighbours_of_one_role_are_covered() -> None:
-    pairs = {
-        (a["role"], b["role"]) for case in CONVERSATIONS for a, b in itertools.pairwise(case.messages)
-    }
+    pairs = {(a["role"], b["role"]) for case in CONVERSATIONS for a, b in itertools.pairwise(case.messages)}
     assert {("user", "user"), ("system", "system"), ("assistant", "assistant")} <= pairs
 
 

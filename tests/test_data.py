@@ -121,9 +121,7 @@ def test_the_split_depends_on_the_seed_alone(project: Project) -> None:
         assert len(validation) == 20
 
 
-@pytest.mark.parametrize(
-    ("rows", "fraction", "expected"), [(1, 0.5, 0), (2, 0.001, 1), (2, 0.99, 1), (9, 0, 0)]
-)
+@pytest.mark.parametrize(("rows", "fraction", "expected"), [(1, 0.5, 0), (2, 0.001, 1), (2, 0.99, 1), (9, 0, 0)])
 def test_the_split_leaves_something_to_train(rows: int, fraction: float, expected: int) -> None:
     train, validation = data.split([Conversation([], str(at)) for at in range(rows)], fraction, 0)
     assert (len(train), len(validation)) == (rows - expected, expected)
@@ -150,9 +148,7 @@ def test_questions_with_tools_are_left_out_and_that_is_said(project: Project) ->
 
 
 def test_duplicates_and_leaks_are_counted_and_said(project: Project) -> None:
-    write(
-        project.folder / "train.jsonl", [conversation(question) for question in [*QUESTIONS, *QUESTIONS[:7]]]
-    )
+    write(project.folder / "train.jsonl", [conversation(question) for question in [*QUESTIONS, *QUESTIONS[:7]]])
     write(project.folder / "t.jsonl", [conversation("What is 3 PLUS 4"), conversation("Who are you?")])
     figures = project.run("data.test=t.jsonl", "data.validation_fraction=0")
     assert (figures["duplicates_dropped"], figures["test_leaks"], figures["train_rows"]) == (7, 1, 100)
@@ -207,9 +203,7 @@ def test_json_metric_asks_for_json_answers(project: Project) -> None:
         project.run("data.test=t.jsonl", "eval.metric=json")
 
 
-def test_the_same_bytes_every_time_and_in_any_batch_size(
-    project: Project, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_bytes_every_time_and_in_any_batch_size(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     project.run(name="first")
     monkeypatch.setattr(data, "BATCH", 7)
     project.run(name="second")

@@ -175,9 +175,7 @@ def write_row(row: Any) -> Callable[[Path], Any]:
         ("a.parquet", write_bytes(b"PAR1"), "not a Parquet file"),
     ],
 )
-def test_what_is_wrong_is_named(
-    tmp_path: Path, name: str, write: Callable[[Path], Any], message: str
-) -> None:
+def test_what_is_wrong_is_named(tmp_path: Path, name: str, write: Callable[[Path], Any], message: str) -> None:
     path = tmp_path / name
     write(path)
     with pytest.raises(UserError, match=message) as caught:
@@ -195,11 +193,7 @@ def test_a_given_shape_refuses_the_others(tmp_path: Path) -> None:
 
 # st.text() has no surrogates: such text is refused, see above.
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(
-    texts=st.lists(st.text().filter(str.strip), min_size=2, max_size=6).filter(
-        lambda texts: len(texts) % 2 == 0
-    )
-)
+@given(texts=st.lists(st.text().filter(str.strip), min_size=2, max_size=6).filter(lambda texts: len(texts) % 2 == 0))
 def test_any_text_survives(tmp_path: Path, texts: list[str]) -> None:
     messages = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(texts)]
     for ascii_only in (True, False):

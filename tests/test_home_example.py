@@ -37,10 +37,7 @@ def examples(generator: ModuleType) -> dict[str, list[Any]]:
 
 @pytest.fixture(scope="module")
 def sets() -> dict[str, list[Conversation]]:
-    return {
-        name: read_conversations(HOME / f"{name}.jsonl", "messages")
-        for name in ("train", "validation", "test")
-    }
+    return {name: read_conversations(HOME / f"{name}.jsonl", "messages") for name in ("train", "validation", "test")}
 
 
 def test_the_committed_data_is_what_the_generator_writes(generator: ModuleType, tmp_path: Path) -> None:
@@ -101,9 +98,7 @@ def test_every_room_device_and_action_is_trained_and_refusals_are_varied(
     answers = [example.answer for example in examples["train"]]
     assert {answer.get("room") for answer in answers} == {None, *generator.ROOMS}
     assert {answer["device"] for answer in answers if "device" in answer} == set(generator.DEVICES)
-    assert {answer["action"] for answer in answers if "action" in answer} == {
-        i.action for i in generator.INTENTS
-    }
+    assert {answer["action"] for answer in answers if "action" in answer} == {i.action for i in generator.INTENTS}
     for rows in examples.values():
         refused = [example for example in rows if example.answer == generator.REFUSAL]
         assert 0.08 * len(rows) < len(refused) < 0.25 * len(rows)

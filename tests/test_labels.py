@@ -66,9 +66,7 @@ def tokenizer(kind: str, template: str = CHATML, adds_bos: bool = False) -> Any:
     else:
         backend = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
         backend.normalizer = normalizers.Replace(" ", "▁")
-        backend.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        )
+        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
         special = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *special]
         alphabet = []
     backend.train_from_iterator(
@@ -217,9 +215,7 @@ def test_special_tokens_spelled_in_an_answer_do_not_end_it() -> None:
 
 def test_a_template_that_refuses_is_a_users_error() -> None:
     made = tokenizer("byte-level", "{{ raise_exception('System role not supported') }}")
-    with pytest.raises(
-        UserError, match=r"refuses a conversation of \(system, user\): System role not supported"
-    ):
+    with pytest.raises(UserError, match=r"refuses a conversation of \(system, user\): System role not supported"):
         training_texts(made, CHAT[:3])
 
 
@@ -283,9 +279,7 @@ def test_real_families(real: Any) -> None:
         assert row.merged == 0 or "<|im_end|>" in real.get_vocab()  # SmolLM2 and Qwen do not trim "  Bye"
     trained = [part for row in rows for part in trained_parts(real, row)]
     assert len(trained) == 2
-    for part, answer in zip(
-        sorted(trained, key=lambda part: "Bye" in part), ("Hello 👨‍👩‍👧 é ﷽!", "Bye"), strict=True
-    ):
+    for part, answer in zip(sorted(trained, key=lambda part: "Bye" in part), ("Hello 👨‍👩‍👧 é ﷽!", "Bye"), strict=True):
         assert answer in part
         assert part.endswith(("<|im_end|>", "<|eot_id|>", "<end_of_turn>"))
     prompt = tokenize_prompt(real, CHAT[:2])

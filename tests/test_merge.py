@@ -21,9 +21,7 @@ from pipeline.verify.result import FAIL, PASS
 from pipeline.verify.subject import Subject
 
 
-def merged(
-    folder: Path, base: str, targets: Sequence[str] = (), **train: Any
-) -> tuple[Subject, dict[str, Any]]:
+def merged(folder: Path, base: str, targets: Sequence[str] = (), **train: Any) -> tuple[Subject, dict[str, Any]]:
     """The good run with its adapter, or the part of it for some modules, merged anew; and base.json."""
     run = folder / "run"
     for stage in ("data", "train", "base"):

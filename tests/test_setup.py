@@ -79,9 +79,7 @@ def test_lock_satisfies_every_requirement_of_the_project(python: str) -> None:
         for wanted in wanted_requirements()
         if not wanted.specifier.contains(locked.get(canonicalize_name(wanted.name), "0"), prereleases=True)
     ]
-    assert not wrong, (
-        f"requirements.lock is behind pyproject.toml; its second line says how it is made: {wrong}"
-    )
+    assert not wrong, f"requirements.lock is behind pyproject.toml; its second line says how it is made: {wrong}"
 
 
 def test_lock_is_complete_for_what_its_packages_require() -> None:
@@ -191,9 +189,7 @@ def write_lock(path: Path, pinned: dict[str, str]) -> Path:
 
 def version_in(environment: libraries.Environment, module: str) -> str | None:
     code = f"import importlib.util as u; print(u.find_spec({module!r}) and __import__({module!r}).VERSION)"
-    answer = subprocess.run(
-        [environment.python, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    answer = subprocess.run([environment.python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     return None if answer == "None" else answer
 
 
@@ -291,9 +287,7 @@ def test_cpu_build_that_is_asked_for_and_not_offered_is_an_error(
     wheels: Path, environment: libraries.Environment, tmp_path: Path
 ) -> None:
     with pytest.raises(PipelineError, match=r"torch 9\.1\+cpu is not offered"):
-        libraries.install(
-            torch_lock(wheels, tmp_path / "lock", offered=False), environment, "cpu", nvidia_driver=False
-        )
+        libraries.install(torch_lock(wheels, tmp_path / "lock", offered=False), environment, "cpu", nvidia_driver=False)
 
 
 def test_libraries_without_a_network_say_so(
@@ -394,9 +388,7 @@ def test_archive_that_changed_on_disk_is_refused(wheels: Path, cache: Path) -> N
     assert toolchain.source_home(pin).exists() is False
 
 
-def test_fetching_without_a_network_says_so(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fetching_without_a_network_says_so(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in NO_NETWORK.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(PipelineError, match=r"cannot be reached"):
@@ -496,9 +488,7 @@ add_dependencies(shared_part slow)
 """
 
 
-def test_killed_set_up_is_continued_after_its_compiler_has_ended(
-    wheels: Path, cache: Path, tmp_path: Path
-) -> None:
+def test_killed_set_up_is_continued_after_its_compiler_has_ended(wheels: Path, cache: Path, tmp_path: Path) -> None:
     pin = make_source(wheels, {"vendor/tiny/CMakeLists.txt": CMAKE + SLOW})
     code = (
         "from pathlib import Path\n"
@@ -558,9 +548,7 @@ def test_disk_that_fills_while_unpacking_is_one_message(wheels: Path, tmp_path: 
         f"archive, tree = Path({str(wheels / 'tiny_tools-1.0.tar.gz')!r}), Path({str(tmp_path / 'tree')!r})\n"
         "unpack(archive, tree, lambda path: path)\n"
     )
-    answer = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert answer.stderr.splitlines()[-1].startswith("pipeline.errors.PipelineError: ")
     assert "the disk is full; free some space" in answer.stderr.splitlines()[-1]
 
@@ -651,18 +639,14 @@ def test_without_go_everything_else_is_set_up_and_it_says_so(
     assert "With Go installed, `pipeline setup` builds Ollama" in answer.stderr
 
 
-@pytest.mark.parametrize(
-    ("version", "used"), [("0.34.0", True), ("99.1.2", True), ("0.33.9", False), ("0.9.0", False)]
-)
+@pytest.mark.parametrize(("version", "used"), [("0.34.0", True), ("99.1.2", True), ("0.33.9", False), ("0.9.0", False)])
 def test_system_ollama_is_used_when_it_is_new_enough(
     cache_without_ollama: Path, without: Callable[..., str], tmp_path: Path, version: str, used: bool
 ) -> None:
     folder = tmp_path / "own"
     folder.mkdir()
     program = folder / "ollama"
-    program.write_text(
-        f"#!/bin/sh\necho 'Warning: could not connect' >&2\necho 'client version is {version}'\n"
-    )
+    program.write_text(f"#!/bin/sh\necho 'Warning: could not connect' >&2\necho 'client version is {version}'\n")
     program.chmod(0o755)
     text = program.read_bytes()
     answer = setup_command(PATH=f"{folder}{os.pathsep}{without('go', 'ollama')}")
@@ -726,9 +710,7 @@ def test_what_was_built_starts_and_is_what_was_pinned() -> None:
     assert folder is not None
     assert source is not None
     known = load_pins()
-    answer = subprocess.run(
-        [folder / "llama-server", "--version"], capture_output=True, text=True, check=True
-    )
+    answer = subprocess.run([folder / "llama-server", "--version"], capture_output=True, text=True, check=True)
     assert known.llama_cpp.commit in answer.stdout + answer.stderr
     for name in (*known.llama_cpp.first, *known.llama_cpp.later):
         assert (folder / name).is_file()

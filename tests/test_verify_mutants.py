@@ -525,9 +525,7 @@ def test_stop_string_missing(tmp_path: Path) -> None:
     assert "prompt.stop" in caught(run, "prompt", "prompt.stop")
 
 
-CHATML = (
-    "{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"
-)
+CHATML = "{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"
 
 
 def test_default_system_text_dropped(tmp_path: Path) -> None:

@@ -98,9 +98,7 @@ def fit(row: Tokenized, max_length: int, on_overlong: str, place: str) -> Tokeni
     # The first token is predicted from nothing: a label on it trains nothing.
     if all(label == IGNORED for label in row.labels[1:]):
         why = (
-            f"its question alone fills train.max_length = {max_length:,}"
-            if length > max_length
-            else "it has no answer"
+            f"its question alone fills train.max_length = {max_length:,}" if length > max_length else "it has no answer"
         )
         raise UserError(
             f'{place}: no token of it would be trained: {why}; shorten it or set data.on_overlong to "drop"'
@@ -120,6 +118,4 @@ def check_expected(rows: Sequence[Conversation], metric: str) -> None:
         try:
             parse_strict(row.messages[-1]["content"])
         except ValueError as error:
-            raise UserError(
-                f'{row.place}: eval.metric is "json", but the answer is not strict JSON: {error}'
-            ) from None
+            raise UserError(f'{row.place}: eval.metric is "json", but the answer is not strict JSON: {error}') from None

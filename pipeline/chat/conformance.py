@@ -38,9 +38,7 @@ class Conversation:
 
 def _chat(name: str, *texts: str, system: str | None = None, think: bool | None = None) -> Conversation:
     """User and assistant by turns, the user first and last; before them a system message if there is one."""
-    turns = [
-        {"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)
-    ]
+    turns = [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)]
     first = [] if system is None else [{"role": "system", "content": system}]
     return Conversation(name, (*first, *turns), think=think)
 
@@ -119,9 +117,7 @@ _SPACE = [
 _SCRIPTS = [
     _chat("Chinese, Japanese, Korean", "你好，世界。", "こんにちは。", "안녕하세요?", system="用中文回答。"),
     _chat("right to left", "مرحبا بالعالم", "שלום עולם", "\u202eabc\u202c \u200fmixed\u200e"),
-    _chat(
-        "combining marks", "e\u0301 a\u0308o\u0302\u0323 \u0939\u093f\u0928\u094d\u0926\u0940 \u0e01\u0e33"
-    ),
+    _chat("combining marks", "e\u0301 a\u0308o\u0302\u0323 \u0939\u093f\u0928\u094d\u0926\u0940 \u0e01\u0e33"),
     _chat("joined emoji", "👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 🇳🇴 1️⃣"),
     _chat("NBSP and U+3000", "\u00a0a\u00a0b\u3000c\u3000", "\u3000d\u00a0", "e"),
     _chat("invisible characters", "a\u200bb\u200cc\u200dd\u2060e\ufefff\u00adg\u2028h\u2029i"),

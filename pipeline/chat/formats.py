@@ -122,9 +122,7 @@ def _csv(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         for row in reader:
             if None in row or None in row.values():
-                raise UserError(
-                    f"{path}:{reader.line_num}: has not as many fields as the first line has names"
-                )
+                raise UserError(f"{path}:{reader.line_num}: has not as many fields as the first line has names")
             yield f"{path}:{reader.line_num}", row
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
@@ -165,19 +163,13 @@ def _json(text: str, place: str) -> Any:
 
 def _conversation(row: Any, place: str, shape: str, system: str | None) -> Conversation:
     if not isinstance(row, dict):
-        raise UserError(
-            f"{place}: must be a JSON object, e.g. {SHAPES['messages' if shape == 'auto' else shape]}"
-        )
+        raise UserError(f"{place}: must be a JSON object, e.g. {SHAPES['messages' if shape == 'auto' else shape]}")
     found = _shape_of(row)
     if found is None or shape not in ("auto", found):
-        wanted = (
-            " or ".join(SHAPES.values()) if shape == "auto" else f"{SHAPES[shape]} (data.format = {shape!r})"
-        )
+        wanted = " or ".join(SHAPES.values()) if shape == "auto" else f"{SHAPES[shape]} (data.format = {shape!r})"
         raise UserError(f"{place}: has the keys {', '.join(map(str, row)) or '(none)'}; wanted is {wanted}")
     if found in ("messages", "sharegpt"):
-        messages = _messages(
-            row["messages"] if row.get("messages") is not None else row["conversations"], place
-        )
+        messages = _messages(row["messages"] if row.get("messages") is not None else row["conversations"], place)
     elif found == "alpaca":
         question = _text(row["instruction"], f"{place}: instruction")
         if addition := _text(row.get("input") or "", f"{place}: input"):
@@ -241,22 +233,16 @@ def _message(turn: Any, place: str) -> Message:
 
 
 def _text(content: Any, place: str) -> str:
-    if isinstance(content, list) and all(
-        isinstance(part, dict) and part.get("type") == "text" for part in content
-    ):
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(str(part.get("text", "")) for part in content)
     if not isinstance(content, str):
         what = "is missing" if content is None else f"is {type(content).__name__}"
-        raise UserError(
-            f"{place}: the text {what}; give a string (an answer that is JSON too: as one string)"
-        )
+        raise UserError(f"{place}: the text {what}; give a string (an answer that is JSON too: as one string)")
     try:
         content.encode()
     except UnicodeEncodeError as error:
         character = f"\\u{ord(content[error.start]):04x}"
-        raise UserError(
-            f"{place}: holds half a surrogate pair ({character}), which is no character"
-        ) from None
+        raise UserError(f"{place}: holds half a surrogate pair ({character}), which is no character") from None
     return content
 
 
@@ -294,8 +280,6 @@ def _checked(messages: list[Message], tools: list[dict[str, Any]] | None, place:
         raise UserError(f"{place}: has an answer and no question before it")
     for index in answers:
         if not messages[index]["content"].strip() and not messages[index].get("tool_calls"):
-            raise UserError(
-                f"{place}: message {index + 1}: the assistant's answer is empty; remove the row or fill it"
-            )
+            raise UserError(f"{place}: message {index + 1}: the assistant's answer is empty; remove the row or fill it")
     kept = messages[: answers[-1] + 1]
     return Conversation(kept, place, tools, len(messages) - len(kept))

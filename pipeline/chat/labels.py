@@ -97,9 +97,7 @@ def training_texts(
     """
     left = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index > 0]
     if not left:
-        raise UserError(
-            "the conversation has no assistant turn after a question, so there is nothing to train"
-        )
+        raise UserError("the conversation has no assistant turn after a question, so there is nothing to train")
     turns = {index: _turn(tokenizer, messages[: index + 1], tools) for index in left}
     texts = []
     while left:
@@ -117,9 +115,7 @@ class _Turn:
     end: int  # where its end-of-turn token ends
 
 
-def _turn(
-    tokenizer: Any, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None
-) -> _Turn:
+def _turn(tokenizer: Any, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> _Turn:
     prompt = render(tokenizer, messages[:-1], add_generation_prompt=True, tools=tools)
     text = render(tokenizer, messages, tools=tools)
     if not text.startswith(prompt):
@@ -158,8 +154,7 @@ def tokenize_texts(tokenizer: Any, texts: Sequence[TrainingText]) -> list[Tokeni
     """
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
-            f"{type(tokenizer).__name__} does not tell where a token lies in the text: the base needs a "
-            "tokenizer.json"
+            f"{type(tokenizer).__name__} does not tell where a token lies in the text: the base needs a tokenizer.json"
         )
     if not texts:
         return []
@@ -190,9 +185,7 @@ def _labelled(
         last = bisect_left(ends, end)
         end_of_turn = tokenizer.convert_ids_to_tokens(ids[last])
         if not text.text[:end].endswith(end_of_turn) or end_of_turn not in _added_tokens(tokenizer):
-            raise PipelineError(
-                f"the tokenizer ends an answer in {end_of_turn!r}, not in one end-of-turn token"
-            )
+            raise PipelineError(f"the tokenizer ends an answer in {end_of_turn!r}, not in one end-of-turn token")
         labels[first : last + 1] = ids[first : last + 1]
     added = len(_with_bos(tokenizer, ids)) - len(ids)
     return Tokenized(_with_bos(tokenizer, ids), [IGNORED] * added + labels, merged)
@@ -200,9 +193,7 @@ def _labelled(
 
 def trained_parts(tokenizer: Any, row: Tokenized) -> list[str]:
     """The trained tokens as text, one string for each run of them."""
-    parts = itertools.groupby(
-        zip(row.input_ids, row.labels, strict=True), key=lambda pair: pair[1] != IGNORED
-    )
+    parts = itertools.groupby(zip(row.input_ids, row.labels, strict=True), key=lambda pair: pair[1] != IGNORED)
     return [decode(tokenizer, [token for token, _ in pairs]) for trained, pairs in parts if trained]
 
 

@@ -33,9 +33,7 @@ def command(model: Path, target: Path, outtype: str, name: str | None = None) ->
     return [sys.executable, script, model, "--outfile", target, "--outtype", outtype, *named]
 
 
-def convert(
-    arguments: Sequence[str | Path], folder: Path, on_line: Callable[[str], None] = lambda line: None
-) -> None:
+def convert(arguments: Sequence[str | Path], folder: Path, on_line: Callable[[str], None] = lambda line: None) -> None:
     """Run the converter.
 
     Args:

@@ -41,13 +41,9 @@ def _hub_facts(base: str, revision: str | None) -> tuple[int | None, int | None]
     try:
         metadata = get_safetensors_metadata(base, revision=revision)
         config = hf_hub_download(base, "config.json", revision=revision)
-    except (
-        Exception
-    ):  # offline, gated or unknown: the defaults can do without, and resolving the base will say why
+    except Exception:  # offline, gated or unknown: the defaults can do without, and resolving the base will say why
         return None, None
-    return sum(metadata.parameter_count.values()), _context(
-        json.loads(Path(config).read_text(encoding="utf-8"))
-    )
+    return sum(metadata.parameter_count.values()), _context(json.loads(Path(config).read_text(encoding="utf-8")))
 
 
 def _context(config: dict[str, object]) -> int | None:

@@ -77,9 +77,7 @@ def main(work: Work) -> dict[str, Any]:
             )
         work.warn(f"{data.test.name}: {with_tools:,} of {len(test):,} rows have tools; `evaluate` leaves them out")
     if duplicates:
-        work.warn(
-            f"{data.train.name}: {duplicates:,} of {len(given):,} rows repeat another; each is trained once"
-        )
+        work.warn(f"{data.train.name}: {duplicates:,} of {len(given):,} rows repeat another; each is trained once")
     leaks = {}
     for name, held_out in (("validation", validation if data.validation else []), ("test", test)):
         if found := find_leaks(train, held_out):
@@ -118,9 +116,7 @@ def main(work: Work) -> dict[str, Any]:
     return figures
 
 
-def split(
-    rows: Sequence[Conversation], fraction: float, seed: int
-) -> tuple[list[Conversation], list[Conversation]]:
+def split(rows: Sequence[Conversation], fraction: float, seed: int) -> tuple[list[Conversation], list[Conversation]]:
     """Take a share of the rows for validation: at least one where the share is not 0, never all; the order
     stays."""
     count = min(max(1, round(fraction * len(rows))), len(rows) - 1) if fraction else 0
@@ -134,9 +130,7 @@ def split(
 def _read(work: Work, path: Path) -> list[Conversation]:
     rows = read_conversations(path, work.config.data.format, work.config.data.system)
     if cut := sum(row.cut for row in rows):
-        work.warn(
-            f"{path.name}: {cut:,} messages after a row's last answer were left off: nothing answers them"
-        )
+        work.warn(f"{path.name}: {cut:,} messages after a row's last answer were left off: nothing answers them")
     return rows
 
 
@@ -201,9 +195,7 @@ def _figures(tokenizer: Any, rows: Sequence[Conversation], sequences: Sequence[T
         "tokens_trained": trained,
         "share_trained": round(trained / sum(lengths), 4) if lengths else 0.0,
         "longest": max(lengths, default=0),
-        "length_percentiles": {
-            str(p): lengths[(len(lengths) - 1) * p // 100] for p in (50, 90, 99) if lengths
-        },
+        "length_percentiles": {str(p): lengths[(len(lengths) - 1) * p // 100] for p in (50, 90, 99) if lengths},
         "end_of_turn": sorted({_last_trained(tokenizer, sequence) for sequence in sequences}),
         "leading_bos": sorted({leading_bos(tokenizer, sequence.input_ids) for sequence in sequences}),
     }

@@ -73,9 +73,7 @@ def _score(marks: list[bool]) -> dict[str, Any]:
     }
 
 
-def _compared(
-    subject: Subject, claim: Claim, before: str, first: list[bool], after: str, second: list[bool]
-) -> Result:
+def _compared(subject: Subject, claim: Claim, before: str, first: list[bool], after: str, second: list[bool]) -> Result:
     """Worse is what loses more than is allowed, and more than chance would."""
     if len(first) != len(second):
         return claim.holds(False, f"{before} was asked {len(first)} questions, {after} {len(second)}")

@@ -100,9 +100,7 @@ def _existing(folder: Path) -> Path:
 
 def _versions() -> Result:
     """Other versions may work as well: they are named, and no reason to stop."""
-    locked = {
-        pin.name: pin.version for pin in applicable(read_lock(resource("requirements.lock").read_text("utf-8")))
-    }
+    locked = {pin.name: pin.version for pin in applicable(read_lock(resource("requirements.lock").read_text("utf-8")))}
     differing = []
     for name in _LIBRARIES:
         try:

@@ -71,9 +71,7 @@ def _run(name: str, rung: str, check: Callable[[], Iterator[Result]]) -> list[Re
     """What set-up has not brought is a failure here: afterwards it would be one of the run."""
     results = run_check(name, rung, check)
     missing = name, "the check can be run"
-    return [
-        replace(result, verdict=FAIL) if (result.id, result.sentence) == missing else result for result in results
-    ]
+    return [replace(result, verdict=FAIL) if (result.id, result.sentence) == missing else result for result in results]
 
 
 def _subject(config: Config, base: Path, scratch: Path) -> Subject:
@@ -151,4 +149,3 @@ def _serve(subject: Subject, scratch: Path) -> Iterator[Result]:
 def failures(content: dict[str, Any]) -> list[str]:
     """Every failure in words, in the order of the work."""
     return [f"{row['rung']}: {row['sentence']}: {row['words']}" for row in content["checks"] if row["verdict"] == FAIL]
-

@@ -49,9 +49,7 @@ def check_files(subject: Subject) -> Iterator[Result]:
         yield from _file(subject.template, subject.tokenizer, rung, path, suite)
 
 
-def _file(
-    template: ChatTemplate, tokenizer: Any, rung: str, path: Path, suite: _Suite
-) -> Iterator[Result]:
+def _file(template: ChatTemplate, tokenizer: Any, rung: str, path: Path, suite: _Suite) -> Iterator[Result]:
     carried = Claim("prompt.template", rung, "the GGUF file carries the trained chat template, byte for byte")
     rendered = Claim("prompt.llamacpp", rung, "llama.cpp renders the trained prompt")
     tokens = Claim("prompt.tokens", rung, "a served prompt has the trained ids, BOS included")
@@ -63,9 +61,7 @@ def _file(
     yield carried.holds(source == template.source, _template_difference(source, template.source))
     try:
         with LlamaServer(path, context=256) as server:
-            report = judge(
-                template, suite, lambda case: ask_llama_server(server, template, case), joins=False
-            )
+            report = judge(template, suite, lambda case: ask_llama_server(server, template, case), joins=False)
             yield _judged(rendered, report)
             yield _same_tokens(tokens, template, tokenizer, server, suite)
     except PipelineError as error:
@@ -75,9 +71,7 @@ def _file(
 def _template_difference(ours: Any, theirs: str) -> str:
     if not isinstance(ours, str):
         return "it carries none"
-    at = next(
-        (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
-    )
+    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
     return f"from character {at} it is {ours[at : at + 40]!r} instead of {theirs[at : at + 40]!r}"
 
 
@@ -87,9 +81,7 @@ def _judged(claim: Claim, report: Report) -> Result:
     return claim.holds(report.exact, words, report.summary, "no difference")
 
 
-def _same_tokens(
-    claim: Claim, template: ChatTemplate, tokenizer: Any, server: LlamaServer, suite: _Suite
-) -> Result:
+def _same_tokens(claim: Claim, template: ChatTemplate, tokenizer: Any, server: LlamaServer, suite: _Suite) -> Result:
     differing, compared, words = 0, 0, ""
     for case in suite:
         try:

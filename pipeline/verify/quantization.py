@@ -95,9 +95,7 @@ def _types(claim: Claim, info: GGUFInfo, plan: dict[str, str]) -> Result:
     return claim.holds(not wrong, "; ".join(wrong[:2]) + more, len(wrong), "at most 0 tensors")
 
 
-def _bits(
-    rung: str, subject: Subject, info: GGUFInfo, wanted: QuantizationType, fallen: list[str]
-) -> Iterator[Result]:
+def _bits(rung: str, subject: Subject, info: GGUFInfo, wanted: QuantizationType, fallen: list[str]) -> Iterator[Result]:
     bits = Claim("quantization.bits", rung, "a weight has at least the bits that the name promises")
     if wanted.promised_bits is None:
         yield bits.not_run(f"llama-quantize does not say what {wanted.name} promises")

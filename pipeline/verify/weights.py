@@ -248,9 +248,7 @@ def check_folder(subject: Subject) -> Iterator[Result]:
     odd = [f"{name} is stored as {kind}" for name, kind in tensors.types.items() if kind not in _MANTISSA]
     if "quantization_config" in _config(subject.model):
         left.insert(0, "quantization_config in config.json")
-    yield _LEFTOVERS.holds(
-        not left and not odd, "; ".join([*left[:3], *odd[:3]]), len(left) + len(odd), "at most 0"
-    )
+    yield _LEFTOVERS.holds(not left and not odd, "; ".join([*left[:3], *odd[:3]]), len(left) + len(odd), "at most 0")
     broken = [
         name for name, kind in tensors.types.items() if kind in _MANTISSA and not torch.isfinite(tensors[name]).all()
     ]
