@@ -107,7 +107,10 @@ def examine(config: Config, manifest: dict[str, Any], targets: Sequence[Node]) -
     stale: set[Node] = set()
     states = []
     for node in targets:
-        state = _examine(node, config, manifest, stale)
+        if str(node) in manifest["stages"] or any(needed in stale for needed in needs(node, config)):
+            state = _examine(node, config, manifest, stale)
+        else:  # there is nothing to compare, and a look at its inputs could fetch a base from its hub
+            state = State(node, "has not run", None, {})
         if state.reason is not None:
             stale.add(node)
         states.append(state)

@@ -135,6 +135,22 @@ def test_given_sets_are_used_as_they_are(project: Project) -> None:
     assert project.rows("test") == [conversation("Who are you?")]
 
 
+def test_a_question_that_cannot_be_asked_is_found_before_anything_is_trained(project: Project, base: Path) -> None:
+    shutil.copytree(base, own := project.folder / "base")
+    (own / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 200}', encoding="utf-8")
+    write(project.folder / "t.jsonl", [conversation("Who are you?"), conversation("Who? " * 100)])
+    with pytest.raises(UserError, match=r"t\.jsonl:2: the question has \d{3} tokens, .* made for 200 .*shorten it"):
+        project.run("data.test=t.jsonl", f"model.base={own}", "train.max_length=200")
+    template = own / "chat_template.jinja"
+    template.write_text(
+        "{% if messages | length > 2 %}{{ raise_exception('too many') }}{% endif %}" + template.read_text()
+    )
+    turns = conversation("A?")["messages"] + conversation("B?")["messages"]
+    write(project.folder / "t.jsonl", [conversation("Who are you?"), {"messages": turns}])
+    with pytest.raises(UserError, match=r"t\.jsonl:2: .*too many"):
+        project.run("data.test=t.jsonl", f"model.base={own}", "train.max_length=200")
+
+
 def test_questions_with_tools_are_left_out_and_that_is_said(project: Project) -> None:
     tool = {"type": "function", "function": {"name": "lamp", "parameters": {}}}
     plain, asked = conversation("Who are you?"), conversation("Light!") | {"tools": [tool]}

@@ -1,9 +1,7 @@
 """The context that a GGUF file is served with: the longest question and its answer fit, or it is said."""
 
 import artefacts
-import pytest
 
-from pipeline.errors import UserError
 from pipeline.stages.evaluate import context_for
 
 
@@ -20,8 +18,3 @@ def test_the_longest_question_and_its_answer_fit() -> None:
 
 def test_the_context_is_never_longer_than_the_model_s() -> None:
     assert context_for(artefacts.base_folder(), [question(8000)], 4000) == 8192
-
-
-def test_a_question_that_leaves_no_room_for_an_answer_is_named() -> None:
-    with pytest.raises(UserError, match=r"data\.test: question 2 has 9,\d+ tokens.* made for 8,192 .*shorten"):
-        context_for(artefacts.base_folder(), [question(5), question(9000)], 10)

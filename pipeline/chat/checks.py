@@ -14,9 +14,10 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.chat.formats import Conversation
-from pipeline.chat.labels import IGNORED, Tokenized
+from pipeline.chat.labels import IGNORED, Tokenized, tokenize_prompt
 from pipeline.chat.metric import parse_strict
 from pipeline.errors import UserError
 
@@ -119,3 +120,26 @@ def check_expected(rows: Sequence[Conversation], metric: str) -> None:
             parse_strict(row.messages[-1]["content"])
         except ValueError as error:
             raise UserError(f'{row.place}: eval.metric is "json", but the answer is not strict JSON: {error}') from None
+
+
+def check_room(tokenizer: Any, rows: Sequence[Conversation], context: int | None) -> None:
+    """Every question of the test rows can be asked, and leaves room for an answer.
+
+    Args:
+        tokenizer: the one that is trained with.
+        rows: each ends in the expected answer.
+        context: the tokens that the base was made for, if it says so.
+
+    Raises:
+        UserError: a question is too long, or the chat template refuses it.
+    """
+    for row in rows:
+        try:
+            length = len(tokenize_prompt(tokenizer, row.messages[:-1]))
+        except UserError as error:
+            raise UserError(f"{row.place}: {error}") from None
+        if context is not None and length >= context:
+            raise UserError(
+                f"{row.place}: the question has {length:,} tokens, and the base was made for {context:,} with the "
+                "answer: shorten it, or leave the row out"
+            )

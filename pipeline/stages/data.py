@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.chat.checks import NEAR, check_expected, drop_duplicates, find_leaks, fit
+from pipeline.chat.checks import NEAR, check_expected, check_room, drop_duplicates, find_leaks, fit
 from pipeline.chat.formats import Conversation, read_conversations
 from pipeline.chat.labels import (
     IGNORED,
@@ -27,6 +27,7 @@ from pipeline.chat.labels import (
 from pipeline.console import progress
 from pipeline.errors import UserError
 from pipeline.model.base import resolve_base
+from pipeline.model.facts import context_of
 from pipeline.model.tokenizer import load_tokenizer
 from pipeline.work import Work
 
@@ -90,11 +91,11 @@ def main(work: Work) -> dict[str, Any]:
         leaks[name] = len(found)
 
     model = work.config.model
-    tokenizer, changes = load_tokenizer(
-        resolve_base(model.base, model.revision), trust_remote_code=model.trust_remote_code
-    )
+    base = resolve_base(model.base, model.revision)
+    tokenizer, changes = load_tokenizer(base, trust_remote_code=model.trust_remote_code)
     if changes:
         work.warn(f"the tokenizer is trained as llama.cpp will read texts: {'; '.join(changes)}")
+    check_room(tokenizer, [row for row in test if not row.tools], context_of(base))
     figures: dict[str, Any] = {"test_rows": len(test), "duplicates_dropped": duplicates}
     figures |= {f"{name}_leaks": count for name, count in leaks.items()}
     summary: dict[str, Any] = {}

@@ -17,7 +17,6 @@ from typing import Any
 from pipeline.chat.metric import score
 from pipeline.config import Config
 from pipeline.console import progress
-from pipeline.errors import UserError
 from pipeline.verify.ladder import ADAPTER, ADAPTER_16BIT, BASE, GGUF_16BIT, MERGED, OLLAMA, rungs
 from pipeline.verify.statistics import wilson_interval
 from pipeline.work import Work
@@ -138,23 +137,14 @@ def context_for(model: Path, questions: Sequence[Question], max_new_tokens: int)
         model: the merged model's folder.
         questions: conversations that end where the assistant speaks.
         max_new_tokens: longest answer.
-
-    Raises:
-        UserError: a question leaves no room for an answer.
     """
     from pipeline.chat.labels import tokenize_prompt
     from pipeline.model.facts import context_of
     from pipeline.model.tokenizer import saved_tokenizer
 
     tokenizer = saved_tokenizer(model)
-    lengths = [len(tokenize_prompt(tokenizer, question)) for question in questions]
-    longest, most = max(lengths), context_of(model)
-    if most is not None and longest >= most:
-        raise UserError(
-            f"data.test: question {lengths.index(longest) + 1} has {longest:,} tokens, and the base was made for "
-            f"{most:,} with the answer: shorten the question, or leave it out"
-        )
-    return min(longest + max_new_tokens, most or longest + max_new_tokens)
+    longest = max(len(tokenize_prompt(tokenizer, question)) for question in questions)
+    return min(longest + max_new_tokens, context_of(model) or longest + max_new_tokens)
 
 
 def _one_by_one(
