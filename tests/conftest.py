@@ -7,6 +7,14 @@ from pathlib import Path
 import pytest
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One process runs all the tests that ask the one Ollama; of the others, one process runs a whole file."""
+    for item in items:
+        module = vars(item.getparent(pytest.Module).obj)  # type: ignore[union-attr]
+        item.add_marker(pytest.mark.xdist_group("ollama" if "servers" in module else item.path.stem))
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 8 MB."""
