@@ -186,6 +186,13 @@ def test_names_that_ollama_would_not_take(given: str) -> None:
         check_name(given)
 
 
+@pytest.mark.parametrize("given", ["deepseek-r1", "me/deepseek-r1:8b", "DeepSeek-R1"])
+def test_a_name_that_changes_the_prompt(given: str) -> None:
+    with pytest.raises(UserError, match="drops the thinking"):
+        check_name(given)
+    assert check_name(f"home-{given.rpartition('/')[2]}")
+
+
 def test_an_upload_is_made_once_and_its_digest_is_the_files(tmp_path: Path) -> None:
     from pipeline.resources import sha256_of
 

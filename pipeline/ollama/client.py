@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}"
 _SPACE = r"[A-Za-z0-9_][A-Za-z0-9_-]{0,79}"
 _HOST = r"[A-Za-z0-9_][A-Za-z0-9_.:-]*"
-_NAME = re.compile(rf"(?:(?:{_HOST}/)?{_SPACE}/)?{_PART}(?::(?P<tag>{_PART}))?")
+_NAME = re.compile(rf"(?:(?:{_HOST}/)?{_SPACE}/)?(?P<model>{_PART})(?::(?P<tag>{_PART}))?")
+
+_FILTERED = "deepseek-r1"  # filterThinkTags in Ollama's server/routes.go
 
 
 class RenderRefused(PipelineError):
@@ -35,13 +37,18 @@ def check_name(name: str) -> str:
     """A model's name with its tag, e.g. "home" -> "home:latest".
 
     Raises:
-        UserError: Ollama would not take the name; with what it takes.
+        UserError: Ollama would not take the name, or would send a model of this name another prompt.
     """
     match = _NAME.fullmatch(name)
     if match is None:
         raise UserError(
             f"ollama.name = {name!r}: not a name that Ollama takes; use letters, digits, '_', '-' and '.', at most 80 "
             "of them, with an optional namespace and tag: namespace/model:tag"
+        )
+    if match["model"].lower() == _FILTERED:
+        raise UserError(
+            f"ollama.name = {name!r}: from a model of this very name Ollama drops the thinking of earlier answers, "
+            f'whatever it was trained with; choose another, e.g. "{_FILTERED}-home"'
         )
     return name if match["tag"] else f"{name}:latest"
 
