@@ -3,16 +3,23 @@
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One process runs all the tests that ask the one Ollama; of the others, one process runs a whole file."""
-    for item in items:
-        module = vars(item.getparent(pytest.Module).obj)  # type: ignore[union-attr]
-        item.add_marker(pytest.mark.xdist_group("ollama" if "servers" in module else item.path.stem))
+class OneOllama(LoadFileScheduling):
+    """Tests of one file run in one process, and all tests that ask the one Ollama (servers.py) in the same."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "servers" if "import servers\n" in (self.config.rootpath / file).read_text("utf-8") else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneOllama:
+    """What shares out the tests; xdist's own marks for groups have no effect with this pytest."""
+    return OneOllama(config, log)
 
 
 @pytest.fixture
