@@ -49,5 +49,5 @@ def test_thinking_and_tools_are_covered() -> None:
 def test_a_models_own_special_tokens_are_added() -> None:
     more = conversations(["<|weird|>", "", "<|odd|>"])[len(CONVERSATIONS) :]
     assert more
-    assert all(any("<|odd|><|weird|>" in m["content"] for m in case.messages) for case in more)
+    assert all(any("<|weird|><|odd|>" in m["content"] for m in case.messages) for case in more)
     assert conversations() == CONVERSATIONS

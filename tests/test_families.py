@@ -182,3 +182,9 @@ def test_a_model_with_another_tokenizer_is_caught(tmp_path: Path) -> None:
         prove_prompts(client, name, template, other, gguf, conversations(), joins=True, system="")
     client.delete(name)
     assert json.loads((work.output / "template.json").read_text())["way"] == "go"
+
+
+def test_the_special_tokens_that_a_template_writes_are_tried_first() -> None:
+    tokens = ChatTemplate.from_folder(servers.family("llama3_1")).special_tokens
+    assert len(tokens) > 200
+    assert {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"} < set(tokens[:8])

@@ -20,7 +20,7 @@ class Conversation:
 
     Attributes:
         name: what it tries, in a few words.
-        messages: the turns, {"role", "content"} and for tools "tool_calls" and "name".
+        messages: the turns, {"role", "content"}, for tools "tool_calls" and "name", for thinking "reasoning_content".
         tools: JSON schemas of the tools on offer.
         think: thinking asked for (True), forbidden (False), or not mentioned (None).
     """
@@ -159,8 +159,13 @@ _THINKING = [
     _chat("thinking off", "What is 17 times 3?", think=False),
     _chat("thinking off, system, turns", "Hi", "Hello", "And?", system="Be brief.", think=False),
     _chat("an answer with a thinking block", "2 + 2?", "<think>\nEasy.\n</think>\n\n4", "And 3 + 3?"),
+    Conversation(
+        "an answer with its reasoning apart",
+        ({"role": "user", "content": "2 + 2?"}, {"role": "assistant", "reasoning_content": "Easy.", "content": "4"},
+         {"role": "user", "content": "And 3 + 3?"}),
+    ),
     _chat("an answer with two thinking blocks", "2?", "<think>a</think> b <think>c</think> d ", "And 3?"),
-]
+]  # fmt: skip
 
 _TOOLS = [
     Conversation("one tool", (_ASKED,), (_WEATHER,)),
@@ -178,6 +183,20 @@ _TOOLS = [
          {"role": "tool", "name": "switch_light", "tool_call_id": "call00001", "content": "ok"}),
         (_LIGHT,),
     ),
+    Conversation(
+        "reasoning, a call, its result",
+        (_ASKED, {**_call("weather", town="Oslo"), "reasoning_content": "I have to look."}, _RESULT),
+        (_WEATHER,),
+    ),
+    Conversation(
+        "a result, no tools on offer",
+        (_ASKED, {"role": "assistant", "content": "Let me see."}, _RESULT),
+    ),
+    Conversation(
+        "two results, no tools on offer, another turn",
+        (_ASKED, {"role": "assistant", "content": "Let me see."}, _RESULT, {**_RESULT, "content": " snow "},
+         {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "And gloves?"}),
+    ),
 ]  # fmt: skip
 
 CONVERSATIONS: tuple[Conversation, ...] = (
@@ -186,8 +205,8 @@ CONVERSATIONS: tuple[Conversation, ...] = (
 
 
 def conversations(special_tokens: Iterable[str] = ()) -> tuple[Conversation, ...]:
-    """The suite for one model: CONVERSATIONS, and texts that spell the model's own special tokens."""
-    tokens = sorted({token for token in special_tokens if token})[:64]
+    """The suite for one model: CONVERSATIONS, and texts that spell the model's own special tokens, the first 64."""
+    tokens = [token for token in dict.fromkeys(special_tokens) if token][:64]
     if not tokens:
         return CONVERSATIONS
     text = " x ".join(tokens)

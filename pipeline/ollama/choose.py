@@ -28,8 +28,10 @@ from pipeline.ollama.scratch import write_scratch_model
 from pipeline.ollama.server import MINIMUM_VERSION, OllamaServer, find_ollama
 from pipeline.ollama.suite import (
     DROPPED,
+    JOINED,
     NOT_SAID,
     REORDERED,
+    UNREASONED,
     UNTRIMMED,
     Outcome,
     Report,
@@ -229,23 +231,25 @@ def choose(template: ChatTemplate, way: str = "auto", engine: Engine | None = No
 
 
 _WARNINGS = {
+    JOINED: "Ollama joins neighbouring messages of one role, with a blank line between, before a TEMPLATE sees them",
     UNTRIMMED: "the Jinja trims white space such as U+00A0 and U+3000 around a message, llama.cpp leaves it",
     DROPPED: "Ollama takes the thinking out of every Qwen3's earlier answers, which the template keeps",
+    UNREASONED: "the template writes the reasoning of earlier answers, which Ollama does not send",
     NOT_SAID: "a request to think is served as one that does not say, which is what was trained",
     REORDERED: "Ollama reorders the keys of tools; train with tools in the order type, function (name, description, "
     "parameters (type, required, properties))",
 }
 
 
-# What Ollama writes the prompts of with code of its own, whatever template there is (its server/create.go).
-_OWN_CODE = ("gemma4", "laguna", "nemotron_h")
+# What Ollama has code of its own for, whatever template there is (its server/create.go, server/routes.go).
+_OWN_CODE = ("gemma4", "laguna", "nemotron_h", "gpt_oss", "gpt-oss")
 
 
 def _warnings(template: ChatTemplate, report: Report) -> tuple[str, ...]:
     """What a user should know of an exact way."""
     warnings = tuple(words for status, words in _WARNINGS.items() if report.counts[status])
     if template.architecture.startswith(_OWN_CODE):
-        own = f"Ollama writes the prompts of {template.architecture} with code of its own: only `deploy` can prove them"
+        own = f"Ollama has code of its own for prompts of {template.architecture}: only `deploy` can prove them"
         return (*warnings, own)
     return warnings
 
@@ -260,14 +264,10 @@ def _try_go(
     if not engine.has_go:
         return derivation, "there is no Ollama here to prove the derived TEMPLATE"
     reports["go"] = report = engine.judge_go(template, derivation.template, suite)
-    if not report.exact:
-        return derivation, f"the derived TEMPLATE is not exact ({report.summary})"
+    judgement = "exact" if report.exact else f"not exact ({report.summary})"
     if not engine.uses_go(template, derivation.template):
-        return (
-            derivation,
-            "exact, but Ollama ignores a TEMPLATE where the Jinja can do more (tools, thinking)",
-        )
-    return derivation, ""
+        return derivation, f"{judgement}, but Ollama ignores a TEMPLATE where the Jinja can do more (tools, thinking)"
+    return derivation, "" if report.exact else f"the derived TEMPLATE is {judgement}"
 
 
 def _try_native(
@@ -318,6 +318,12 @@ def explain(outcome: Outcome) -> str:
     )
 
 
+REMEDY = (
+    "What can be done: write a Go template and name it in [ollama] template; or correct the Jinja of the base and "
+    "train again; or serve the GGUF with llama-server."
+)
+
+
 def refusal(choice: Choice) -> UserError:
     """The error for a template that cannot be served exactly."""
     lines = [f"the chat template cannot be served exactly: {choice.reason}"]
@@ -325,8 +331,4 @@ def refusal(choice: Choice) -> UserError:
         outcome = report.first_difference()
         if outcome is not None:
             lines.append(f"{way}: {explain(outcome)}")
-    lines.append(
-        "What can be done: write a Go template and name it in [ollama] template; or correct the Jinja of the base and "
-        "train again; or serve the GGUF with llama-server."
-    )
-    return UserError("\n".join(lines))
+    return UserError("\n".join([*lines, REMEDY]))

@@ -23,9 +23,9 @@ from pipeline.chat.conformance import CONVERSATIONS
 from pipeline.ollama.handling import Handling, learn, named, quoted
 from pipeline.ollama.jinja import ChatTemplate, TemplateRefused
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 LONGEST = 6  # messages of a probing conversation
-LONGEST_WITH_EMPTY = 4
+LONGEST_WITH_EMPTY = LONGEST_WITH_TOOL = 4
 
 _DAYS = (datetime.datetime(1987, 3, 25, 7, 8, 9), datetime.datetime(2031, 11, 18, 22, 41, 53))
 _SYSTEM = "\ue000"  # stands for the system text in a cut piece
@@ -82,13 +82,15 @@ Tree = Piece | Question
 def derive(template: ChatTemplate) -> Derivation:
     """Derive a Go template. It is exact only if the suite, run through a real Go engine, says so."""
     handling = {role: _handling(template, role) for role in ROLES}
-    reasons = []
-    # A system message is rendered where it stands; or all of them, the last or the first somewhere else.
-    for slot in ("", "all", "last", "first"):
-        try:
-            return Derivation(_Probe(template, handling, slot).write())
-        except NotDerivable as error:
-            reasons.append(str(error))
+    # What a tool said can be too hard while the rest is not.
+    for roles in (ROLES, ROLES[:3]):
+        reasons = []
+        # A system message is rendered where it stands; or all of them, the last or the first somewhere else.
+        for slot in ("", "all", "last", "first"):
+            try:
+                return Derivation(_Probe(template, handling, slot, roles).write())
+            except NotDerivable as error:
+                reasons.append(str(error))
     return Derivation(None, reasons[0])
 
 
@@ -108,11 +110,13 @@ def _why_refused(template: ChatTemplate) -> str:
 
 def _handling(template: ChatTemplate, role: str) -> Handling:
     """What the template does to the text of a message of this role: an early one, as most messages are."""
-    roles = ("user", "assistant", "user") if role != "system" else ("system", "user")
+    roles = {"system": ("system", "user"), "tool": ("user", "assistant", "tool")}.get(
+        role, ("user", "assistant", "user")
+    )
     place = roles.index(role)
 
     def rendered(text: str) -> str:
-        turns = [{"role": name, "content": text if i == place else _mark(i)} for i, name in enumerate(roles)]
+        turns = [_message(name, text if i == place else _mark(i)) for i, name in enumerate(roles)]
         return template.render(turns, today=_DAYS[0])
 
     try:
@@ -135,6 +139,12 @@ def _mark(number: int) -> str:
     return f"Qzx{chr(65 + number)}xzQ"
 
 
+def _message(role: str, text: str) -> dict[str, str]:
+    # A template that writes a tool's name writes a mark out of order, and is known by it.
+    of_tool = {"name": _mark(25), "tool_call_id": "call00001"} if role == "tool" else {}
+    return {"role": role, "content": text, **of_tool}
+
+
 class _Probe:
     """One attempt to understand the template.
 
@@ -142,25 +152,27 @@ class _Probe:
         handling: what it does to a text, by role.
         slot: "" if system messages are taken to be rendered where they stand; else which of them, "all", "last" or
             "first", goes somewhere else.
+        roles: whose messages there are.
     """
 
-    def __init__(self, template: ChatTemplate, handling: Mapping[str, Handling], slot: str) -> None:
+    def __init__(self, template: ChatTemplate, handling: Mapping[str, Handling], slot: str, roles: Roles) -> None:
         self.template = template
+        self.roles = roles
         self.handling = handling
         self.slot = slot
         self.formats = date_formats(template.source)
-        self.entries: dict[str, list[Observation]] = {role: [] for role in ROLES}
+        self.entries: dict[str, list[Observation]] = {role: [] for role in roles}
         self.ends: list[Observation] = []
         self.empty_matters: set[str] = set()
 
     def write(self) -> str:
         """Observe, decide, and write the Go template."""
-        for roles in _sequences(LONGEST):
+        for roles in _sequences(self.roles, LONGEST):
             self._observe(roles)
         if not self.ends:
             raise NotDerivable(_why_refused(self.template))
-        self.empty_matters = {role for role in ROLES if self._empty_matters(role)}
-        for roles in _sequences(LONGEST_WITH_EMPTY):
+        self.empty_matters = {role for role in self.roles if self._empty_matters(role)}
+        for roles in _sequences(self.roles, LONGEST_WITH_EMPTY):
             for place, role in enumerate(roles):
                 if role in self.empty_matters:
                     self._observe(roles, place)
@@ -176,9 +188,7 @@ class _Probe:
             self._cut(roles, text, name, empty)
 
     def _rendered(self, roles: Roles, think: bool | None, empty: int = -1) -> str:
-        messages = [
-            {"role": role, "content": "" if number == empty else _mark(number)} for number, role in enumerate(roles)
-        ]
+        messages = [_message(role, "" if number == empty else _mark(number)) for number, role in enumerate(roles)]
         texts = []
         for day in _DAYS:
             text = self.template.served(self.template.render(messages, think=think, today=day))
@@ -238,7 +248,7 @@ class _Probe:
 
     def _empty_matters(self, role: str) -> bool:
         """Whether an empty message is more than its text left out."""
-        for roles in _sequences(3):
+        for roles in _sequences(self.roles, 3):
             for place, name in enumerate(roles):
                 if name == role:
                     try:
@@ -260,12 +270,13 @@ def date_formats(source: str) -> list[str]:
     return sorted((form for form in found if not re.sub(r"%[YmdbB]", "", form).count("%")), key=lambda f: (-len(f), f))
 
 
-def _sequences(longest: int) -> Iterator[Roles]:
-    """Orders of roles as Ollama's Go templates meet them: no two neighbours alike, a user at the end."""
+def _sequences(names: Roles, longest: int) -> Iterator[Roles]:
+    """Orders of roles as Ollama's Go templates meet them: no two neighbours alike but tools, the model's turn next."""
     for length in range(1, longest + 1):
-        for roles in itertools.product(ROLES, repeat=length):
-            alike = any(a == b for a, b in itertools.pairwise(roles))
-            if roles[-1] == "user" and not alike:
+        for roles in itertools.product(names, repeat=length):
+            alike = any(a == b != "tool" for a, b in itertools.pairwise(roles))
+            known = "tool" not in roles or (length <= LONGEST_WITH_TOOL and "user" in roles[: roles.index("tool")])
+            if roles[-1] in ("user", "tool") and known and not alike:
                 yield roles
 
 

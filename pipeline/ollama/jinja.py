@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ class ChatTemplate:
         source: the Jinja text.
         bos_token, eos_token: their texts, "" where there is none.
         adds_bos: whether the tokenizer puts BOS in front of every text by itself (as a server then does).
-        special_tokens: texts of all special tokens.
+        special_tokens: texts of all special tokens, those that the template writes first.
         variables: further variables that transformers gives the template (unk_token, pad_token, ...).
         architecture: the model's, which Ollama looks at too; "" if it is not known.
     """
@@ -70,7 +70,7 @@ class ChatTemplate:
             plain.get("bos_token", ""),
             plain.get("eos_token", ""),
             adds_bos=bool(beginning) and beginning[0] == tokenizer.bos_token_id,
-            special_tokens=tuple(sorted(added | set(tokenizer.all_special_tokens))),
+            special_tokens=_in_order(added | set(tokenizer.all_special_tokens), source),
             variables=dict(tokenizer.special_tokens_map),
             architecture=_architecture(Path(tokenizer.name_or_path) / "config.json"),
         )
@@ -89,6 +89,7 @@ class ChatTemplate:
         metadata = inspect(path).metadata
         if not metadata.get("tokenizer.chat_template"):
             raise UserError(f"{path}: carries no chat template")
+        source = metadata["tokenizer.chat_template"]
         tokens = metadata.get("tokenizer.ggml.tokens", [])
         kinds = metadata.get("tokenizer.ggml.token_type", [])
 
@@ -96,12 +97,13 @@ class ChatTemplate:
             number = metadata.get(f"tokenizer.ggml.{key}_token_id")
             return str(tokens[number]) if number is not None and number < len(tokens) else ""
 
+        special = {token for token, kind in zip(tokens, kinds, strict=False) if kind == _CONTROL}
         return ChatTemplate(
-            metadata["tokenizer.chat_template"],
+            source,
             text("bos"),
             text("eos"),
             adds_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", metadata["tokenizer.ggml.model"] == "llama")),
-            special_tokens=tuple(sorted(token for token, kind in zip(tokens, kinds, strict=False) if kind == _CONTROL)),
+            special_tokens=_in_order(special, source),
             architecture=str(metadata.get("general.architecture", "")),
         )
 
@@ -165,6 +167,10 @@ class ChatTemplate:
     def with_source(self, source: str) -> ChatTemplate:
         """The same tokenizer with another template."""
         return replace(self, source=source)
+
+
+def _in_order(tokens: Iterable[str], source: str) -> tuple[str, ...]:
+    return tuple(sorted(tokens, key=lambda token: (token not in source, token)))
 
 
 def _architecture(config: Path) -> str:

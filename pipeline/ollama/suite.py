@@ -26,13 +26,14 @@ JOINED = "exact, joined"  # Ollama joins neighbours of one role before a Go temp
 REORDERED = "exact, tool keys reordered"  # Ollama reads tools into structures and writes them out again
 UNTRIMMED = "exact, U+00A0 and the like untrimmed"  # llama.cpp's trim knows the white space of ASCII only
 DROPPED = "exact, earlier thinking dropped"  # Ollama takes it from every qwen3, before any template
+UNREASONED = "exact, earlier reasoning left out"  # Ollama hands no template the reasoning that stands apart
 NOT_TRAINED = "template refuses"
 NOT_SERVED = "server refuses"
 TRIMMED = "differs in trimmed white space"  # one of Jinja and server trims messages, the other does not
 DIFFERS = "differs"
 NOT_SAID = "exact, thinking not said"  # the guard takes a request to think for one that does not say
 THINKING = "differs, thinking switched on"  # Ollama asks a model to think unless told not to
-NAMED = (JOINED, REORDERED, UNTRIMMED, DROPPED, NOT_SAID)
+NAMED = (JOINED, REORDERED, UNTRIMMED, DROPPED, UNREASONED, NOT_SAID)
 COMPARED = (EXACT, *NAMED)
 HARMLESS = (*COMPARED, NOT_TRAINED, NOT_SERVED)
 
@@ -159,6 +160,8 @@ def _explanations(
         yield UNTRIMMED, lambda: _unhidden(trained(hidden(meant), tools, think))
     if template.architecture == "qwen3" and (rest := dropped(messages)) != messages:
         yield DROPPED, lambda: trained(joined(rest) if joins else rest, tools, think)
+    if (rest := unreasoned(meant)) != meant:
+        yield UNREASONED, lambda: trained(rest, tools, think)
     if think:
         yield NOT_SAID, lambda: trained(meant, tools, None)
     if think is None:
@@ -256,14 +259,22 @@ def dropped(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [*earlier, *messages[last:]]
 
 
+def unreasoned(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The messages as Ollama hands them on: without reasoning beside their contents."""
+    return [{key: value for key, value in message.items() if key != "reasoning_content"} for message in messages]
+
+
 def trimmed(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The messages without white space around their contents."""
     return [{**message, "content": message["content"].strip()} for message in messages]
 
 
+_OLLAMA = {"name": "tool_name", "reasoning_content": "thinking"}
+
+
 def for_ollama(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The messages as Ollama's API spells them: a tool's name is `tool_name`."""
-    return [{("tool_name" if key == "name" else key): value for key, value in message.items()} for message in messages]
+    """The messages as Ollama's API spells them."""
+    return [{_OLLAMA.get(key, key): value for key, value in message.items()} for message in messages]
 
 
 def readable_difference(expected: str, served: str, width: int = 400) -> str:
