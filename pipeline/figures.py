@@ -55,6 +55,16 @@ def size(count: float) -> str:
     return f"{count:.2f} GB"
 
 
+def peak_memory(record: dict[str, Any]) -> str:
+    """A stage's peak memory, with a GPU's where it used one: "2.10 GB, GPU 9.80 GB".
+
+    Args:
+        record: what the manifest, or `status`, has for the stage.
+    """
+    gpu = record["figures"].get("peak_gpu_bytes")
+    return size(record["peak_memory_bytes"]) + (f", GPU {size(gpu)}" if gpu else "")
+
+
 def duration(seconds: float) -> str:
     """Seconds for a person: "8 min 20 s"."""
     minutes, rest = divmod(round(seconds), 60)

@@ -1,5 +1,6 @@
 """The data stage: from files to token ids, labels and figures."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -8,12 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.chat.formats import Conversation
+from pipeline.chat.formats import Conversation, read_rows
 from pipeline.chat.labels import IGNORED
-from pipeline.config import load_config
+from pipeline.config import Verify, load_config
 from pipeline.errors import UserError
-from pipeline.stages import data
+from pipeline.model.held_out import read_held_out
+from pipeline.stages import data, deploy, evaluate
 from pipeline.stages.evaluate import read_questions
+from pipeline.verify import answers, labels
+from pipeline.verify.subject import Subject
 from pipeline.work import Work
 
 QUESTIONS = [f"What is {number} plus {other}?" for number in range(10) for other in range(10)]
@@ -55,10 +59,6 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 class Project:
     """A folder with a configuration; `run` runs the stage."""
 
@@ -78,7 +78,7 @@ class Project:
         return data.main(self.work)
 
     def rows(self, name: str) -> list[dict[str, Any]]:
-        return read(self.output / f"{name}.jsonl")
+        return list(read_rows(self.output / f"{name}.jsonl"))
 
 
 @pytest.fixture
@@ -133,6 +133,36 @@ def test_given_sets_are_used_as_they_are(project: Project) -> None:
     figures = project.run("data.validation=v.jsonl", "data.test=t.jsonl")
     assert (figures["train_rows"], figures["validation_rows"], figures["test_rows"]) == (100, 2, 1)
     assert project.rows("test") == [conversation("Who are you?")]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_what_only_python_takes_for_a_line_end_is_text_to_every_reader(project: Project, base: Path, kind: str) -> None:
+    odd = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei"
+    rows = [conversation(f"{question}{odd}", odd) for question in QUESTIONS[:2]]
+    questions = [row["messages"][:1] for row in rows]
+    given = project.folder / f"odd.{kind}"
+    if kind == "jsonl":
+        data._write(given, rows)
+    else:
+        with given.open("w", encoding="utf-8", newline="") as file:
+            contents = ([message["content"] for message in row["messages"]] for row in rows)
+            csv.writer(file).writerows([["prompt", "completion"], *contents])
+    project.run(*(f"data.{name}={given.name}" for name in ("train", "validation", "test")), name="data")
+    subject = Subject(Verify(), base, None, {}, project.folder, run=project.folder)
+    assert project.rows("train") == rows
+    assert deploy._rows(project.output) == rows
+    assert read_questions(project.output / "test.jsonl", None) == [(question, odd) for question in questions]
+    assert subject.questions == questions
+    known = labels._known(subject.tokenizer, project.output / "train.jsonl")
+    assert [messages for messages, _, _ in known.values()] == [row["messages"] for row in rows]
+    assert len(read_held_out(project.output, None)[1]) == 2
+
+    asked = project.folder / "evaluate" / "base" / "answers.jsonl"
+    asked.parent.mkdir(parents=True)
+    data._write(asked, [{"answer": odd, "expected": odd, "correct": True}] * 2)
+    assert answers._marks(asked) == [True, True]
+    work = Work(project.work.config, project.folder, asked.parent, evaluate.TABLE, stage="evaluate")
+    assert evaluate.main(work) == {"base": 1.0}
 
 
 def test_a_question_that_cannot_be_asked_is_found_before_anything_is_trained(project: Project, base: Path) -> None:

@@ -12,9 +12,15 @@ import httpx
 import psutil
 import pytest
 
+from pipeline.chat.conformance import Conversation
 from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.server import LlamaServer
-from pipeline.ollama.commands import _stream
+from pipeline.ollama.commands import _lines, _llama_server, _stream
+from pipeline.ollama.guard import guarded
+from pipeline.ollama.jinja import ChatTemplate
+from pipeline.ollama.scratch import write_scratch_model
+from pipeline.verify.prompt import _file
+from pipeline.verify.result import PASS
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -42,6 +48,35 @@ def test_the_template_is_the_trained_one(server: LlamaServer) -> None:
     expected = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
     assert server.apply_template(MESSAGES) == expected
     assert server.props()["chat_template"] == tokenizer.chat_template
+
+
+# As Llama 3.1's: llama.cpp says what day it is, transformers does not. It also says to think, without being asked to.
+DATED = (
+    "{% if date_string is not defined %}{% set date_string = '26 Jul 2024' %}{% endif %}{{ date_string }}: "
+    "{% for message in messages %}{{ message.content }}{% endfor %}"
+    "{% if enable_thinking is defined and enable_thinking %}{{ raise_exception('it was not said') }}{% endif %}"
+)
+
+
+def test_a_guarded_template_is_rendered_as_trained(tmp_path: Path) -> None:
+    template = ChatTemplate(DATED)
+    path = write_scratch_model(tmp_path / "dated.gguf", template)
+    with LlamaServer(path, context=64, template=DATED.partition("{% if enable")[0]) as server:
+        assert "26 Jul 2024" not in server.apply_template(MESSAGES)
+    with LlamaServer(path, context=64, template=guarded(DATED, thinking_not_said=True)) as server:
+        assert server.apply_template(MESSAGES) == template.render(MESSAGES)
+        assert server.command[-2] == "--chat-template-file"
+    assert not Path(server.command[-1]).exists()
+
+
+def test_chat_and_verify_ask_with_the_guarded_template(tmp_path: Path) -> None:
+    template = ChatTemplate(DATED)
+    path = write_scratch_model(tmp_path / "dated.gguf", template)
+    with _llama_server(path) as ask:
+        next(ask(MESSAGES))
+    suite = (Conversation("asked", tuple(MESSAGES)),)
+    results = islice(_file(template, None, "q8_0", path, suite), 2)  # the ids are of no matter here
+    assert [(result.id, result.verdict) for result in results] == [("prompt.template", PASS), ("prompt.llamacpp", PASS)]
 
 
 def test_answers_are_the_same_every_time(server: LlamaServer) -> None:
@@ -123,3 +158,10 @@ def test_a_file_that_cannot_be_loaded(tmp_path: Path) -> None:
         pass
     with pytest.raises(UserError, match="no such file"), LlamaServer(tmp_path / "nothing.gguf"):
         pass
+
+
+def test_only_a_line_feed_ends_a_line_of_a_stream() -> None:
+    sent = 'data: {"a": "\u2028\u0085 é"}\n\ndata: [DONE]\n'.encode()
+    whole = [b'data: {"a": "\xe2\x80\xa8\xc2\x85 \xc3\xa9"}', b"", b"data: [DONE]"]
+    for cut in range(len(sent)):
+        assert list(_lines(iter((sent[:cut], sent[cut:])))) == whole

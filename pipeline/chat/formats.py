@@ -7,6 +7,7 @@ and line, since a row that is skipped in silence is data that was paid for and n
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -79,6 +80,17 @@ def read_conversations(path: Path, shape: str = "auto", system: str | None = Non
     return conversations
 
 
+def read_rows(path: Path) -> Iterator[Any]:
+    """The values of a run's file of JSON lines.
+
+    A text may hold what str.splitlines takes for a line's end (U+2028 and others): only a line feed ends a line.
+
+    Raises:
+        UserError: a line is not JSON.
+    """
+    return (row for _, row in _json_lines(path))
+
+
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     readers: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
         ".jsonl": _json_lines,
@@ -118,7 +130,7 @@ def _json_array(path: Path) -> Iterator[tuple[str, Any]]:
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
     text = _decoded(path.read_bytes(), str(path), first=True)
     csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is shorter than a long document
-    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         for row in reader:
             if None in row or None in row.values():

@@ -32,6 +32,7 @@ class LlamaServer:
         adapter: a LoRA adapter as GGUF, applied at scale 1.
         context: tokens of context.
         jinja: use the GGUF's own Jinja chat template.
+        template: a Jinja chat template to use instead of it.
         log: where llama-server's log is kept; without it, in a temporary file that is removed at the end.
         threads: threads to compute with; 0 for one a core.
 
@@ -55,6 +56,7 @@ class LlamaServer:
         adapter: Path | None = None,
         context: int = 4096,
         jinja: bool = True,
+        template: str | None = None,
         log: Path | None = None,
         threads: int = 0,
     ) -> None:
@@ -62,6 +64,7 @@ class LlamaServer:
         self.adapter = adapter
         self.context = context
         self.jinja = jinja
+        self.template = template
         self.log = log
         self.threads = threads or len(os.sched_getaffinity(0))
         self.url = ""
@@ -85,9 +88,9 @@ class LlamaServer:
     def _start(self, stack: contextlib.ExitStack) -> None:
         import httpx
 
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llama-server-")))
         if self.log is None:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="llama-server-"))
-            self.log = Path(folder) / "llama-server.log"
+            self.log = scratch / "llama-server.log"
             stack.callback(setattr, self, "log", None)
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
@@ -100,6 +103,10 @@ class LlamaServer:
         ]
         if self.adapter is not None:
             self.command += ["--lora", str(self.adapter)]
+        if self.template is not None:
+            file = scratch / "template.jinja"
+            file.write_bytes(self.template.encode())
+            self.command += ["--chat-template-file", str(file)]
         log = stack.enter_context(self.log.open("wb"))
         self.process = subprocess.Popen(
             self.command,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.chat.formats import read_rows
 from pipeline.chat.labels import IGNORED
 from pipeline.model.predict import predict
 
@@ -26,8 +26,7 @@ def read_held_out(data: Path, limit: int | None) -> tuple[str, list[tuple[list[i
     """
     for name in ("validation", "train"):
         path = data / f"{name}.tokens.jsonl"
-        if path.is_file() and (lines := path.read_text(encoding="utf-8").splitlines()):
-            rows = [json.loads(line) for line in lines]
+        if path.is_file() and (rows := list(read_rows(path))):
             return f"{name} rows", [(row["input_ids"][:limit], row["labels"][:limit]) for row in rows]
     return "", []
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from pipeline.errors import PipelineError, UserError
+from pipeline.resources import expanded
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -52,7 +53,7 @@ def template(model: str, way: str, as_json: bool) -> None:
 def _template_of(model: str) -> ChatTemplate:
     from pipeline.ollama.jinja import ChatTemplate
 
-    path = Path(model).expanduser()
+    path = expanded(model, "MODEL")
     if path.suffix == ".gguf":
         return ChatTemplate.from_gguf(path)
     if path.is_file() or path.suffix == ".jinja":
@@ -88,7 +89,7 @@ def _show(chosen: Choice) -> None:
     from rich.table import Table
 
     from pipeline.console import results
-    from pipeline.ollama.choose import explain
+    from pipeline.ollama.choose import REMEDY, explain
     from pipeline.ollama.suite import HARMLESS
 
     click.echo(f"way: {chosen.way}\n{chosen.reason}\n")
@@ -111,6 +112,8 @@ def _show(chosen: Choice) -> None:
             click.echo(explain(difference))
     for warning in chosen.warnings:
         click.echo(f"warning: {warning}")
+    if chosen.way == "refused":
+        click.echo(REMEDY)
 
 
 @click.command()
@@ -196,10 +199,11 @@ def _made(path: Path, stage: str) -> Path:
 @contextmanager
 def _llama_server(file: Path) -> Iterator[Stream]:
     from pipeline.llamacpp.server import LlamaServer
+    from pipeline.ollama.guard import guarded
+    from pipeline.ollama.jinja import ChatTemplate
 
-    if not file.is_file():
-        raise UserError(f"{file}: no such file")
-    with LlamaServer(file) as server:
+    trained = ChatTemplate.from_gguf(file).source
+    with LlamaServer(file, template=guarded(trained, thinking_not_said=True)) as server:
         yield lambda messages: _stream(server, messages)
 
 
@@ -218,9 +222,9 @@ def _stream(server: LlamaServer, messages: list[dict[str, Any]]) -> Iterator[str
         with server.client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as answer:
             if answer.is_error:
                 _refused(answer.read())
-            for line in answer.iter_lines():
-                if line.startswith("data: {"):
-                    data = line.removeprefix("data: ")
+            for line in _lines(answer.iter_bytes()):
+                if line.startswith(b"data: {"):
+                    data = line.removeprefix(b"data: ")
                     event = json.loads(data)
                     if "error" in event:
                         _refused(data)
@@ -230,11 +234,19 @@ def _stream(server: LlamaServer, messages: list[dict[str, Any]]) -> Iterator[str
         raise PipelineError(f"llama-server stopped answering: {error or type(error).__name__}") from None
 
 
-def _refused(body: str | bytes) -> NoReturn:
+def _lines(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Whole lines. httpx's own also end at U+2028 and the like, which an answer may hold."""
+    rest = b""
+    for piece in pieces:
+        *lines, rest = (rest + piece).split(b"\n")
+        yield from lines
+
+
+def _refused(body: bytes) -> NoReturn:
     try:
         words = json.loads(body)["error"]["message"]
     except (ValueError, KeyError, TypeError):
-        words = body if isinstance(body, str) else body.decode("utf-8", "replace")
+        words = body.decode("utf-8", "replace")
     raise PipelineError(f"llama-server refuses to answer: {words[:500]}")
 
 

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pipeline.chat.formats import read_rows
 from pipeline.chat.metric import score
 from pipeline.config import Config
 from pipeline.console import progress
@@ -80,13 +81,12 @@ def read_questions(path: Path, limit: int | None) -> list[tuple[list[dict[str, A
     Rows with tools are left out: servers take calls of tools apart, so that answers differ from rung to rung.
     """
     rows = []
-    with path.open(encoding="utf-8") as file:
-        for row in map(json.loads, file):
-            if row.get("tools"):
-                continue
-            messages = row["messages"]
-            last = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
-            rows.append((messages[:last], messages[last]["content"]))
+    for row in read_rows(path):
+        if row.get("tools"):
+            continue
+        messages = row["messages"]
+        last = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
+        rows.append((messages[:last], messages[last]["content"]))
     return rows[:limit]
 
 
@@ -117,13 +117,16 @@ def _rung(work: Work, rows: list[tuple[Question, str]]) -> Iterator[Answerer | N
             yield partial(_one_by_one, ask, questions)
     else:
         from pipeline.llamacpp.server import LlamaServer
+        from pipeline.ollama.guard import guarded
+        from pipeline.ollama.jinja import ChatTemplate
 
         if work.variant == GGUF_16BIT:
             (model,) = work.folder("convert").glob("*.gguf")
         else:
             model = work.folder("quantize", work.variant) / f"model-{work.variant}.gguf"
         context = context_for(work.folder("merge") / "model", questions, limit)
-        with LlamaServer(model, context=context) as server:
+        template = guarded(ChatTemplate.from_gguf(model).source, thinking_not_said=True)
+        with LlamaServer(model, context=context, template=template) as server:
             work.command(server.command)
             # As Ollama asks: what a question shares with the last one is not computed again. Computed again it would
             # be rounded otherwise, and near ties would fall to another side than in Ollama.
@@ -182,7 +185,7 @@ def _table(work: Work) -> dict[str, Any]:
     for variant in variants(work.config):
         path = work.folder("evaluate", variant) / "answers.jsonl"
         if variant != TABLE and path.is_file():
-            asked[variant] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            asked[variant] = list(read_rows(path))
     rows = [
         {
             "messages": messages,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.figures import duration, main_figures, size, written
+from pipeline.figures import duration, main_figures, peak_memory, size, written
 from pipeline.plots import ladder
 from pipeline.resources import resource
 from pipeline.run import read_manifest
@@ -133,6 +133,8 @@ def _cards(config: Config, stages: dict[str, Any], evaluation: dict[str, Any]) -
     cards.append({"value": duration(sum(record["seconds"] for record in stages.values())), "meaning": "all stages"})
     peak = max(record["peak_memory_bytes"] for record in stages.values())
     cards.append({"value": size(peak), "meaning": "peak memory"})
+    if "peak_gpu_bytes" in train:
+        cards.append({"value": size(train["peak_gpu_bytes"]), "meaning": "peak GPU memory"})
     return cards
 
 
@@ -167,7 +169,7 @@ def _stage(name: str, record: dict[str, Any]) -> dict[str, str]:
     return {
         "name": name,
         "time": duration(record["seconds"]),
-        "memory": size(record["peak_memory_bytes"]),
+        "memory": peak_memory(record),
         "figures": main_figures(name, record["figures"]),
     }
 

@@ -6,11 +6,11 @@ file has a loss where there is no metric.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.chat.formats import read_rows
 from pipeline.verify.ladder import ADAPTER, BASE, GGUF_16BIT, MERGED, OLLAMA, rungs
 from pipeline.verify.result import Claim, Result
 from pipeline.verify.statistics import mcnemar, wilson_interval
@@ -60,7 +60,7 @@ def _answers(subject: Subject) -> Iterator[Result]:
 def _marks(path: Path) -> list[bool]:
     if not path.is_file():
         return []
-    return [bool(json.loads(line)["correct"]) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [bool(row["correct"]) for row in read_rows(path)]
 
 
 def _score(marks: list[bool]) -> dict[str, Any]:

@@ -7,12 +7,12 @@ the labels that the data stage computed.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.chat.formats import read_rows
 from pipeline.chat.labels import (
     IGNORED,
     decode,
@@ -76,10 +76,8 @@ def check(subject: Subject) -> Iterator[Result]:
     longest = subject.config.train.max_length if subject.config is not None and truncates else None
     faults = _Faults()
     tokens = trained = rows = 0
-    batches = path.read_text(encoding="utf-8").splitlines()
-    with progress("labels", len(batches), "batches") as update:
-        for number, line in enumerate(batches, 1):
-            batch = json.loads(line)
+    with progress("labels", path.read_bytes().count(b"\n"), "batches") as update:
+        for number, batch in enumerate(read_rows(path), 1):
             for place, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
                 ids, labels = _unpadded(tokenizer, ids, labels)
                 tokens += len(ids)
@@ -107,9 +105,8 @@ _Known = dict[tuple[int, ...], tuple[list[dict[str, Any]], Any, int]]
 
 def _known(tokenizer: Any, path: Path) -> _Known:
     """The ids of every training text, with its conversation's messages and tools and how many answers it trains."""
-    conversations = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     owners, texts = [], []
-    for row in conversations:
+    for row in read_rows(path):
         for text in training_texts(tokenizer, row["messages"], row.get("tools")):
             owners.append((row["messages"], row.get("tools"), len(text.spans)))
             texts.append(text)

@@ -16,6 +16,7 @@ from pipeline.errors import PipelineError
 from pipeline.llamacpp.gguf_file import inspect
 from pipeline.llamacpp.server import LlamaServer
 from pipeline.ollama.choose import Engine, ask_llama_server, explain
+from pipeline.ollama.guard import guarded
 from pipeline.ollama.habits import known_habit
 from pipeline.ollama.jinja import ChatTemplate, TemplateRefused
 from pipeline.ollama.parameters import stop_strings
@@ -60,7 +61,9 @@ def _file(template: ChatTemplate, tokenizer: Any, rung: str, path: Path, suite: 
         return
     yield carried.holds(source == template.source, _template_difference(source, template.source))
     try:
-        with LlamaServer(path, context=256) as server:
+        # Bare, a template would be given what transformers does not give it, such as today's date.
+        shipped = guarded(source, thinking_not_said=True) if isinstance(source, str) else None
+        with LlamaServer(path, context=256, template=shipped) as server:
             report = judge(template, suite, lambda case: ask_llama_server(server, template, case), joins=False)
             yield _judged(rendered, report)
             yield _same_tokens(tokens, template, tokenizer, server, suite)

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.chat.formats import read_rows
 from pipeline.config import Verify
 from pipeline.errors import UserError
 from pipeline.llamacpp.gguf_file import GGUFInfo, inspect
@@ -183,8 +184,7 @@ class Subject:
         if self.run is not None:
             for name in ("test", "validation", "train"):
                 path = self.run / "data" / f"{name}.jsonl"
-                if path.is_file() and (lines := path.read_text(encoding="utf-8").splitlines()):
-                    rows = [json.loads(line)["messages"] for line in lines]
+                if path.is_file() and (rows := [row["messages"] for row in read_rows(path)]):
                     return [row[:-1] for row in rows if row[-1]["role"] == "assistant" and len(row) > 1]
         asked = ("Hi", "What is the capital of France?", "Name three colours.", "2 + 2?", "Say yes or no.")
         return [[{"role": "user", "content": text}] for text in asked]

@@ -6,12 +6,13 @@ name says faster what is wrong than a thousand differing strings.
 
 from __future__ import annotations
 
-import json
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.chat.formats import read_rows
 from pipeline.chat.labels import IGNORED, decode
 from pipeline.console import progress
 from pipeline.errors import PipelineError
@@ -155,8 +156,7 @@ def _same_ids(subject: Subject, claim: Claim, server: LlamaServer) -> Iterator[R
 def _training_rows(subject: Subject) -> list[str]:
     if subject.run is None or not (path := subject.run / "data" / "train.tokens.jsonl").is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()[:_ROWS]
-    return [decode(subject.tokenizer, json.loads(line)["input_ids"]) for line in lines]
+    return [decode(subject.tokenizer, row["input_ids"]) for row in itertools.islice(read_rows(path), _ROWS)]
 
 
 def _adds(subject: Subject, rung: str, server: LlamaServer) -> Result:
