@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import UserError
+from pipeline.resources import expanded
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 TARGET_MODULES = {
@@ -120,6 +121,11 @@ class Train(Section):
             raise ValueError("train.epochs and train.steps exclude each other: keep one")
         return self
 
+    @property
+    def bytes_per_weight(self) -> float:
+        """What a weight of the base takes of a GPU's memory, the embeddings included, which stay in 16 bits."""
+        return 0.7 if self.load_in_4bit else 2.1
+
 
 class Merge(Section):
     """How the adapter becomes part of the weights."""
@@ -213,6 +219,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
+        if self.model.trust_remote_code and "/" in self.model.base and not Path(self.model.base).is_absolute():
+            raise ValueError(
+                f"model.trust_remote_code: {self.model.base} is no folder here, and no Python files are fetched from a "
+                "hub: read them, put the whole model into a folder, and give that as model.base"
+            )
         if self.merge.base == "dequantized" and not self.train.load_in_4bit:
             raise ValueError(
                 'merge.base = "dequantized" needs a base that was trained in 4 bits, and train.load_in_4bit is false: '
@@ -235,6 +246,10 @@ class Config(Section):
         return self.ollama.system if self.ollama.system is not None else self.data.system or ""
 
 
+# A command line can hold bytes that are not UTF-8, which Python shows as lone surrogates; TOML can hold a zero.
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+_TOO_MUCH = "holds a number with thousands of digits, or lists or tables nested hundreds deep"
+
 # Paths that are taken from the folder of pipeline.toml, not from where the command was typed.
 _PATHS = (("data", "train"), ("data", "validation"), ("data", "test"), ("run", "folder"))
 
@@ -252,7 +267,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict
     Raises:
         UserError: with file, line and key, and what is allowed there.
     """
-    path = path.expanduser().absolute()
+    path = expanded(path, "CONFIG").absolute()
+    if _NO_TEXT.search(str(path)):
+        raise UserError(f"{str(path)!r}: the path is not UTF-8 text; rename the file or its folder")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -265,26 +282,32 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict
         raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     try:
         values = tomllib.loads(text)
+        places = {key: _place(path, text, key) for key in _dotted(values)}
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: {_TOO_MUCH}") from None
 
-    places = {key: _place(path, text, key) for key in _dotted(values)}
     for override in overrides:
         key, value = _parse_override(override)
         _assign(values, key, value, override)
         places |= dict.fromkeys(_dotted(value, key) if isinstance(value, dict) else [key], f"--set {override}")
 
     _refuse_unknown(values, places, path)
+    _refuse_unusable(values, places, path)
     for section, key in _PATHS:
         given = values.get(section, {}).get(key) if isinstance(values.get(section), dict) else None
         if isinstance(given, str):
-            values[section][key] = path.parent / Path(given).expanduser()
+            where = places.get(f"{section}.{key}")
+            values[section][key] = path.parent / expanded(given, f"{where}: {section}.{key}")
     template = values.get("ollama", {}).get("template") if isinstance(values.get("ollama"), dict) else None
     if isinstance(template, str) and template not in ("auto", "go", "native"):
-        values["ollama"]["template"] = str(path.parent / Path(template).expanduser())
+        values["ollama"]["template"] = str(
+            path.parent / expanded(template, f"{places.get('ollama.template')}: ollama.template")
+        )
     base = values.get("model", {}).get("base") if isinstance(values.get("model"), dict) else None
-    if isinstance(base, str) and (path.parent / base).is_dir():
-        values["model"]["base"] = str((path.parent / base).resolve())
+    if isinstance(base, str) and base:
+        values["model"]["base"] = _base(base, path.parent, f"{places.get('model.base')}: model.base")
 
     try:
         config = Config.model_validate(values)
@@ -292,11 +315,35 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict
         raise UserError("\n".join(_explain(error, places, path))) from None
     for key in ("train", "validation", "test"):
         file = getattr(config.data, key)
-        if file is not None and not file.is_file():
-            where = places.get(f"data.{key}", path)
-            problem = "is a folder; give the file in it" if file.is_dir() else "no such file"
-            raise UserError(f"{where}: data.{key}: {file}: {problem}")
-    return _anchored(config, path), {key: place.replace(str(path), path.name) for key, place in places.items()}
+        if file is not None and (problem := _unreadable(file)):
+            raise UserError(f"{places.get(f'data.{key}', path)}: data.{key}: {file}: {problem}")
+    config = _anchored(config, path)
+    if config.run_folder == path.parent.resolve():
+        place = places.get("run.folder", str(path))
+        raise UserError(f"{place}: run.folder: is the folder of {path.name}; give one of its own, e.g. run")
+    return config, {key: place.replace(str(path), path.name) for key, place in places.items()}
+
+
+def _base(base: str, folder: Path, where: str) -> str:
+    """A base that is a folder, beside the file or where the command was typed, in full: a stage may work elsewhere."""
+    given = expanded(base, where)
+    try:
+        return next((str(place.resolve()) for place in (folder / given, given) if place.is_dir()), base)
+    except OSError as error:
+        raise UserError(f"{where}: {base}: {error.strerror}") from None
+
+
+def _unreadable(file: Path) -> str | None:
+    """Why a file cannot be read, if it cannot."""
+    try:
+        if file.is_dir():
+            return "is a folder; give the file in it"
+        if not file.is_file():
+            return "no such file"
+        file.open("rb").close()
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return None
 
 
 def _anchored(config: Config, path: Path) -> Config:
@@ -337,12 +384,14 @@ def _dotted(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
 def _parse_override(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
     key = key.strip()
-    if not equals or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)+", key):
+    if not equals or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+){1,3}", key):
         raise UserError(f"--set {override}: write section.key=value, e.g. --set train.epochs=2")
     try:
         return key, tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return key, text.strip()  # a bare word is a string
+    except (ValueError, RecursionError):
+        raise UserError(f"--set {key}: {_TOO_MUCH}") from None
 
 
 def _assign(values: dict[str, Any], key: str, value: Any, override: str) -> None:
@@ -387,6 +436,24 @@ def _refuse_unknown(values: dict[str, Any], places: dict[str, str], path: Path) 
                 raise UserError(
                     f"{place}: {section}.{key}: unknown key; {_nearest(f'{section}.{key}', every, known[section])}"
                 )
+
+
+def _refuse_unusable(values: dict[str, Any], places: dict[str, str], path: Path) -> None:
+    """Refuse what no path, prompt or manifest can hold."""
+    left: list[tuple[str, Any]] = list(values.items())
+    while left:
+        key, value = left.pop()
+        problem = None
+        if isinstance(value, dict):
+            left += [(f"{key}.{name}", item) for name, item in value.items()]
+        elif isinstance(value, list):
+            left += [(key, item) for item in value]
+        elif isinstance(value, str) and _NO_TEXT.search(value):
+            problem = f"{value!r} holds a zero byte, or bytes that are not UTF-8"
+        elif isinstance(value, int) and abs(value) >= 2**63:
+            problem = "a whole number has at most 64 bits"
+        if problem:
+            raise UserError(f"{places.get(key, path)}: {key}: {problem}")
 
 
 def _nearest(name: str, candidates: list[str], allowed: list[str] | None = None) -> str:

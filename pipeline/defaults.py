@@ -7,6 +7,8 @@ What was given is held here against what is installed, so that a mistake is not 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -44,7 +46,8 @@ def resolve(config: Config, given: dict[str, str], facts: Facts) -> tuple[Config
         The configuration with every value set, and the source of every key.
 
     Raises:
-        UserError: Ollama does not know a parameter, or the experiment tracker is not installed.
+        UserError: Ollama would not take the name, the address or a parameter, llama-quantize has no such type, or the
+            experiment tracker is not installed.
     """
     _check(config, given)
     chosen: dict[str, tuple[Any, str]] = {}
@@ -66,8 +69,8 @@ def resolve(config: Config, given: dict[str, str], facts: Facts) -> tuple[Config
     choose("train.learning_rate", rate, large)
     batch = 8
     if facts.gpu_memory:
-        # 4-bit weights take about 0.7 bytes a parameter; what is left over is for activations.
-        free = facts.gpu_memory - 0.7 * (size or 8e9)
+        # What the weights leave over is for activations.
+        free = facts.gpu_memory - config.train.bytes_per_weight * (size or 8e9)
         batch = 16 if free > 60 * GIB else 8 if free > 30 * GIB else 4 if free > 12 * GIB else 2
     choose("train.batch", batch, machine)
     accumulation = max(1, 16 // (config.train.batch or batch)) if facts.gpu_memory else 1
@@ -76,6 +79,8 @@ def resolve(config: Config, given: dict[str, str], facts: Facts) -> tuple[Config
     context = min(2048, facts.context or 2048)
     choose("train.max_length", context, "the smaller of 2048 and the base's context")
     choose("train.gradient_checkpointing", bool(facts.gpu_memory) and (size or 8e9) > 1e9, machine)
+    # The GGUF files are asked on the CPU, in llama-server and in Ollama, where a large model takes long to answer.
+    choose("eval.limit", None if size and size < 1e9 else 100, large)
 
     update: dict[str, dict[str, Any]] = {}
     for key, (value, _) in chosen.items():
@@ -97,14 +102,32 @@ def _given_table(key: str, given: dict[str, str]) -> str | None:
 
 
 def _check(config: Config, given: dict[str, str]) -> None:
+    from pipeline.llamacpp.programs import installed
+    from pipeline.llamacpp.quantization import quantization_type
+    from pipeline.ollama.client import normal_host
     from pipeline.ollama.parameters import check_parameters
+    from pipeline.ollama.target import names_of
 
-    for name, value in config.ollama.parameters.items():
-        key = f"ollama.parameters.{name}"
+    @contextmanager
+    def at(key: str) -> Iterator[None]:
+        place = given.get(key) or _given_table(key, given)
         try:
-            check_parameters({name: value})
+            yield
         except UserError as error:
-            raise UserError(f"{given.get(key) or _given_table(key, given)}: {error}") from None
+            raise UserError(f"{place}: {error}" if place else str(error)) from None
+
+    if installed("llama-quantize"):
+        with at("export.quant"):
+            for name in config.export.quant:
+                quantization_type(name)
+    with at("ollama.name"):
+        names_of(config.ollama.name, config.export.quant)
+    if config.ollama.host:
+        with at("ollama.host"):
+            normal_host(config.ollama.host)
+    for name, value in config.ollama.parameters.items():
+        with at(f"ollama.parameters.{name}"):
+            check_parameters({name: value})
     tracker = config.train.report_to
     if tracker != "none" and find_spec(tracker) is None:
         raise UserError(

@@ -4,6 +4,8 @@ import hashlib
 import os
 from pathlib import Path
 
+from pipeline.errors import UserError
+
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -21,10 +23,26 @@ def resource(name: str) -> Path:
     raise FileNotFoundError(f"{name} is missing from the installation of this program: install it again")
 
 
+def expanded(path: str | Path, source: str) -> Path:
+    """A path with the home folder that its ~ stands for.
+
+    Args:
+        path: the path as it was given.
+        source: where it was given, for the message.
+
+    Raises:
+        UserError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{source}: {path}: the home folder of this user is not known; write the whole path") from None
+
+
 def cache_folder() -> Path:
     """The folder that every checkout and every run on this machine shares; PIPELINE_CACHE overrides it."""
     if override := os.environ.get("PIPELINE_CACHE"):
-        return Path(override).expanduser().resolve()
+        return expanded(override, "PIPELINE_CACHE").resolve()
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("finetune-pipeline", appauthor=False))

@@ -156,6 +156,7 @@ def test_a_packaged_base_has_no_revision() -> None:
         ("smollm2-135-instruct", "did you mean smollm2-135m-instruct"),
         ("nothing-like-it", "packaged are: smollm2-135m-instruct"),
         ("../no/such/folder", "no such folder"),
+        ("~no-such-user/base", "model.base: ~no-such-user/base: the home folder of this user"),
     ],
 )
 def test_an_unknown_base(name: str, message: str) -> None:
@@ -285,10 +286,12 @@ except PipelineError as error:
     assert "hf_secret" not in result.stdout + result.stderr
 
 
-def ask_hub(server: hub.Hub, home: Path, base: str, revision: str | None = None) -> subprocess.CompletedProcess[str]:
+def ask_hub(
+    server: hub.Hub, home: Path, base: str, revision: str | None = None, first: str = "", **variables: str
+) -> subprocess.CompletedProcess[str]:
     """What a process that knows only of this hub makes of a base: its folder and its facts, or an error."""
     program = (
-        "import json, sys\n"
+        f"import json, sys\n{first}\n"
         "from pipeline.errors import PipelineError\n"
         "from pipeline.model.base import resolve_base\n"
         "from pipeline.model.facts import facts\n"
@@ -299,6 +302,7 @@ def ask_hub(server: hub.Hub, home: Path, base: str, revision: str | None = None)
     environment = {**os.environ, "HF_ENDPOINT": server.address, "HF_HOME": str(home)}
     for key in ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE"):
         environment.pop(key, None)
+    environment |= variables
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
 
 
@@ -309,20 +313,27 @@ def test_a_base_from_a_hub(tmp_path: Path, revision: str | None) -> None:
     (folder / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 2048}')
     for name in ("tokenizer.json", "chat_template.jinja", "LICENSE", "modeling_own.py", "pytorch_model.bin"):
         (folder / name).write_text("{}")
-    save_file({"weight": np.zeros((3, 5), np.float16)}, folder / "model.safetensors")
+    weights = ("model.safetensors", "consolidated.safetensors")  # the second holds the same once more
+    for name in weights:
+        save_file({"weight": np.zeros((3, 5), np.float16)}, folder / name)
+    # A part of it in the cache is not taken for the whole.
+    part = (
+        f"import huggingface_hub; huggingface_hub.hf_hub_download('someone/tiny', 'config.json', revision={revision!r})"
+    )
     with hub.Hub("someone/tiny", folder) as server:
-        answer = ask_hub(server, tmp_path / "home", "someone/tiny", revision)
+        answer = ask_hub(server, tmp_path / "home", "someone/tiny", revision, part)
         assert answer.returncode == 0, answer.stderr
         (parameters, context), path = json.loads(answer.stdout)
         assert (parameters, context) == (15, 2048)
         fetched = {file.name: file.read_bytes() for file in Path(path).iterdir()}
         assert fetched == {
             name: (folder / name).read_bytes()
-            for name in ("config.json", "tokenizer.json", "chat_template.jinja", "LICENSE", "model.safetensors")
+            for name in ("config.json", "tokenizer.json", "chat_template.jinja", "LICENSE", *weights)
         }
-    # The second time it comes from the hub's cache, the hub being gone.
-    again = ask_hub(server, tmp_path / "home", "someone/tiny", revision)
-    assert json.loads(again.stdout)[1] == path
+    # The second time it comes from the hub's cache, the hub being gone, and its facts are the same.
+    for offline in ("0", "1"):
+        again = ask_hub(server, tmp_path / "home", "someone/tiny", revision, HF_HUB_OFFLINE=offline)
+        assert json.loads(again.stdout) == [[parameters, context], path]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """pipeline.toml: what is refused, in which words, and where values come from."""
 
 import importlib.util
+import os
+import tempfile
 from pathlib import Path
 from typing import get_args
 
@@ -25,6 +27,12 @@ def refusal(folder: Path, text: str, *overrides: str) -> str:
     with pytest.raises(UserError) as caught:
         load_config(write(folder, text), overrides)
     return str(caught.value)
+
+
+@pytest.mark.parametrize("folder", ["", ".", "../{name}"])
+def test_the_run_has_a_folder_of_its_own(tmp_path: Path, folder: str) -> None:
+    said = refusal(tmp_path, MINIMAL, f"run.folder={folder.format(name=tmp_path.name)}")
+    assert said.endswith("run.folder: is the folder of pipeline.toml; give one of its own, e.g. run")
 
 
 def test_only_base_and_data_must_be_given(tmp_path: Path) -> None:
@@ -71,6 +79,19 @@ def test_only_base_and_data_must_be_given(tmp_path: Path) -> None:
             ["pipeline.toml:8: train.early_stopping needs validation data", "data.validation_fraction"],
         ),
         (MINIMAL + "[data]\ntrain = 'y'\n", ["not valid TOML"]),
+        (MINIMAL + "validation = '~no-such-user/x'\n", ["pipeline.toml:6: data.validation: ~no-such-user/x: the home"]),
+        (MINIMAL + "[ollama]\ntemplate = '~no-such-user/x'\n", ["pipeline.toml:7: ollama.template: ~no-such-user/x"]),
+        (MINIMAL.replace("smol", "~no-such-user/"), ["pipeline.toml:2: model.base: ~no-such-user/", "the home"]),
+        (MINIMAL.replace("smol", "x" * 300), ["pipeline.toml:2: model.base: xxx", "name too long"]),
+        (MINIMAL + f"test = '{'x' * 300}'\n", ["pipeline.toml:6: data.test: ", "cannot be read: File name too long"]),
+        (MINIMAL + '[run]\nfolder = "a\\u0000b"\n', ["pipeline.toml:7: run.folder: 'a\\x00b' holds a zero byte"]),
+        (MINIMAL + f"[train]\nsteps = {'9' * 5000}\n", ["holds a number with thousands of digits"]),
+        (MINIMAL + f"[train]\nsteps = 0x{'9' * 5000}\n", ["pipeline.toml:7: train.steps: ", "at most 64 bits"]),
+        (MINIMAL + f"[train]\nsteps = {'[' * 5000}\n", ["nested hundreds deep"]),
+        (
+            '[model]\nbase = "someone/model"\ntrust_remote_code = true\n[data]\ntrain = "train.jsonl"\n',
+            ["pipeline.toml:3: model.trust_remote_code: someone/model is no folder here", "give that as model.base"],
+        ),
     ],
 )
 def test_mistakes_are_named_with_place_and_remedy(tmp_path: Path, text: str, said: list[str]) -> None:
@@ -95,9 +116,37 @@ def test_a_template_file_lies_beside_the_configuration(tmp_path: Path, given: st
     assert config.ollama.template == expected.format(folder=tmp_path)
 
 
-@pytest.mark.parametrize("override", ["train.epochs", "epochs=2", "=", "train.=3", "train epochs=2"])
+@pytest.mark.parametrize("override", ["train.epochs", "epochs=2", "=", "train.=3", "train epochs=2", "a.b.c.d.e=1"])
 def test_malformed_overrides(tmp_path: Path, override: str) -> None:
     assert "--set" in refusal(tmp_path, MINIMAL, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("ollama.system=\udcff", "--set ollama.system=\udcff: ollama.system: '\\udcff' holds"),
+        ('export.quant=["q8_0", "\udcff"]', "export.quant: '\\udcff' holds"),
+        (f"train.steps={'9' * 5000}", "--set train.steps: holds a number"),
+        (f"train.steps={'[' * 5000}", "--set train.steps: holds"),
+    ],
+)
+def test_an_override_that_nothing_can_hold(tmp_path: Path, override: str, said: str) -> None:
+    assert said in refusal(tmp_path, MINIMAL, override)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_base_that_is_a_folder_is_named_in_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beside: bool
+) -> None:
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    project.mkdir()
+    elsewhere.mkdir()
+    folder = (project if beside else elsewhere) / "models" / "mine"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(elsewhere)
+    overrides = ["model.base=models/mine", "model.trust_remote_code=true"]
+    config, _ = load_config(write(project, MINIMAL), overrides)
+    assert config.model.base == str(folder)
 
 
 def test_unknown_override_names_itself(tmp_path: Path) -> None:
@@ -117,6 +166,29 @@ def test_data_that_is_not_there_is_named_with_its_line(tmp_path: Path, name: str
 def test_file_that_cannot_be_read(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="no such file|is a folder"):
         load_config(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("~no-such-user/x", "the home folder of this user"), ("\udcff.toml", "not UTF-8 text"), ("x" * 300, "too long")],
+)
+def test_a_path_that_cannot_be(name: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        load_config(Path(name))
+
+
+def test_data_that_may_not_be_read() -> None:
+    with tempfile.TemporaryDirectory() as name:  # one that other users may enter, as tmp_path is not
+        path = write(Path(name), MINIMAL)
+        path.parent.chmod(0o755)
+        (path.parent / "train.jsonl").chmod(0)
+        user = os.geteuid()
+        os.seteuid(user or 65534)  # root may read everything
+        try:
+            with pytest.raises(UserError, match=r"pipeline.toml:5: data.train: .*: cannot be read: Permission denied"):
+                load_config(path)
+        finally:
+            os.seteuid(user)
 
 
 def test_not_utf8(tmp_path: Path) -> None:
@@ -144,6 +216,12 @@ def test_defaults_follow_the_size_and_the_machine(tmp_path: Path) -> None:
     assert not small.train.gradient_checkpointing
     assert sources["train.learning_rate"] == "default for 135 M parameters"
     assert sources["model.base"] == "pipeline.toml:2"
+    assert (small.eval.limit, large.eval.limit) == (None, 100)
+    assert sources["eval.limit"] == "default for 135 M parameters"
+    config, given = load_config(write(tmp_path, MINIMAL), ["train.load_in_4bit=false", "eval.limit=300"])
+    sixteen_bit, _ = resolve(config, given, Facts(8_000_000_000, 131072, 24 * 2**30))
+    assert (large.train.batch, sixteen_bit.train.batch) == (4, 2)
+    assert sixteen_bit.eval.limit == 300
 
 
 def test_given_values_are_never_replaced(tmp_path: Path) -> None:
@@ -168,6 +246,22 @@ def test_a_parameter_that_ollama_does_not_know(tmp_path: Path, key: str, value: 
         resolve(config, given, Facts(None, None, None))
     assert f"pipeline.toml:7: ollama.parameters.{key.partition('.')[0]}" in str(caught.value)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("ollama.name=a b", "ollama.name = 'a b': not a name"),
+        ("ollama.host=ht!tp://x", "ollama.host = 'ht!tp://x': not an address"),
+        ("ollama.host=a b", "ollama.host = 'a b': not an address"),
+        ('export.quant=["q4_k_m", "q4_m_k"]', "export.quant: llama-quantize has no type q4_m_k; did you mean"),
+    ],
+)
+def test_what_the_programs_would_refuse_is_refused_first(tmp_path: Path, override: str, said: str) -> None:
+    config, given = load_config(write(tmp_path, MINIMAL), [override])
+    with pytest.raises(UserError) as caught:
+        resolve(config, given, Facts(None, None, None))
+    assert f"--set {override}: {said}" in str(caught.value)
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "mlflow"])

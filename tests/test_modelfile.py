@@ -5,10 +5,13 @@ What a Modelfile is refused for still has to go through the JSON API unchanged.
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import servers
 
@@ -25,6 +28,7 @@ from pipeline.ollama.parameters import (
 from pipeline.ollama.proof import read_back, shown_parameters
 from pipeline.ollama.scratch import write_scratch_model
 from pipeline.ollama.server import find_ollama
+from pipeline.resources import sha256_of
 
 TEMPLATE = "{{ range .Messages }}{{ .Role }}: {{ .Content }}\n{{ end }}"
 Q = '"""'
@@ -248,6 +252,10 @@ def test_a_message_has_a_role_that_ollama_knows() -> None:
         ({"top_k": 1.5}, "a whole number"),
         ({"num_ctx": "8192"}, "a whole number"),
         ({"num_ctx": 2**40}, "a whole number"),
+        ({"num_ctx": -5}, "at least 4"),
+        ({"num_ctx": 2}, "at least 4"),
+        ({"temperature": 1e300}, "at most 3.4e38"),
+        ({"temperature": 10**400}, "at most 3.4e38"),
         ({"seed": None}, "a whole number"),
         ({"use_mmap": "yes"}, "true or false"),
         ({"stop": []}, "none of them empty"),
@@ -273,13 +281,53 @@ def test_parameters_come_from_the_model_and_the_configuration_wins(tmp_path: Pat
     assert values == {"num_ctx": 8192, "temperature": 0.0, "top_p": 0.95, "repeat_penalty": 1.1, "stop": ["#"]}
     assert parameters(tmp_path, template, {}, 2048)["stop"] == ["<|end|>", "</s>"]
     assert context_length(tmp_path, 32768) == 32768  # never less than it was trained with
+    assert parameters(tmp_path, template, {"num_ctx": 2048}, 2048)["num_ctx"] == 2048
+    with pytest.raises(UserError, match="num_ctx = 2047: must be at least 2048, the tokens of the longest row"):
+        parameters(tmp_path, template, {"num_ctx": 2047}, 2048)
     (tmp_path / "generation_config.json").write_text('{"do_sample": false}')
     assert parameters(tmp_path, template, {}, 0)["temperature"] == 0.0
     (tmp_path / "config.json").write_text('{"max_position_embeddings": 2048}')
     assert context_length(tmp_path, 0) == 2048
+    assert parameters(tmp_path, template, {"num_ctx": 2048}, 4096)["num_ctx"] == 2048  # the model has no more
 
 
 def test_a_template_without_tokens_stops_at_the_next_turn() -> None:
     source = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}assistant:"
     assert end_of_turn(ChatTemplate(source)) == "\n\nuser: "
     assert stop_strings(ChatTemplate(source)) == ["\n\nuser:"]
+
+
+def write_adapter(path: Path) -> None:
+    """A LoRA adapter of the scratch model's queries."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 4)
+    for factor, shape in (("lora_a", (2, 32)), ("lora_b", (32, 2))):
+        writer.add_tensor(f"blk.0.attn_q.weight.{factor}", np.ones(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("name", ["adapter.gguf", 'my "first" adapter\'s.gguf', '"""a\nSYSTEM evil\n"b"""'])
+def test_an_adapter_goes_both_ways_whatever_its_name(name: str, folder: Path) -> None:
+    messages = ({"role": "user", "content": "Hi: there"}, {"role": "assistant", "content": 'Say "Hello"'})
+    model = ServedModel("scratch.gguf", TEMPLATE, adapter=name, messages=messages, licenses=("MIT",), requires="0.32.0")
+    write_adapter(folder / name)
+    client = servers.client()
+    from_file = create_from_file(folder, model, "adapted:latest")
+    files = {"files": {"m.gguf": client.upload(folder / model.gguf)}, "adapters": {"a": client.upload(folder / name)}}
+    client.create("adapted:latest", {**model.body(), **files})
+    for shown in (from_file, shown_and_deleted("adapted:latest", model)):
+        assert re.findall(r"^ADAPTER .*/sha256-(.*)$", shown["modelfile"], re.MULTILINE) == [sha256_of(folder / name)]
+        assert (shown["messages"], shown["license"]) == (list(messages), "MIT")
+
+
+@pytest.mark.parametrize("name", ['a"""\nSYSTEM evil', "a\u00a0b.gguf", "a\0b.gguf"])
+def test_a_path_that_no_modelfile_can_carry(name: str) -> None:
+    with pytest.raises(CannotCarry, match="FROM holds"):
+        ServedModel(name).modelfile()
+    with pytest.raises(CannotCarry, match="ADAPTER holds"):
+        ServedModel("scratch.gguf", adapter=name).modelfile()

@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,7 +145,10 @@ def test_addresses_are_read_as_ollama_reads_them(given: str, meant: str) -> None
     assert normal_host(given) == meant
 
 
-@pytest.mark.parametrize("given", ["", "   ", "ftp://host", "http://", "host:99999", "host:port", "://"])
+@pytest.mark.parametrize(
+    "given",
+    ["", "  ", "ftp://host", "http://", "host:99999", "host:port", "://", "a b", "a\tb", "a!b", "a..b", "[a:b]"],
+)
 def test_what_is_no_address_is_refused(given: str) -> None:
     with pytest.raises(UserError, match="not an address"):
         normal_host(given)
@@ -193,6 +197,13 @@ def test_a_name_that_changes_the_prompt(given: str) -> None:
     assert check_name(f"home-{given.rpartition('/')[2]}")
 
 
+@pytest.mark.parametrize("tag", ["local", "cloud", "Cloud", "LOCAL", "x-cloud", "q4_k_m-Cloud"])
+def test_a_tag_that_leads_to_another_model(tag: str) -> None:
+    with pytest.raises(UserError, match=f"takes the tag '{tag}' for where a model runs"):
+        check_name(f"host.example:5000/me/home:{tag}")
+    assert check_name(f"{tag}/home-{tag}:{tag}2") == f"{tag}/home-{tag}:{tag}2"
+
+
 def test_an_upload_is_made_once_and_its_digest_is_the_files(tmp_path: Path) -> None:
     from pipeline.resources import sha256_of
 
@@ -205,6 +216,19 @@ def test_an_upload_is_made_once_and_its_digest_is_the_files(tmp_path: Path) -> N
     again: list[float] = []
     servers.client().upload(path, again.append)
     assert again == [path.stat().st_size]
+
+
+def test_a_disk_that_is_full_when_the_model_is_checked(small_disk: Path, tmp_path: Path) -> None:
+    from pipeline.ollama.scratch import write_scratch_model
+
+    path, store = write_scratch_model(tmp_path / "scratch.gguf"), small_disk / "models"
+    with OllamaServer(store, log=tmp_path / "log") as server, Client(server.host) as client:
+        digest = client.upload(path, store=store)
+        (small_disk / "rest").write_bytes(bytes(shutil.disk_usage(small_disk).free - 50_000))
+        with pytest.raises(PipelineError, match=r"llama-quantize failed.*most likely the disk .* is full"):
+            client.create("full", {"files": {"scratch.gguf": digest}})
+        with pytest.raises(PipelineError, match="too full for Ollama's copy of the model"):
+            client.upload(path, store=store)  # it is there, and has to be copied again
 
 
 def test_a_server_that_dies_is_told_whatever_it_was_asked(tmp_path: Path) -> None:

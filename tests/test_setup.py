@@ -26,7 +26,8 @@ from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, UserError
+from pipeline.ollama.server import new_enough
 from pipeline.resources import cache_folder
 from pipeline.setup import libraries, machine, toolchain
 from pipeline.setup.build import build_programs, unpacked
@@ -566,6 +567,9 @@ def test_cache_that_cannot_be_written_is_one_message(tmp_path: Path, monkeypatch
     monkeypatch.setenv("PIPELINE_CACHE", str(tmp_path / "file"))
     with pytest.raises(PipelineError, match=r"PIPELINE_CACHE"), exclusive(toolchain.downloads() / "lock"):
         pass
+    monkeypatch.setenv("PIPELINE_CACHE", "~no-such-user/cache")
+    with pytest.raises(UserError, match="PIPELINE_CACHE: ~no-such-user/cache: the home folder of this user"):
+        cache_folder()
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -639,7 +643,7 @@ def test_without_go_everything_else_is_set_up_and_it_says_so(
     assert "With Go installed, `pipeline setup` builds Ollama" in answer.stderr
 
 
-@pytest.mark.parametrize(("version", "used"), [("0.34.0", True), ("99.1.2", True), ("0.33.9", False), ("0.9.0", False)])
+@pytest.mark.parametrize(("version", "used"), [("0.32.0", True), ("99.1.2", True), ("0.31.9", False), ("0.9.0", False)])
 def test_system_ollama_is_used_when_it_is_new_enough(
     cache_without_ollama: Path, without: Callable[..., str], tmp_path: Path, version: str, used: bool
 ) -> None:
@@ -648,6 +652,7 @@ def test_system_ollama_is_used_when_it_is_new_enough(
     program = folder / "ollama"
     program.write_text(f"#!/bin/sh\necho 'Warning: could not connect' >&2\necho 'client version is {version}'\n")
     program.chmod(0o755)
+    assert new_enough(version) is used  # what `deploy` asks
     text = program.read_bytes()
     answer = setup_command(PATH=f"{folder}{os.pathsep}{without('go', 'ollama')}")
     assert answer.returncode == 0, answer.stderr
@@ -784,7 +789,7 @@ def test_make_passes_a_configuration_whose_name_has_a_space(tmp_path: Path) -> N
     assert 'run "my data/pipeline.toml"' in answer.stdout
 
 
-def test_wheel_carries_what_set_up_needs(tmp_path: Path) -> None:
+def test_wheel_carries_all_that_the_program_reads_and_runs_from_where_it_is_installed(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path],
         cwd=ROOT,
@@ -793,8 +798,33 @@ def test_wheel_carries_what_set_up_needs(tmp_path: Path) -> None:
     )
     (wheel,) = tmp_path.glob("*.whl")
     inside = set(zipfile.ZipFile(wheel).namelist())
-    assert {
-        "pipeline/third_party/pins.toml",
-        "pipeline/requirements.lock",
-        "pipeline/setup/command.py",
-    } <= inside
+    modules = list((ROOT / "pipeline").rglob("*.py"))
+    named = {name for path in modules for name in re.findall(r'resource\("([^"]+)"\)', path.read_text())}
+    assert named >= {"templates/report.html.j2", "third_party/pins.toml", "requirements.lock"}
+    assert {f"pipeline/{name}" for name in named} <= inside
+    assert {str(path.relative_to(ROOT)) for path in modules} <= inside
+
+    target = tmp_path / "installed"
+    install = [sys.executable, "-m", "uv", "pip", "install", "-q", "--offline", "--no-deps", "--python", sys.executable]
+    subprocess.run([*install, "--target", target, wheel], check=True, capture_output=True)
+
+    def python(*arguments: str) -> str:
+        answer = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(target)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert answer.returncode == 0, answer.stderr
+        return answer.stdout
+
+    example = target / "pipeline" / "examples" / "home"
+    assert f'train = "{example / "train.jsonl"}"' in python("-m", "pipeline", "config", str(example / "pipeline.toml"))
+    program = (
+        "import sys; from pipeline.resources import resource; from pipeline.setup.pins import pins; "
+        "assert pins(); print(*map(resource, sys.argv[1:]), sep='\\n')"
+    )
+    read = python("-c", program, *sorted(named)).splitlines()
+    assert read == [str(target / "pipeline" / name) for name in sorted(named)]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pipeline.errors import PipelineError, UserError
 from pipeline.model.packaged import PACKAGED, packaged_folder
+from pipeline.resources import expanded
 
 # What is fetched from a hub. Pickled weights and Python files are not: they can run code.
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "LICENSE*", "NOTICE*")
@@ -37,7 +38,7 @@ def resolve_base(base: str, revision: str | None = None) -> Path:
         if revision is not None:
             raise UserError(f"model.revision: the packaged {base} has no revisions; remove the key")
         return packaged_folder(PACKAGED[base.lower()])
-    local = Path(base).expanduser()
+    local = expanded(base, "model.base")
     if local.is_dir():
         if revision is not None:
             raise UserError(f"model.revision: {base} is a local folder; a revision belongs to a hub id")
@@ -49,6 +50,18 @@ def resolve_base(base: str, revision: str | None = None) -> Path:
     nearest = difflib.get_close_matches(base.lower(), PACKAGED, 1)
     hint = f"did you mean {nearest[0]}?" if nearest else f"packaged are: {', '.join(PACKAGED)}"
     raise UserError(f"model.base: {base}: no such folder, no packaged model and no hub id (owner/name); {hint}")
+
+
+def cached_base(base: str, revision: str | None = None) -> Path | None:
+    """The folder of a hub id, if the hub's cache has the whole base already; the hub is not asked."""
+    from huggingface_hub import snapshot_download
+
+    patterns = list(HUB_PATTERNS)
+    try:
+        folder = snapshot_download(base, revision=revision, allow_patterns=patterns, local_files_only=True)
+        return check_base(Path(folder))  # there may be single files of it only
+    except (OSError, ValueError, UserError):
+        return None
 
 
 def _from_hub(base: str, revision: str | None) -> Path:

@@ -5,6 +5,8 @@ import math
 import struct
 from pathlib import Path
 
+from pipeline.resources import expanded
+
 
 def facts(base: str, revision: str | None = None) -> tuple[int | None, int | None]:
     """The number of weights and the context length in tokens of a base; None for what cannot be learned.
@@ -13,18 +15,32 @@ def facts(base: str, revision: str | None = None) -> tuple[int | None, int | Non
         base: a packaged name, a hub id or a local folder, as in [model] base.
         revision: branch, tag or commit of a hub id.
     """
-    from pipeline.model.base import resolve_base
+    from pipeline.model.base import cached_base, resolve_base
     from pipeline.model.packaged import PACKAGED
 
-    if base.lower() not in PACKAGED and "/" in base and not Path(base).expanduser().exists():
-        return _hub_facts(base, revision)
-    folder = resolve_base(base, revision)
-    return sum(_count(path) for path in folder.glob("*.safetensors")) or None, context_of(folder)
+    if base.lower() not in PACKAGED and "/" in base and not expanded(base, "model.base").exists():
+        # The cache first: the defaults of a finished run must not change when its hub cannot be reached.
+        folder = cached_base(base, revision)
+        if folder is None:
+            return _hub_facts(base, revision)
+    else:
+        folder = resolve_base(base, revision)
+    return sum(_count(path) for path in _weights(folder)) or None, context_of(folder)
 
 
 def context_of(folder: Path) -> int | None:
     """The context length in tokens that a model's folder names."""
     return _context(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files that make up the model, as the hub counts them: some folders hold the weights a second time."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if index.is_file():
+        return [folder / name for name in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())]
+    return list(folder.glob("*.safetensors"))
 
 
 def _count(path: Path) -> int:

@@ -25,8 +25,10 @@ _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}"
 _SPACE = r"[A-Za-z0-9_][A-Za-z0-9_-]{0,79}"
 _HOST = r"[A-Za-z0-9_][A-Za-z0-9_.:-]*"
 _NAME = re.compile(rf"(?:(?:{_HOST}/)?{_SPACE}/)?(?P<model>{_PART})(?::(?P<tag>{_PART}))?")
+_DOMAIN = re.compile(r"[\w-]{1,63}(\.[\w-]{1,63})*\.?")
 
 _FILTERED = "deepseek-r1"  # filterThinkTags in Ollama's server/routes.go
+_ELSEWHERE = re.compile(r"local|(.*-)?cloud", re.IGNORECASE)  # parseSourceSuffix in its internal/modelref/modelref.go
 
 
 class RenderRefused(PipelineError):
@@ -37,7 +39,8 @@ def check_name(name: str) -> str:
     """A model's name with its tag, e.g. "home" -> "home:latest".
 
     Raises:
-        UserError: Ollama would not take the name, or would send a model of this name another prompt.
+        UserError: Ollama would not take the name, would send a model of this name another prompt, or would ask another
+            model than this one.
     """
     match = _NAME.fullmatch(name)
     if match is None:
@@ -49,6 +52,11 @@ def check_name(name: str) -> str:
         raise UserError(
             f"ollama.name = {name!r}: from a model of this very name Ollama drops the thinking of earlier answers, "
             f'whatever it was trained with; choose another, e.g. "{_FILTERED}-home"'
+        )
+    if match["tag"] and _ELSEWHERE.fullmatch(match["tag"]):
+        raise UserError(
+            f"ollama.name = {name!r}: Ollama takes the tag {match['tag']!r} for where a model runs, and would ask "
+            "another one, here or in a cloud; choose a tag that is not local or cloud and does not end in -cloud"
         )
     return name if match["tag"] else f"{name}:latest"
 
@@ -142,11 +150,12 @@ class Client:
         import httpx
 
         digest, size = f"sha256:{sha256_of(path)}", path.stat().st_size
-        if self._call(self._http.head, f"/api/blobs/{digest}").status_code == httpx.codes.OK:
+        there = self._call(self._http.head, f"/api/blobs/{digest}").status_code == httpx.codes.OK
+        if store is not None:  # `create` copies the file once more, to check it, also where it is there already
+            require_space(store, size if there else 2 * size, "Ollama's copy of the model, twice while it checks it")
+        if there:
             progress(size)
             return digest
-        if store is not None:
-            require_space(store, 2 * size, "Ollama's copy of the model, twice while it checks it")
 
         def pieces() -> Iterator[bytes]:
             sent = 0
@@ -281,6 +290,7 @@ def normal_host(host: str, source: str = "ollama.host") -> str:
     Raises:
         UserError: it is no address.
     """
+    from ipaddress import IPv6Address
     from urllib.parse import urlsplit
 
     text = host.strip(" \t\r\n\"'")
@@ -288,12 +298,13 @@ def normal_host(host: str, source: str = "ollama.host") -> str:
         text = f"127.0.0.1{text}"
     try:
         parts = urlsplit(text if "://" in text else f"http://{text}")
-        port = parts.port
+        port, name = parts.port, parts.hostname or ""
+        named = _DOMAIN.fullmatch(name) or (":" in name and IPv6Address(name))
     except ValueError:
-        parts, port = urlsplit(""), None
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.hostname != parts.hostname.strip():
+        named = None
+    if not named or parts.scheme not in ("http", "https") or re.search(r"\s", text):  # urlsplit leaves some of it out
         raise UserError(f"{source} = {host!r}: not an address; write e.g. http://127.0.0.1:11434")
-    name = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    name = f"[{name}]" if ":" in name else name
     if name == "0.0.0.0":  # noqa: S104 - an address to listen on, not one to call
         name = "127.0.0.1"
     default = {"http": 80, "https": 443}[parts.scheme] if "://" in text else 11434
@@ -308,6 +319,9 @@ def _error_text(answer: httpx.Response) -> str:
 
 
 def _helped(words: str) -> str:
+    disk = "the disk that holds Ollama's models (OLLAMA_MODELS)"
     if "no space left" in words or "quota exceeded" in words:
-        return f"{words}; free some of the disk that holds Ollama's models (OLLAMA_MODELS)"
+        return f"{words}; free some of {disk}"
+    if "llama-quantize failed" in words:
+        return f"{words}; most likely {disk} is full: it must hold the model twice; if it can, see Ollama's own log"
     return words

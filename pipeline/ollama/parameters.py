@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from pipeline.ollama.jinja import ChatTemplate, TemplateRefused
 
 # A longer context costs every user memory, used or not; whoever needs it sets ollama.parameters.num_ctx.
 LARGEST_DEFAULT_CONTEXT = 8192
+_SMALLEST_CONTEXT = 4  # Ollama raises a smaller one to it (its server/sched.go)
+_LARGEST_FLOAT = 3.4028234663852886e38  # Ollama keeps floats in 32 bits
 
 KNOWN: Mapping[str, type] = {
     "num_ctx": int, "num_batch": int, "num_gpu": int, "main_gpu": int, "use_mmap": bool, "num_thread": int,
@@ -37,20 +38,26 @@ _SAMPLING = {
 }
 
 
-def parameters(model: Path, template: ChatTemplate, given: Mapping[str, Any], max_length: int) -> dict[str, Any]:
+def parameters(model: Path, template: ChatTemplate, given: Mapping[str, Any], longest: int) -> dict[str, Any]:
     """All PARAMETERs of a model.
 
     Args:
         model: its folder, with config.json and perhaps generation_config.json.
         template: its chat template.
         given: the configuration's own; they win.
-        max_length: tokens of the longest row that it was trained on: never less context than that.
+        longest: tokens of the longest row that it was trained on: never less context than that.
 
     Raises:
         UserError: a given parameter is unknown or has a wrong value.
     """
     checked = check_parameters(given)
-    values: dict[str, Any] = {"num_ctx": context_length(model, max_length)}
+    values: dict[str, Any] = {"num_ctx": context_length(model, longest)}
+    least = min(longest, values["num_ctx"])
+    if checked.get("num_ctx", least) < least:
+        raise UserError(
+            f"ollama.parameters.num_ctx = {checked['num_ctx']}: must be at least {least}, the tokens of the longest "
+            "row it was trained on: with less, Ollama leaves out messages of such a conversation without a word"
+        )
     values |= check_parameters(_generation(model))
     if stops := stop_strings(template):
         values["stop"] = stops
@@ -70,6 +77,10 @@ def check_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
             hint = f"did you mean {near[0]!r}?" if near else f"Ollama knows {', '.join(KNOWN)}"
             raise UserError(f"ollama.parameters.{key}: unknown; {hint}")
         values[key] = _typed(key, value, KNOWN[key])
+        if key == "num_ctx" and value < _SMALLEST_CONTEXT:
+            raise UserError(
+                f"ollama.parameters.num_ctx = {value}: must be at least {_SMALLEST_CONTEXT}, which Ollama takes instead"
+            )
     return values
 
 
@@ -79,22 +90,23 @@ def _typed(key: str, value: Any, wanted: type) -> Any:
         if isinstance(texts, list | tuple) and texts and all(isinstance(text, str) and text for text in texts):
             return list(texts)
         raise UserError(f"ollama.parameters.{key} = {value!r}: must be a text or a list of texts, none of them empty")
-    if wanted is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if wanted is float and number and abs(value) <= _LARGEST_FLOAT:  # which NaN is not
         return float(value)
     if wanted is int and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31:
         return value
     if wanted is bool and isinstance(value, bool):
         return value
-    words = {float: "a finite number", int: "a whole number", bool: "true or false"}[wanted]
+    words = {float: "a finite number of at most 3.4e38", int: "a whole number", bool: "true or false"}[wanted]
     raise UserError(f"ollama.parameters.{key} = {value!r}: must be {words}")
 
 
-def context_length(model: Path, max_length: int) -> int:
+def context_length(model: Path, longest: int) -> int:
     """Tokens of context: what the model was made for, up to a limit that every machine can bear."""
     config = _json(model / "config.json")
     text = config.get("text_config", {})
     most = config.get("max_position_embeddings") or text.get("max_position_embeddings") or LARGEST_DEFAULT_CONTEXT
-    return max(min(int(most), LARGEST_DEFAULT_CONTEXT), min(max_length, int(most)))
+    return max(min(int(most), LARGEST_DEFAULT_CONTEXT), min(longest, int(most)))
 
 
 def _generation(model: Path) -> dict[str, Any]:

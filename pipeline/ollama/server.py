@@ -17,9 +17,9 @@ from types import TracebackType
 
 from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.programs import die_with_parent
+from pipeline.resources import expanded
+from pipeline.setup.pins import MINIMUM_OLLAMA as MINIMUM_VERSION
 
-# The first Ollama that renders a GGUF's own Jinja template through llama.cpp, which `native` stands on.
-MINIMUM_VERSION = "0.32.0"
 DEFAULT_HOST = "http://127.0.0.1:11434"
 
 
@@ -40,7 +40,7 @@ def find_ollama() -> Path | None:
         UserError: PIPELINE_OLLAMA names no program, or one that is too old.
     """
     if given := os.environ.get("PIPELINE_OLLAMA"):
-        path = Path(given).expanduser()
+        path = expanded(given, "PIPELINE_OLLAMA")
         if not os.access(path, os.X_OK) or path.is_dir():
             raise UserError(f"PIPELINE_OLLAMA={given}: not a program; give the path of the ollama executable")
         version = program_version(path)

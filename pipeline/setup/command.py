@@ -80,7 +80,7 @@ def plan(dev: bool) -> tuple[list[Part], list[str]]:
     from pipeline.setup.build import build_programs
     from pipeline.setup.fetch import fetch_node, fetch_package
     from pipeline.setup.ollama import build_ollama
-    from pipeline.setup.pins import load_pins
+    from pipeline.setup.pins import MINIMUM_OLLAMA, load_pins
     from pipeline.setup.processes import find_program
 
     pins = load_pins()
@@ -111,14 +111,14 @@ def plan(dev: bool) -> tuple[list[Part], list[str]]:
 
     warnings: list[str] = []
     parts = [build(pins.llama_cpp.first), base]
-    own = None if dev or ollama.done else machine.system_ollama(pins.ollama.version)
+    own = None if dev or ollama.done else machine.system_ollama(MINIMUM_OLLAMA)
     if own is not None:
         say(f"Ollama: using this machine's own, {own[0]} ({own[1]})")
     elif ollama.done or find_program("go") is not None:
         parts.append(ollama)
     else:
         warnings.append(
-            f"there is neither Go nor an Ollama {pins.ollama.version} or newer here: nothing to deploy to. "
+            f"there is neither Go nor an Ollama {MINIMUM_OLLAMA} or newer here: nothing to deploy to. "
             "All the rest works, and `deploy` says what to type elsewhere. "
             "With Go installed, `pipeline setup` builds Ollama"
         )

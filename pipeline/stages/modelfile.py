@@ -30,13 +30,13 @@ CONFIG = (
     "ollama.parameters",
     "ollama.license",
     "data.system",
-    "train.max_length",
 )
+READS = {"data": ("summary.json",)}
 
 
 def NEEDS(variant: str) -> tuple[str, ...]:
-    """The merged model's tokenizer, and the one GGUF file."""
-    return ("merge", f"quantize/{variant}") if variant else ("merge", "quantize")
+    """The length of the trained rows, the merged model's tokenizer, and the one GGUF file."""
+    return ("data", "merge", f"quantize/{variant}" if variant else "quantize")
 
 
 def variants(config: "Config") -> tuple[str, ...]:
@@ -67,6 +67,7 @@ def main(work: Work) -> dict[str, Any]:
         raise refusal(choice)
     for warning in choice.warnings:
         work.warn(warning)
+    longest = json.loads((work.folder("data") / "summary.json").read_text(encoding="utf-8"))["train_longest"]
     final = work.run / "modelfile" / work.variant
     if choice.jinja is not None:
         require_space(work.output, gguf.stat().st_size, "the GGUF file with its chat template guarded")
@@ -78,7 +79,7 @@ def main(work: Work) -> dict[str, Any]:
         gguf=path,
         template=choice.go_template or "",
         system=config.served_system,
-        parameters=parameters(model, template, config.ollama.parameters, config.train.max_length or 0),
+        parameters=parameters(model, template, config.ollama.parameters, longest),
         licenses=(config.ollama.license,) if config.ollama.license else (),
         requires=choice.requires or "",
     )

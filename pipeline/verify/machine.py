@@ -52,8 +52,8 @@ def check(config: Config, run_folder: Path, parameters: int, gpu_bytes: int | No
             "merged model will not be compared with the 16-bit GGUF file's; its weights will be"
         )
     if gpu_bytes is not None:
-        # 4-bit weights take 0.7 bytes, embeddings included; the adapter's optimizer and activations come on top.
-        needed = (0.7 if config.train.load_in_4bit else 2.1) * parameters + 2**30
+        # The adapter's optimizer and the activations come on top.
+        needed = config.train.bytes_per_weight * parameters + 2**30
         yield _bytes(_GPU, int(needed), gpu_bytes, "take a smaller base or a larger GPU")
     yield _versions()
 
