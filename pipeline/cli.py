@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -76,7 +78,7 @@ class Commands(click.Group):
         except OSError as error:
             what = "no space left on the disk; free some and give the same command again"
             click.echo(f"error: {what if full_disk(error) else error}", err=True)
-            context.exit(1)
+            context.exit(2 if error.errno == errno.ENAMETOOLONG else 1)  # only who gives a command gives such a name
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] == "pipeline":
                 raise
@@ -177,7 +179,7 @@ def export(config: Path, overrides: tuple[str, ...], quant: tuple[str, ...]) -> 
     for kind, name in names_of(settings.ollama.name, settings.export.quant).items():
         modelfile = settings.run_folder / "modelfile" / kind / "Modelfile"
         if modelfile.is_file():  # where none can carry the model, the stage has said so
-            say(f"ollama create {name} -f {modelfile}")
+            say(f"ollama create {name} -f {shlex.quote(str(modelfile))}")
 
 
 @main.command()
@@ -201,16 +203,16 @@ def status(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     from rich.table import Table
 
     from pipeline.console import results
-    from pipeline.figures import duration, main_figures, size
+    from pipeline.figures import duration, main_figures, peak_memory
 
     table = Table("stage", "state", "time", "memory", "figures", title=str(settings.run_folder), title_justify="left")
     for row in rows:
-        seconds, memory = row["seconds"], row["peak_memory_bytes"]
+        seconds = row["seconds"]
         table.add_row(
             row["stage"],
             row["state"] if row["reason"] is None or row["state"] == "missing" else f"{row['state']}: {row['reason']}",
             "" if seconds is None else duration(seconds),
-            "" if memory is None else size(memory),
+            "" if seconds is None else peak_memory(row),
             main_figures(row["stage"], row["figures"]),
             style={"stale": "yellow", "missing": "dim"}.get(row["state"]),
         )
@@ -275,16 +277,15 @@ for _stage, _summary in _SUMMARIES.items():
 
 @main.command()
 @configured
-@click.option("--force", is_flag=True, help="Look again, also where nothing has changed since.")
 @click.option("--json", "as_json", is_flag=True, help="Print preflight.json.")
-def preflight(config: Path, overrides: tuple[str, ...], force: bool, as_json: bool) -> None:
+def preflight(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Try the whole way with the untouched base, before anything is trained.
 
-    The base is converted, quantized, served and verified; disk, memory and versions are looked at. `pipeline run` does
-    this first, once. Exit status 2 if something would fail.
+    The base is converted, quantized, served and verified; disk, memory and versions are looked at, every time.
+    `pipeline run` does this first, once. Exit status 2 if something would fail.
     """
     settings, sources = resolved(config, overrides)
-    _bring_up_to_date(settings, sources, ["preflight"], force)
+    _bring_up_to_date(settings, sources, ["preflight"], force=True)
     content = json.loads((settings.run_folder / "preflight" / "preflight.json").read_text(encoding="utf-8"))
     _print_checks(content, as_json)
 

@@ -34,7 +34,7 @@ STAGES = (
     "preflight", "data", "train", "merge", "convert", "quantize", "modelfile", "deploy", "evaluate", "verify", "report",
 )  # fmt: skip
 # What has no effect on a stage's outputs, however much of it the stage imports.
-_NO_PART_OF_THE_CODE = {"pipeline.config", "pipeline.console", "pipeline.errors", "pipeline.work"}
+_NO_PART_OF_THE_CODE = {"pipeline.config", "pipeline.console", "pipeline.errors", "pipeline.run", "pipeline.work"}
 PARTIAL = ".partial"
 _NOTHING = 2**20  # bytes: with so few, a stage could not even say what is wrong
 PARENT = "PIPELINE_PARENT"  # tells a stage's process whose it is
@@ -108,7 +108,10 @@ def examine(config: Config, manifest: dict[str, Any], targets: Sequence[Node]) -
     states = []
     for node in targets:
         if str(node) in manifest["stages"] or any(needed in stale for needed in needs(node, config)):
-            state = _examine(node, config, manifest, stale)
+            try:
+                state = _examine(node, config, manifest, stale)
+            except PipelineError as error:  # an input is gone, which is no reason to say nothing of the others
+                state = State(node, str(error), None, {})
         else:  # there is nothing to compare, and a look at its inputs could fetch a base from its hub
             state = State(node, "has not run", None, {})
         if state.reason is not None:
@@ -243,11 +246,13 @@ def run(config: Config, sources: dict[str, str], targets: Sequence[Node], *, for
         from pipeline.provenance import provenance
 
         manifest = read_manifest(folder)
+        wanted = with_needs(targets, config)
+        for node in wanted:
+            _refuse_unrecorded(node, manifest, folder)
         manifest["config"] = {"values": config.model_dump(mode="json"), "sources": sources}
         made_with = provenance()
         manifest |= made_with | {"nodes": [str(node) for node in nodes(config)]}
         write_whole(folder / "config.json", config.model_dump_json(indent=1) + "\n")
-        wanted = with_needs(targets, config)
         states = []
         skipped = 0
         for node in wanted:
@@ -289,12 +294,14 @@ def _run_node(state: State, config: Config, manifest: dict[str, Any], made_with:
         append_event(folder, "failed", stage=str(node), message=result["error"])
         raise (UserError if status == UserError.exit_status else PipelineError)(result["error"])
 
-    outputs = _publish(work / "output", folder / node.stage / node.variant, folder)
+    _refuse_unrecorded(node, manifest, folder)
+    final = folder / node.stage / node.variant
+    outputs = record_files(work / "output", work / "output")
     manifest["stages"][str(node)] = {
         "fingerprint": state.fingerprint,
         "settings": _settings(node, config),
         "inputs": state.inputs,
-        "outputs": outputs,
+        "outputs": {str(final.relative_to(folder) / name): record for name, record in outputs.items()},
         "figures": result["figures"],
         "warnings": result["warnings"],
         "commands": result["commands"],
@@ -304,7 +311,9 @@ def _run_node(state: State, config: Config, manifest: dict[str, Any], made_with:
         "peak_memory_bytes": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
         "made_with": made_with,
     }
+    # First the record: after a crash in between its files are missing or others, so the node runs again.
     write_manifest(folder, manifest)
+    _publish(work / "output", final)
     shutil.rmtree(work, ignore_errors=True)
     append_event(folder, "done", stage=str(node), seconds=round(seconds, 3))
     console.say(f"  done in {seconds:.1f} s")
@@ -346,8 +355,21 @@ def _result(path: Path, status: int, node: Node, folder: Path) -> dict[str, Any]
     return {"error": f"{node}: {cause}; its log is {log}. The same command continues here."}
 
 
-def _publish(output: Path, final: Path, folder: Path) -> dict[str, dict[str, Any]]:
-    """Put a finished folder in its place. A crash in between leaves the node without outputs: then it runs again."""
+def _refuse_unrecorded(node: Node, manifest: dict[str, Any], folder: Path) -> None:
+    """What is in the place of a node's outputs and is not recorded is somebody's own."""
+    final = folder / node.stage / node.variant
+    if str(node) in manifest["stages"] or not final.exists():
+        return
+    # `pipeline verify RUN` leaves its result where the stage would, without a record.
+    if final.is_file() or {path.name for path in final.iterdir()} - {"verify.json"}:
+        raise UserError(
+            f"run.folder: {final}: was not made by this run, which would replace it: move it away, or choose another "
+            "folder"
+        )
+
+
+def _publish(output: Path, final: Path) -> None:
+    """Put a finished folder in its place."""
     # Files of a variant lie below the stage's folder, so an old stage folder without variants must not stay there.
     final.parent.mkdir(parents=True, exist_ok=True)
     if final.exists():
@@ -358,7 +380,6 @@ def _publish(output: Path, final: Path, folder: Path) -> dict[str, dict[str, Any
         shutil.rmtree(old)
     else:
         output.rename(final)
-    return record_files(final, folder)
 
 
 def status(config: Config) -> list[dict[str, Any]]:

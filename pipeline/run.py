@@ -7,10 +7,36 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from pipeline.errors import PipelineError, UserError
 from pipeline.resources import sha256_of
 
 MANIFEST = "manifest.json"
+
+
+class _File(BaseModel):
+    size: int
+    mtime_ns: int
+    sha256: str
+
+
+class _Record(BaseModel):
+    """What is read of a stage's record; it holds more."""
+
+    fingerprint: str
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    outputs: dict[str, _File]
+    figures: dict[str, Any]
+    warnings: list[str]
+    seconds: float
+    peak_memory_bytes: int
+
+
+class _Manifest(BaseModel):
+    stages: dict[str, _Record]
+    files: dict[str, _File] = {}
 
 
 @contextmanager
@@ -18,15 +44,26 @@ def locked(run: Path) -> Iterator[None]:
     """Hold the run's folder: a second process that wants it is told who has it.
 
     The lock is the operating system's, so it ends with the process, however that ends.
+
+    Raises:
+        UserError: another process has it, it cannot be written, or what is in it is somebody's own.
+        PipelineError: its manifest cannot be understood.
     """
     from filelock import FileLock, Timeout
 
+    holder = run / ".lock.pid"  # stays: where it is, a run was
     try:
         run.mkdir(parents=True, exist_ok=True)
+        if not holder.exists() and any(path.name != ".lock" for path in run.iterdir()):
+            if not (run / MANIFEST).exists():
+                raise UserError(
+                    f"run.folder: {run}: is not empty and was made by no run, which would replace what is in it: "
+                    "choose another folder"
+                )
+            read_manifest(run)  # it may be another program's
         (run / ".lock").touch()
     except OSError as error:
         raise UserError(f"{run}: cannot be written ({error.strerror}); choose another folder with run.folder") from None
-    holder = run / ".lock.pid"
     try:
         with FileLock(run / ".lock", timeout=0):
             holder.write_text(str(os.getpid()))
@@ -55,14 +92,17 @@ def read_manifest(run: Path) -> dict[str, Any]:
         PipelineError: the file is there and cannot be understood.
     """
     path = run / MANIFEST
+    remedy = "choose another folder with run.folder, and every stage runs there"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        _Manifest.model_validate(manifest)
     except FileNotFoundError:
         return {"stages": {}, "files": {}}
+    except ValidationError as error:
+        place = ".".join(str(part) for part in error.errors()[0]["loc"]) or "no object"
+        raise PipelineError(f"{path}: is no manifest of this program ({place}); {remedy}") from None
     except (OSError, ValueError) as error:
-        raise PipelineError(f"{path}: cannot be read ({error}); remove it, and every stage runs again") from None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("stages"), dict):
-        raise PipelineError(f"{path}: is no manifest of this program; remove it, and every stage runs again")
+        raise PipelineError(f"{path}: cannot be read ({error}); {remedy}") from None
     return manifest
 
 

@@ -66,6 +66,16 @@ def test_mistakes_end_in_one_message_and_status_2(project: Path, arguments: list
     assert not (project / "run" / "train").exists()
 
 
+def test_what_export_prints_can_be_typed(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.cli._bring_up_to_date", lambda *_: None)
+    path = project / "my run" / "modelfile" / "q4_k_m" / "Modelfile"
+    path.parent.mkdir(parents=True)
+    path.touch()
+    result = invoke("export", project, "--set", "run.folder=my run", "--set", "ollama.name=home")
+    assert result.exit_code == 0, result.stderr
+    assert f"ollama create home:latest -f '{path}'" in result.stderr.splitlines()
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

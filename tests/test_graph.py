@@ -210,7 +210,7 @@ def test_a_disk_that_is_full_before_anything_runs(tmp_path: Path, small_disk: Pa
         while file.write(bytes(2**16)):
             pass
     toml = tmp_path / "pipeline.toml"
-    toml.write_text(f"[model]\nbase = '{BASE}'\n[data]\ntrain = 'input.txt'\n[run]\nfolder = '{small_disk}'\n")
+    toml.write_text(f"[model]\nbase = '{BASE}'\n[data]\ntrain = 'input.txt'\n[run]\nfolder = '{small_disk}/run'\n")
     (tmp_path / "input.txt").touch()
     result = CliRunner().invoke(main, ["data", str(toml)])
     assert result.exit_code == 1
@@ -271,6 +271,11 @@ def test_status_says_what_is_missing_and_what_is_stale(config: Config) -> None:
     assert [row["state"] for row in graph.status(config)] == ["fresh"] * 4
     config.data.train.write_text("other")
     assert [row["state"] for row in graph.status(config)] == ["stale"] * 4
+    config.data.train.unlink()
+    rows = graph.status(config)
+    assert [row["state"] for row in rows] == ["stale"] * 4
+    assert rows[0]["reason"] == f"{config.data.train}: no such file"
+    assert rows[1]["reason"] == "first runs before it"
 
 
 def test_a_folder_is_worked_on_by_one(tmp_path: Path) -> None:
@@ -286,10 +291,88 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         pass
 
 
-def test_a_broken_manifest_is_named(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(PipelineError, match=r"manifest.json: cannot be read"):
-        read_manifest(tmp_path)
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", r"cannot be read \("),
+        ("[]", r"is no manifest of this program \(no object\)"),
+        ('{"manifest_version": 3}', r"is no manifest of this program \(stages\)"),
+        ('{"stages": {"data": {}}}', r"is no manifest of this program \(stages.data.fingerprint\)"),
+        ('{"stages": {}, "files": {"x": {}}}', r"is no manifest of this program \(files.x.size\)"),
+    ],
+)
+def test_a_broken_manifest_is_named(config: Config, text: str, said: str) -> None:
+    config.run_folder.mkdir()
+    (config.run_folder / "manifest.json").write_text(text)
+    for command in (run, graph.status):
+        with pytest.raises(PipelineError, match=rf"manifest.json: {said}.*; choose another folder with run.folder"):
+            command(config)
+    assert [path.name for path in config.run_folder.iterdir()] == ["manifest.json"]
+
+
+def test_a_folder_that_is_no_run_stays_as_it_is(config: Config) -> None:
+    own = config.run_folder / "first" / "mine.txt"
+    own.parent.mkdir(parents=True)
+    own.touch()
+    with pytest.raises(UserError, match=r"run.folder: .*run: is not empty and was made by no run.*choose another"):
+        run(config)
+    assert [path for path in config.run_folder.rglob("*") if path.is_file()] == [own]
+
+
+def test_a_folder_in_a_run_that_no_stage_has_made_stays(config: Config) -> None:
+    graph.run(config, {}, [graph.Node("first")])
+    own = config.run_folder / "third" / "mine.txt"
+    own.parent.mkdir()
+    own.touch()
+    with pytest.raises(UserError, match=r"run.folder: .*third: was not made by this run.*move it away"):
+        run(config)
+    assert own.exists()
+    assert not (config.run_folder / "second").exists()  # it is said before anything runs
+    own.rename(own.with_name("verify.json"))  # what `pipeline verify RUN` leaves
+    assert run(config) == ["second/a", "second/b", "third"]
+    assert [path.name for path in own.parent.iterdir()] == ["all.txt"]
+
+
+@pytest.mark.parametrize("moment", ["read_manifest", "_run_node", "_publish", "append_event"])
+def test_a_crash_at_any_moment_leaves_a_folder_that_goes_on(
+    config: Config, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """With the lock alone, without a manifest, with a record and no folder, and with both."""
+
+    def crash(*values: object, **_: object) -> None:
+        if "start" not in values:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(graph, moment, crash)
+        with pytest.raises(KeyboardInterrupt):
+            run(config)
+    assert run(config)[-3:] == ["second/a", "second/b", "third"]
+    assert (config.run_folder / "third" / "all.txt").read_text() == "TEXT3407a TEXT3407b"
+
+
+def test_preflight_that_is_typed_looks_every_time(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stages_preflight.py").write_text(
+        "import json\nNEEDS = CONFIG = ()\n"
+        "def main(work):\n"
+        "    (work.output / 'preflight.json').write_text(json.dumps(work.config.export.quant))\n"
+        "    return {}\n"
+    )
+    monkeypatch.setattr(graph, "STAGES", ("preflight", *STAGES))
+    (tmp_path / "pipeline.toml").write_text(f"[model]\nbase = '{BASE}'\n[data]\ntrain = 'input.txt'\n")
+    for kind in ("q4_k_m", "q8_0"):
+        command = ["preflight", str(tmp_path), "--json", "--set", f"export.quant={kind}"]
+        result = CliRunner().invoke(main, command, catch_exceptions=False)
+        assert json.loads(result.stdout) == [kind]
+
+
+def test_another_type_leaves_what_is_before_it_fresh() -> None:
+    config = Config.model_validate({"model": {"base": "x"}, "data": {"train": "x.jsonl"}})
+    other = with_types(config, "q8_0")
+    for stage in graph.STAGES[: graph.STAGES.index("quantize")]:
+        assert graph._settings(graph.Node(stage), config) == graph._settings(graph.Node(stage), other), stage
 
 
 def test_every_real_stage_names_only_stages_and_settings_that_exist() -> None:

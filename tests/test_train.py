@@ -17,7 +17,7 @@ from pipeline.config import Config, Verify
 from pipeline.model.base import resolve_base
 from pipeline.provenance import gpu_memory
 from pipeline.resources import sha256_of
-from pipeline.stages.train import COMPLETE, _trainer, conversations_of, schedule
+from pipeline.stages.train import COMPLETE, _last_checkpoint, _trainer, conversations_of, schedule
 from pipeline.verify.labels import check as check_labels
 from pipeline.verify.result import FAIL, PASS
 from pipeline.verify.subject import Subject
@@ -142,6 +142,20 @@ def test_killed_and_resumed_is_the_same_training(project: Path, trained: Path) -
     assert manifest["stages"]["train"]["figures"]["resumed_from"] is not None
     for name in ("adapter/adapter_model.safetensors", "history.json", "batches.jsonl", "loss.svg"):
         assert sha256_of(project / "killed" / "train" / name) == sha256_of(trained / "train" / name), name
+
+
+def test_the_record_of_batches_is_cut_whole(tmp_path: Path) -> None:
+    """A kill while it is cut must leave the old record: it is replaced, never written over."""
+    for step in (2, 4):
+        (tmp_path / "checkpoints" / f"checkpoint-{step}").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "checkpoint-2" / COMPLETE).touch()
+    batches, old = tmp_path / "batches.jsonl", tmp_path / "old.jsonl"
+    lines = [json.dumps({"step": step}) + "\n" for step in range(4)]
+    batches.write_text("".join(lines) + '{"st')
+    old.hardlink_to(batches)
+    assert _last_checkpoint(tmp_path) == tmp_path / "checkpoints" / "checkpoint-2"
+    assert batches.read_text() == "".join(lines[:2])
+    assert old.read_text() == "".join(lines) + '{"st'
 
 
 def test_packed_rows_are_counted_and_recorded_as_their_conversations(

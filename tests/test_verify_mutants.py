@@ -15,6 +15,10 @@ from pipeline.verify.chain import CHECKS, run_check
 from pipeline.verify.result import FAIL, NOT_RUN, PASS, Result
 
 Mutation = Callable[[Path], None]
+RECORD = {  # what the manifest has for a stage
+    "fingerprint": "", "settings": {}, "inputs": {}, "outputs": {}, "figures": {}, "warnings": [], "seconds": 0,
+    "peak_memory_bytes": 0,
+}  # fmt: skip
 
 
 def failures(run: Path, check: str, until: str) -> Iterator[Result]:
@@ -572,7 +576,7 @@ def test_a_file_changed_after_the_run(tmp_path: Path) -> None:
 
     run = copy_run(tmp_path)
     outputs = {stage: record_files(run / stage, run) for stage in ("data", "train", "merge", "convert")}
-    write_manifest(run, {"stages": {stage: {"outputs": files} for stage, files in outputs.items()}, "files": {}})
+    write_manifest(run, {"stages": {stage: RECORD | {"outputs": files} for stage, files in outputs.items()}})
     assert not caught(run, "toolchain", "")
     path = run / "convert" / "model-f16.gguf"
     data = bytearray(path.read_bytes())
@@ -590,7 +594,7 @@ def test_a_file_made_with_another_pin(tmp_path: Path) -> None:
 
     run = copy_run(tmp_path)
     nodes = ["convert", "quantize/q4_k_m"]
-    records = {stage: {"outputs": {}, "made_with": {"pins": pins()}} for stage in (*nodes, "quantize/q8_0")}
+    records = {stage: RECORD | {"made_with": {"pins": pins()}} for stage in (*nodes, "quantize/q8_0")}
     records["quantize/q8_0"]["made_with"] = {"pins": {}}  # of an earlier configuration: no part of the run
     write_manifest(run, {"stages": records, "nodes": nodes})
     assert not caught(run, "toolchain", "")

@@ -17,7 +17,8 @@ from pipeline.verify.result import FAIL, NOT_RUN, write
 from pipeline.work import Work
 
 NEEDS = ()
-CONFIG = ("model", "train.load_in_4bit", "export", "ollama.name", "ollama.host", "ollama.replace", "ollama.template")
+# Without export.quant: a type that is asked for later is judged by quantize and verify.
+CONFIG = ("model", "train.load_in_4bit", "ollama.name", "ollama.host", "ollama.replace", "ollama.template")
 
 
 def inputs(config: Config) -> list[Path]:

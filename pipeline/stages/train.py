@@ -18,6 +18,7 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.console import progress
 from pipeline.errors import PipelineError, UserError
+from pipeline.run import write_whole
 from pipeline.work import Work
 
 NEEDS = ("data",)
@@ -340,7 +341,7 @@ def _last_checkpoint(scratch: Path) -> Path | None:
     batches = scratch / "batches.jsonl"
     if batches.is_file():
         kept = [line for line in _whole_lines(batches) if json.loads(line)["step"] < step]
-        batches.write_text("".join(kept), encoding="utf-8")
+        write_whole(batches, "".join(kept))
     return folder if found else None
 
 
