@@ -189,7 +189,7 @@ def _what_changed(recorded: dict[str, Any], node: Node, config: Config, inputs: 
                 return f"{key}.{changed[0]} has changed" if changed else f"{key} has changed"
             return f"{key} has changed"
     for name, digest in inputs.items():
-        if recorded["inputs"].get(name) != digest:
+        if digest not in recorded["inputs"].values():  # the same file may lie elsewhere now
             return f"{Path(name).name} has changed"
     return "its code has changed"
 

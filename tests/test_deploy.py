@@ -12,12 +12,18 @@ from typing import Any
 import artefacts
 import pytest
 import servers
+from click.testing import CliRunner
+from good_run import config_of
 
+from pipeline import graph
+from pipeline.cli import main, resolved
 from pipeline.errors import PipelineError, UserError
 from pipeline.ollama.client import Client
 from pipeline.ollama.modelfile import ServedModel
 from pipeline.ollama.server import OllamaServer
+from pipeline.ollama.suite import COMPARED
 from pipeline.ollama.target import PUBLISHED, local_store, names_of, refuse_taken
+from pipeline.run import record_files, write_manifest
 from pipeline.stages import deploy, modelfile
 from pipeline.work import Work
 
@@ -40,6 +46,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(artefacts.base_run() / stage, folder / stage, symlinks=True)
     (folder / "data").mkdir()
     (folder / "data" / "test.jsonl").write_text(ROW)
+    (folder / "data" / "summary.json").write_text('{"train_longest": 64}')
     modelfile.main(work(folder, "modelfile", "q4_k_m"))
     return folder
 
@@ -100,7 +107,9 @@ def test_to_a_running_ollama(run: Path) -> None:
     (model,) = record["models"]
     assert model["way"] == "go"
     assert model["digest"] == client.names()["deployed:latest"]
-    assert model["prompts"]["token_ids_equal"] >= 50
+    compared = sum(status in COMPARED for status in model["prompts"]["outcomes"].values())
+    assert model["prompts"]["token_ids_equal"] == compared >= 50
+    assert model["prompts"]["other_token_ids"] == {}
     assert model["shown"]["parameters"]["temperature"] == [0]
     (answer,) = model["answers"]
     assert "Paris" in answer["answer"]
@@ -305,12 +314,50 @@ def test_no_ollama_at_all_is_said_and_no_error(run: Path, monkeypatch: pytest.Mo
     assert command.startswith("pipeline deploy")
 
 
-def test_a_dry_run_creates_nothing(run: Path) -> None:
-    before = servers.client().names()
-    lines = deploy.plan(work(run, host=servers.ollama().host).config, run)
-    assert "server: Ollama" in lines[0]
-    assert any("create: deployed:latest" in line and "TEMPLATE" in line for line in lines)
-    assert servers.client().names() == before
+def test_the_commands_options_and_a_dry_run_creates_nothing(run: Path, tmp_path: Path) -> None:
+    """The command itself, on a run whose manifest says that all is up to date as far as `modelfile`."""
+    folder = copied(run, tmp_path / "run")
+    (tmp_path / "train.jsonl").write_text(ROW)
+    (tmp_path / "pipeline.toml").write_text(
+        f'[model]\nbase = "{artefacts.BASE}"\n[data]\ntrain = "train.jsonl"\n[ollama]\nname = "not-this"\n'
+    )
+    settings, _ = resolved(tmp_path, ())
+    manifest: dict[str, Any] = {"stages": {}, "files": {}}
+    for node in graph.with_needs(graph.nodes_of("modelfile", settings), settings):
+        inputs = graph._inputs(node, settings, manifest)
+        manifest["stages"][str(node)] = {
+            "fingerprint": graph._fingerprint(node, settings, inputs),
+            "settings": graph._settings(node, settings),
+            "inputs": inputs,
+            "outputs": record_files(folder / node.stage / node.variant, folder),
+            **{"figures": {}, "warnings": [], "seconds": 0, "peak_memory_bytes": 0},
+        }
+    write_manifest(folder, manifest)
+
+    servers.engine()
+    client, host = servers.client(), servers.ollama().host
+    client.create("other:latest", {"from": "scratch-go:latest", "system": "old"})
+    before = client.names()
+
+    def given(*options: str) -> tuple[int, str]:
+        result = CliRunner().invoke(main, ["deploy", str(tmp_path), "--name", "other", *options])
+        return result.exit_code, result.output
+
+    status, told = given("--host", host, "--replace", "--dry-run")
+    assert status == 0, told
+    assert f"at {host}\ncreate: other:latest, which is there already, from " in told
+    assert "rendered by TEMPLATE\n" in told
+    assert config_of(folder).ollama.replace
+    status, told = given("--host", "127.0.0.1:1", "--dry-run")
+    assert status == 2
+    assert "no Ollama answers at http://127.0.0.1:1 " in told
+    status, told = given("--host", host)
+    assert status == 2
+    assert "a model 'other:latest' is at" in told
+    assert not config_of(folder).ollama.replace
+    assert client.names() == before
+    assert not (folder / "deploy").exists()
+    client.delete("other:latest")
 
 
 @pytest.mark.parametrize("name", ["a b", "../x", "a\nSYSTEM b", ""])

@@ -37,6 +37,8 @@ class CannotCarry(UserError):
 class ServedModel:
     """What `ollama create` is told.
 
+    No stage sets an adapter or messages: the pipeline merges its adapter, and puts into a prompt only what was trained.
+
     Attributes:
         gguf: the model's file, relative to the folder of the Modelfile.
         template: Go TEMPLATE; "" for none.
@@ -65,7 +67,7 @@ class ServedModel:
             raise UserError(f"REQUIRES takes a version such as 0.34.0, not {self.requires!r}")
 
     def body(self) -> dict[str, Any]:
-        """The fields of `POST /api/create`, without the files: they are named by digests that only a server knows."""
+        """The fields of `POST /api/create` but `files` and `adapters`, which name uploads by their digests."""
         fields = {
             "template": self.template,
             "system": self.system,

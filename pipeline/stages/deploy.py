@@ -8,6 +8,7 @@ with what to type; it is no failure.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import platform
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import console
+from pipeline.chat.formats import read_rows
 from pipeline.errors import PipelineError, UserError
 from pipeline.ollama.target import STORE, local_store, names_of, refuse_taken, remember, server, usual_host
 from pipeline.work import Work
@@ -296,8 +298,7 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
     for name in ("test", "validation", "train"):
         path = folder / f"{name}.jsonl"
         if path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            rows = [json.loads(line) for line in lines[: 4 * QUESTIONS]]
+            rows = list(itertools.islice(read_rows(path), 4 * QUESTIONS))
             rows = [row for row in rows if [m["role"] for m in row["messages"][-2:]] == ["user", "assistant"]]
             if rows:
                 return rows
