@@ -219,11 +219,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
-        if self.model.trust_remote_code and "/" in self.model.base and not Path(self.model.base).is_absolute():
-            raise ValueError(
-                f"model.trust_remote_code: {self.model.base} is no folder here, and no Python files are fetched from a "
-                "hub: read them, put the whole model into a folder, and give that as model.base"
-            )
         if self.merge.base == "dequantized" and not self.train.load_in_4bit:
             raise ValueError(
                 'merge.base = "dequantized" needs a base that was trained in 4 bits, and train.load_in_4bit is false: '
@@ -317,6 +312,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict
         file = getattr(config.data, key)
         if file is not None and (problem := _unreadable(file)):
             raise UserError(f"{places.get(f'data.{key}', path)}: data.{key}: {file}: {problem}")
+    if config.model.trust_remote_code and "/" in config.model.base and not Path(config.model.base).is_absolute():
+        raise UserError(
+            f"{places['model.trust_remote_code']}: model.trust_remote_code: {config.model.base} is no folder here, and "
+            "no Python files are fetched from a hub: read them, put the whole model into a folder, and give that as "
+            "model.base"
+        )
     config = _anchored(config, path)
     if config.run_folder == path.parent.resolve():
         place = places.get("run.folder", str(path))
@@ -327,8 +328,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict
 def _base(base: str, folder: Path, where: str) -> str:
     """A base that is a folder, beside the file or where the command was typed, in full: a stage may work elsewhere."""
     given = expanded(base, where)
+    places = (folder / given, given) if "/" in base else (folder / given,)  # a bare name may be a packaged base's
     try:
-        return next((str(place.resolve()) for place in (folder / given, given) if place.is_dir()), base)
+        return next((str(place.resolve()) for place in places if place.is_dir()), base)
     except OSError as error:
         raise UserError(f"{where}: {base}: {error.strerror}") from None
 
@@ -349,7 +351,7 @@ def _unreadable(file: Path) -> str | None:
 def _anchored(config: Config, path: Path) -> Config:
     """Defaults that depend on where the file lies."""
     folder = config.run.folder if config.run.folder.is_absolute() else path.parent / config.run.folder
-    name = config.ollama.name or re.sub(r"[^a-z0-9._-]+", "-", path.parent.name.lower()).strip("-._") or "model"
+    name = config.ollama.name or re.sub(r"[^a-z0-9._-]+", "-", path.parent.name.lower())[:80].strip("-._") or "model"
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"folder": folder.resolve()}),

@@ -247,8 +247,7 @@ def run(config: Config, sources: dict[str, str], targets: Sequence[Node], *, for
 
         manifest = read_manifest(folder)
         wanted = with_needs(targets, config)
-        for node in wanted:
-            _refuse_unrecorded(node, manifest, folder)
+        _refuse_unrecorded(wanted, manifest, folder)
         manifest["config"] = {"values": config.model_dump(mode="json"), "sources": sources}
         made_with = provenance()
         manifest |= made_with | {"nodes": [str(node) for node in nodes(config)]}
@@ -294,7 +293,7 @@ def _run_node(state: State, config: Config, manifest: dict[str, Any], made_with:
         append_event(folder, "failed", stage=str(node), message=result["error"])
         raise (UserError if status == UserError.exit_status else PipelineError)(result["error"])
 
-    _refuse_unrecorded(node, manifest, folder)
+    _refuse_unrecorded([node], manifest, folder)
     final = folder / node.stage / node.variant
     outputs = record_files(work / "output", work / "output")
     manifest["stages"][str(node)] = {
@@ -355,16 +354,20 @@ def _result(path: Path, status: int, node: Node, folder: Path) -> dict[str, Any]
     return {"error": f"{node}: {cause}; its log is {log}. The same command continues here."}
 
 
-def _refuse_unrecorded(node: Node, manifest: dict[str, Any], folder: Path) -> None:
+def _refuse_unrecorded(targets: Sequence[Node], manifest: dict[str, Any], folder: Path) -> None:
     """What is in the place of a node's outputs and is not recorded is somebody's own."""
-    final = folder / node.stage / node.variant
-    if str(node) in manifest["stages"] or not final.exists():
-        return
-    # `pipeline verify RUN` leaves its result where the stage would, without a record.
-    if final.is_file() or {path.name for path in final.iterdir()} - {"verify.json"}:
+    foreign = []
+    for node in targets:
+        final = folder / node.stage / node.variant
+        if str(node) in manifest["stages"] or not final.exists():
+            continue
+        # `pipeline verify RUN` leaves its result where the stage would, without a record.
+        if final.is_file() or {path.name for path in final.iterdir()} - {"verify.json"}:
+            foreign.append(str(final))
+    if foreign:
         raise UserError(
-            f"run.folder: {final}: was not made by this run, which would replace it: move it away, or choose another "
-            "folder"
+            f"run.folder: {', '.join(foreign)}: not recorded as made by this run, which would replace it: move it "
+            "away, or choose another folder"
         )
 
 

@@ -54,7 +54,7 @@ def locked(run: Path) -> Iterator[None]:
     holder = run / ".lock.pid"  # stays: where it is, a run was
     try:
         run.mkdir(parents=True, exist_ok=True)
-        if not holder.exists() and any(path.name != ".lock" for path in run.iterdir()):
+        if any(not path.name.startswith(".") for path in run.iterdir()) and not holder.exists():
             if not (run / MANIFEST).exists():
                 raise UserError(
                     f"run.folder: {run}: is not empty and was made by no run, which would replace what is in it: "

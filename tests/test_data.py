@@ -179,6 +179,7 @@ def test_a_question_that_cannot_be_asked_is_found_before_anything_is_trained(pro
     write(project.folder / "t.jsonl", [conversation("Who are you?"), {"messages": turns}])
     with pytest.raises(UserError, match=r"t\.jsonl:2: .*too many"):
         project.run("data.test=t.jsonl", f"model.base={own}", "train.max_length=200")
+    project.run("data.test=t.jsonl", f"model.base={own}", "train.max_length=200", "eval.limit=1")  # it is not asked
 
 
 def test_questions_with_tools_are_left_out_and_that_is_said(project: Project) -> None:

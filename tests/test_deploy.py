@@ -393,7 +393,9 @@ def test_the_modelfile_beside_it_makes_the_same_model(run: Path) -> None:
 def test_texts_are_served_and_read_back(run: Path, tmp_path: Path) -> None:
     folder = copied(run, tmp_path / "run")
     texts = {"system": 'Answer like a pirate.\n"""\nArr.', "license": "MIT"}
-    modelfile.main(work(folder, "modelfile", "q4_k_m", **texts))
+    (folder / "data" / "summary.json").write_text('{"train_longest": 9000}')
+    modelfile.main(made := work(folder, "modelfile", "q4_k_m", **texts))
+    assert any("num_ctx is 8,192, and the longest row it was trained on has 9,000 tokens" in w for w in made.warnings)
     deploy.main(work(folder, host=servers.ollama().host, name="pirate", **texts))
     client = servers.client()
     shown = client.show("pirate:latest")

@@ -320,11 +320,13 @@ def test_a_folder_that_is_no_run_stays_as_it_is(config: Config) -> None:
 
 
 def test_a_folder_in_a_run_that_no_stage_has_made_stays(config: Config) -> None:
+    config.run_folder.mkdir()
+    (config.run_folder / ".gitkeep").touch()  # takes nobody's place
     graph.run(config, {}, [graph.Node("first")])
     own = config.run_folder / "third" / "mine.txt"
     own.parent.mkdir()
     own.touch()
-    with pytest.raises(UserError, match=r"run.folder: .*third: was not made by this run.*move it away"):
+    with pytest.raises(UserError, match=r"run.folder: .*third: not recorded as made by this run.*move it away"):
         run(config)
     assert own.exists()
     assert not (config.run_folder / "second").exists()  # it is said before anything runs

@@ -282,8 +282,6 @@ def test_parameters_come_from_the_model_and_the_configuration_wins(tmp_path: Pat
     assert parameters(tmp_path, template, {}, 2048)["stop"] == ["<|end|>", "</s>"]
     assert context_length(tmp_path, 32768) == 32768  # never less than it was trained with
     assert parameters(tmp_path, template, {"num_ctx": 2048}, 2048)["num_ctx"] == 2048
-    with pytest.raises(UserError, match="num_ctx = 2047: must be at least 2048, the tokens of the longest row"):
-        parameters(tmp_path, template, {"num_ctx": 2047}, 2048)
     (tmp_path / "generation_config.json").write_text('{"do_sample": false}')
     assert parameters(tmp_path, template, {}, 0)["temperature"] == 0.0
     (tmp_path / "config.json").write_text('{"max_position_embeddings": 2048}')

@@ -234,7 +234,8 @@ _WARNINGS = {
     JOINED: "Ollama joins neighbouring messages of one role, with a blank line between, before a TEMPLATE sees them",
     UNTRIMMED: "the Jinja trims white space such as U+00A0 and U+3000 around a message, llama.cpp leaves it",
     DROPPED: "Ollama takes the thinking out of every Qwen3's earlier answers, which the template keeps",
-    UNREASONED: "the template writes the reasoning of earlier answers, which Ollama does not send",
+    UNREASONED: "the template writes the reasoning that stands beside an earlier answer, which is not served: train "
+    "without it, or with it inside the content",
     NOT_SAID: "a request to think is served as one that does not say, which is what was trained",
     REORDERED: "Ollama reorders the keys of tools; train with tools in the order type, function (name, description, "
     "parameters (type, required, properties))",

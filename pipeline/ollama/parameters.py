@@ -52,12 +52,6 @@ def parameters(model: Path, template: ChatTemplate, given: Mapping[str, Any], lo
     """
     checked = check_parameters(given)
     values: dict[str, Any] = {"num_ctx": context_length(model, longest)}
-    least = min(longest, values["num_ctx"])
-    if checked.get("num_ctx", least) < least:
-        raise UserError(
-            f"ollama.parameters.num_ctx = {checked['num_ctx']}: must be at least {least}, the tokens of the longest "
-            "row it was trained on: with less, Ollama leaves out messages of such a conversation without a word"
-        )
     values |= check_parameters(_generation(model))
     if stops := stop_strings(template):
         values["stop"] = stops

@@ -26,7 +26,8 @@ JOINED = "exact, joined"  # Ollama joins neighbours of one role before a Go temp
 REORDERED = "exact, tool keys reordered"  # Ollama reads tools into structures and writes them out again
 UNTRIMMED = "exact, U+00A0 and the like untrimmed"  # llama.cpp's trim knows the white space of ASCII only
 DROPPED = "exact, earlier thinking dropped"  # Ollama takes it from every qwen3, before any template
-UNREASONED = "exact, earlier reasoning left out"  # Ollama hands no template the reasoning that stands apart
+# Reasoning that stands beside the content: Ollama hands it on to no Jinja, and no derived TEMPLATE asks for it.
+UNREASONED = "exact, earlier reasoning left out"
 NOT_TRAINED = "template refuses"
 NOT_SERVED = "server refuses"
 TRIMMED = "differs in trimmed white space"  # one of Jinja and server trims messages, the other does not

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from pipeline.config import Config
 
 NEEDS = ()
-CONFIG = ("data", "model.base", "model.revision", "train.max_length", "train.seed", "eval.metric")
+CONFIG = ("data", "model.base", "model.revision", "train.max_length", "train.seed", "eval.metric", "eval.limit")
 
 BATCH = 1000  # rows tokenized in one call: enough for the tokenizer's threads, little memory
 EXAMPLES = 3  # rows shown in the summary
@@ -95,7 +95,8 @@ def main(work: Work) -> dict[str, Any]:
     tokenizer, changes = load_tokenizer(base, trust_remote_code=model.trust_remote_code)
     if changes:
         work.warn(f"the tokenizer is trained as llama.cpp will read texts: {'; '.join(changes)}")
-    check_room(tokenizer, [row for row in test if not row.tools], context_of(base))
+    asked = [row for row in test if not row.tools][: work.config.eval.limit]
+    check_room(tokenizer, asked, context_of(base))
     figures: dict[str, Any] = {"test_rows": len(test), "duplicates_dropped": duplicates}
     figures |= {f"{name}_leaks": count for name, count in leaks.items()}
     summary: dict[str, Any] = {}

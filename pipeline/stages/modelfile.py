@@ -83,6 +83,11 @@ def main(work: Work) -> dict[str, Any]:
         licenses=(config.ollama.license,) if config.ollama.license else (),
         requires=choice.requires or "",
     )
+    if served.parameters["num_ctx"] < longest:
+        work.warn(
+            f"num_ctx is {served.parameters['num_ctx']:,}, and the longest row it was trained on has {longest:,} "
+            "tokens: of such a conversation Ollama leaves out the earlier messages without a word"
+        )
     not_written = write(served, work.output)
     if not_written:
         work.warn(f"{not_written}. `pipeline deploy` sends it through the JSON API, which carries everything")

@@ -377,7 +377,7 @@ def _same_description(rung: str, info: GGUFInfo, expected: GGUFInfo) -> Result:
 def _implied(metadata: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """The widths of a head that a file does not name, as llama.cpp takes them."""
     width, heads = (metadata.get(f"{prefix}{name}") for name in ("embedding_length", "attention.head_count"))
-    if not isinstance(width, int) or not isinstance(heads, int):
+    if not isinstance(width, int) or not isinstance(heads, int) or not heads:  # some architectures have none
         return {}
     lengths = (f"{prefix}attention.{name}_length" for name in ("key", "value"))
     return {key: width // heads for key in lengths if key not in metadata}
