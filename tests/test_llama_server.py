@@ -15,6 +15,7 @@ import pytest
 from pipeline.chat.conformance import Conversation
 from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.server import LlamaServer
+from pipeline.model.tokenizer import saved_tokenizer
 from pipeline.ollama.commands import _lines, _llama_server, _stream
 from pipeline.ollama.guard import guarded
 from pipeline.ollama.jinja import ChatTemplate
@@ -75,8 +76,9 @@ def test_chat_and_verify_ask_with_the_guarded_template(tmp_path: Path) -> None:
     with _llama_server(path) as ask:
         next(ask(MESSAGES))
     suite = (Conversation("asked", tuple(MESSAGES)),)
-    results = islice(_file(template, None, "q8_0", path, suite), 2)  # the ids are of no matter here
+    results = list(islice(_file(template, saved_tokenizer(artefacts.base_folder()), "q8_0", path, suite), 2))
     assert [(result.id, result.verdict) for result in results] == [("prompt.template", PASS), ("prompt.llamacpp", PASS)]
+    assert str(results[1].figure).startswith("guarded as it is served: 1 exact; bare: refused: ")
 
 
 def test_answers_are_the_same_every_time(server: LlamaServer) -> None:

@@ -16,7 +16,7 @@ from pipeline.errors import PipelineError
 from pipeline.llamacpp.gguf_file import inspect
 from pipeline.llamacpp.server import LlamaServer
 from pipeline.ollama.choose import Engine, ask_llama_server, explain
-from pipeline.ollama.guard import guarded
+from pipeline.ollama.guard import FOREIGN, guarded
 from pipeline.ollama.habits import known_habit
 from pipeline.ollama.jinja import ChatTemplate, TemplateRefused
 from pipeline.ollama.parameters import stop_strings
@@ -61,19 +61,25 @@ def _file(template: ChatTemplate, tokenizer: Any, rung: str, path: Path, suite: 
         return
     yield carried.holds(source == template.source, _template_difference(source, template.source))
     try:
-        with LlamaServer(path, context=256) as server:
+        bare = _bare(template, path, suite)
+        shipped = guarded(source, thinking_not_said=True) if isinstance(source, str) else None
+        with LlamaServer(path, context=256, template=shipped) as server:
             report = judge(template, suite, lambda case: ask_llama_server(server, template, case), joins=False)
-            same = _same_tokens(tokens, template, tokenizer, server, suite)
-        summary = report.summary
-        if not report.exact and isinstance(source, str):
-            # llama.cpp gives a template what transformers does not, such as today's date; what is served is guarded.
-            with LlamaServer(path, context=256, template=guarded(source, thinking_not_said=True)) as server:
-                report = judge(template, suite, lambda case: ask_llama_server(server, template, case), joins=False)
-            summary = f"guarded as it is served: {report.summary}; bare: {summary}"
-        yield _judged(rendered, report, summary)
-        yield same
+            yield _judged(rendered, report, f"guarded as it is served: {report.summary}; bare: {bare}" if bare else "")
+            yield _same_tokens(tokens, template, tokenizer, server, suite)
     except PipelineError as error:
         yield rendered.holds(False, f"llama-server cannot use it: {error}")
+
+
+def _bare(template: ChatTemplate, path: Path, suite: _Suite) -> str:
+    """What a llama-server makes of the file by itself, where it gives a template what transformers does not give it."""
+    if not any(name in template.source for name in (*FOREIGN, "enable_thinking")):
+        return ""
+    try:
+        with LlamaServer(path, context=256) as server:
+            return judge(template, suite, lambda case: ask_llama_server(server, template, case), joins=False).summary
+    except PipelineError as error:
+        return f"refused: {str(error).splitlines()[-1]}"
 
 
 def _template_difference(ours: Any, theirs: str) -> str:
