@@ -21,7 +21,7 @@ all: setup ## fine-tune, quantize, deploy and check the example, or CONFIG=my/pi
 
 test: lint ## set up, lint, and run all tests
 	@$(BIN)/pipeline setup --dev
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest --numprocesses 2 --no-loadscope-reorder
 
 lint: setup ## ruff, mypy, and the direction of the imports
 	@$(BIN)/ruff check .

@@ -312,6 +312,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict
         file = getattr(config.data, key)
         if file is not None and (problem := _unreadable(file)):
             raise UserError(f"{places.get(f'data.{key}', path)}: data.{key}: {file}: {problem}")
+    # Judged here and not in Config, by which runs of before are read too.
     if config.model.trust_remote_code and "/" in config.model.base and not Path(config.model.base).is_absolute():
         raise UserError(
             f"{places['model.trust_remote_code']}: model.trust_remote_code: {config.model.base} is no folder here, and "

@@ -1,4 +1,4 @@
-"""Fixtures that several files of tests share."""
+"""What the files of tests share: fixtures, and how the tests are shared out to processes."""
 
 import subprocess
 from collections.abc import Iterator

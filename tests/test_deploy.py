@@ -326,11 +326,11 @@ def test_the_commands_options_and_a_dry_run_creates_nothing(run: Path, tmp_path:
     for node in graph.with_needs(graph.nodes_of("modelfile", settings), settings):
         inputs = graph._inputs(node, settings, manifest)
         manifest["stages"][str(node)] = {
+            **artefacts.RECORD,
             "fingerprint": graph._fingerprint(node, settings, inputs),
             "settings": graph._settings(node, settings),
             "inputs": inputs,
             "outputs": record_files(folder / node.stage / node.variant, folder),
-            **{"figures": {}, "warnings": [], "seconds": 0, "peak_memory_bytes": 0},
         }
     write_manifest(folder, manifest)
 

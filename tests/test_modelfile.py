@@ -281,12 +281,10 @@ def test_parameters_come_from_the_model_and_the_configuration_wins(tmp_path: Pat
     assert values == {"num_ctx": 8192, "temperature": 0.0, "top_p": 0.95, "repeat_penalty": 1.1, "stop": ["#"]}
     assert parameters(tmp_path, template, {}, 2048)["stop"] == ["<|end|>", "</s>"]
     assert context_length(tmp_path, 32768) == 32768  # never less than it was trained with
-    assert parameters(tmp_path, template, {"num_ctx": 2048}, 2048)["num_ctx"] == 2048
     (tmp_path / "generation_config.json").write_text('{"do_sample": false}')
     assert parameters(tmp_path, template, {}, 0)["temperature"] == 0.0
     (tmp_path / "config.json").write_text('{"max_position_embeddings": 2048}')
     assert context_length(tmp_path, 0) == 2048
-    assert parameters(tmp_path, template, {"num_ctx": 2048}, 4096)["num_ctx"] == 2048  # the model has no more
 
 
 def test_a_template_without_tokens_stops_at_the_next_turn() -> None:

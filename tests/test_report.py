@@ -16,16 +16,7 @@ STAGES = ("data", "train", "quantize/q4_k_m")
 
 def made_up(folder: Path, *, gpu: bool) -> Path:
     """A run's folder with what the page and `status` read of it: three stages, of which training may have a GPU."""
-    record = {
-        "fingerprint": "",
-        "settings": {},
-        "inputs": {},
-        "outputs": {},
-        "figures": {"bytes": 145_000_000},
-        "warnings": [],
-        "seconds": 2.0,
-        "peak_memory_bytes": 2_100_000_000,
-    }
+    record = {**artefacts.RECORD, "figures": {"bytes": 145_000_000}}
     used_gpu = {**record, "figures": {"peak_gpu_bytes": 9_800_000_000}}
     manifest = {
         "nodes": STAGES,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from artefacts import RECORD
 from good_run import MODULES, config_of, copy_run, good_run, read_rows, rewrite_gguf, subject, write_rows
 
 from pipeline.errors import NotInstalled, PipelineError, UserError
@@ -15,10 +16,6 @@ from pipeline.verify.chain import CHECKS, run_check
 from pipeline.verify.result import FAIL, NOT_RUN, PASS, Result
 
 Mutation = Callable[[Path], None]
-RECORD = {  # what the manifest has for a stage
-    "fingerprint": "", "settings": {}, "inputs": {}, "outputs": {}, "figures": {}, "warnings": [], "seconds": 0,
-    "peak_memory_bytes": 0,
-}  # fmt: skip
 
 
 def failures(run: Path, check: str, until: str) -> Iterator[Result]:

@@ -198,12 +198,9 @@ def _made(path: Path, stage: str) -> Path:
 
 @contextmanager
 def _llama_server(file: Path) -> Iterator[Stream]:
-    from pipeline.llamacpp.server import LlamaServer
-    from pipeline.ollama.guard import guarded
-    from pipeline.ollama.jinja import ChatTemplate
+    from pipeline.ollama.serving import llama_server
 
-    trained = ChatTemplate.from_gguf(file).source
-    with LlamaServer(file, template=guarded(trained, thinking_not_said=True)) as server:
+    with llama_server(file) as server:
         yield lambda messages: _stream(server, messages)
 
 

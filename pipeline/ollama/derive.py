@@ -23,7 +23,8 @@ from pipeline.chat.conformance import CONVERSATIONS
 from pipeline.ollama.handling import Handling, learn, named, quoted
 from pipeline.ollama.jinja import ChatTemplate, TemplateRefused
 
-ROLES = ("system", "user", "assistant", "tool")
+CHAT = ("system", "user", "assistant")
+ROLES = (*CHAT, "tool")
 LONGEST = 6  # messages of a probing conversation
 LONGEST_WITH_EMPTY = LONGEST_WITH_TOOL = 4
 
@@ -83,7 +84,7 @@ def derive(template: ChatTemplate) -> Derivation:
     """Derive a Go template. It is exact only if the suite, run through a real Go engine, says so."""
     handling = {role: _handling(template, role) for role in ROLES}
     # What a tool said can be too hard while the rest is not.
-    for roles in (ROLES, ROLES[:3]):
+    for roles in (ROLES, CHAT):
         reasons = []
         # A system message is rendered where it stands; or all of them, the last or the first somewhere else.
         for slot in ("", "all", "last", "first"):

@@ -1,4 +1,4 @@
-"""The model that a run deployed, served again: by the Ollama that has it, or by one of our own."""
+"""A run's model, served again: the deployed one by the Ollama that has it or one of our own, a file by llama-server."""
 
 import json
 from collections.abc import Iterator
@@ -6,7 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.errors import PipelineError
+from pipeline.llamacpp.server import LlamaServer
 from pipeline.ollama.client import Client
+from pipeline.ollama.guard import guarded
+from pipeline.ollama.jinja import ChatTemplate
 from pipeline.ollama.server import OllamaServer
 
 
@@ -37,6 +40,16 @@ def deployed(run: Path, log: Path | None = None) -> Iterator[tuple[Client, str] 
         with Client(record["host"]) as client:
             _check(client, model["name"], model["digest"])
             yield client, model["name"]
+
+
+def llama_server(gguf: Path, context: int = 4096) -> LlamaServer:
+    """A llama-server that renders a file's chat template as it was trained: it would give it a date, and say to think.
+
+    Raises:
+        UserError: there is no such file, or it carries no chat template.
+    """
+    template = guarded(ChatTemplate.from_gguf(gguf).source, thinking_not_said=True)
+    return LlamaServer(gguf, context=context, template=template)
 
 
 def _check(client: Client, name: str, digest: str) -> None:

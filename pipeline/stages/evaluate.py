@@ -116,17 +116,14 @@ def _rung(work: Work, rows: list[tuple[Question, str]]) -> Iterator[Answerer | N
 
             yield partial(_one_by_one, ask, questions)
     else:
-        from pipeline.llamacpp.server import LlamaServer
-        from pipeline.ollama.guard import guarded
-        from pipeline.ollama.jinja import ChatTemplate
+        from pipeline.ollama.serving import llama_server
 
         if work.variant == GGUF_16BIT:
             (model,) = work.folder("convert").glob("*.gguf")
         else:
             model = work.folder("quantize", work.variant) / f"model-{work.variant}.gguf"
         context = context_for(work.folder("merge") / "model", questions, limit)
-        template = guarded(ChatTemplate.from_gguf(model).source, thinking_not_said=True)
-        with LlamaServer(model, context=context, template=template) as server:
+        with llama_server(model, context) as server:
             work.command(server.command)
             # As Ollama asks: what a question shares with the last one is not computed again. Computed again it would
             # be rounded otherwise, and near ties would fall to another side than in Ollama.

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.chat.formats import read_rows
 from pipeline.config import Config
 from pipeline.console import progress
 from pipeline.errors import PipelineError, UserError
@@ -153,8 +154,7 @@ def _prepare_tracker(work: Work, *, new: bool) -> None:
 def _read_rows(path: Path) -> list[dict[str, list[int]]]:
     if not path.is_file():
         return []
-    with path.open(encoding="utf-8") as file:
-        return [{key: row[key] for key in ("input_ids", "labels")} for row in map(json.loads, file)]
+    return [{key: row[key] for key in ("input_ids", "labels")} for row in read_rows(path)]
 
 
 def _existing(model: Any, wanted: tuple[str, ...]) -> list[str]:
