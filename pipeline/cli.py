@@ -109,7 +109,7 @@ def resolved(path: Path, overrides: Sequence[str]) -> tuple[Config, dict[str, st
     from pipeline.config import load_config
     from pipeline.defaults import Facts, resolve
     from pipeline.model.facts import facts
-    from pipeline.provenance import gpu_memory
+    from pipeline.run.provenance import gpu_memory
 
     if path.is_dir():
         path = path / "pipeline.toml"
@@ -119,7 +119,7 @@ def resolved(path: Path, overrides: Sequence[str]) -> tuple[Config, dict[str, st
 
 
 def _bring_up_to_date(config: Config, sources: dict[str, str], stages: Sequence[str], force: bool = False) -> None:
-    from pipeline import graph
+    from pipeline.run import graph
 
     targets = [node for stage in stages for node in graph.nodes_of(stage, config)]
     graph.run(config, sources, targets, force=force)
@@ -131,8 +131,8 @@ def _bring_up_to_date(config: Config, sources: dict[str, str], stages: Sequence[
 @click.option("--no-preflight", is_flag=True, help="Do not try the untouched base first.")
 def run(config: Path, overrides: tuple[str, ...], until: str | None, no_preflight: bool) -> None:
     """Run every stage that is not up to date."""
-    from pipeline import graph
     from pipeline.errors import UserError
+    from pipeline.run import graph
 
     if until is not None and until not in graph.STAGES:
         raise UserError(f"--until {until}: no such stage; one of {', '.join(graph.STAGES)}")
@@ -188,7 +188,7 @@ def export(config: Path, overrides: tuple[str, ...], quant: tuple[str, ...]) -> 
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Show every stage, its state and its main figures. CONFIG may also be a run's folder."""
-    from pipeline import graph
+    from pipeline.run import graph
 
     if (config / "config.json").is_file():
         from pipeline.config import read_run

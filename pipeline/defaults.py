@@ -103,7 +103,7 @@ def _given_table(key: str, given: dict[str, str]) -> str | None:
 
 def _check(config: Config, given: dict[str, str]) -> None:
     from pipeline.llamacpp.programs import installed
-    from pipeline.llamacpp.quantization import quantization_type
+    from pipeline.llamacpp.quantizer import quantization_type
     from pipeline.ollama.client import normal_host
     from pipeline.ollama.parameters import check_parameters
     from pipeline.ollama.target import names_of

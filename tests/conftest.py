@@ -1,5 +1,6 @@
 """What the files of tests share: fixtures, and how the tests are shared out to processes."""
 
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +11,12 @@ from xdist.scheduler import LoadFileScheduling
 
 
 class OneOllama(LoadFileScheduling):
-    """Tests of one file run in one process, and all tests that ask the one Ollama (servers.py) in the same."""
+    """Tests of one file run in one process, and all tests that ask the one Ollama (support/servers.py) in the same."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
-        return "servers" if "import servers\n" in (self.config.rootpath / file).read_text("utf-8") else file
+        asks = re.search(r"^from support import .*\bservers\b", (self.config.rootpath / file).read_text("utf-8"), re.M)
+        return "servers" if asks else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneOllama:

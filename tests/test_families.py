@@ -7,24 +7,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-import artefacts
 import pytest
-import servers
+from support import servers, small_models
 
-from pipeline.chat.conformance import conversations
-from pipeline.chat.labels import tokenize_texts, training_texts
-from pipeline.chat.render import render
 from pipeline.config import Verify
-from pipeline.ollama.jinja import ChatTemplate, TemplateRefused
 from pipeline.ollama.proof import prove_prompts, read_back
-from pipeline.ollama.suite import COMPARED
+from pipeline.prompt.cases import conversations
+from pipeline.prompt.conformance import COMPARED
+from pipeline.prompt.labels import tokenize_texts, training_texts
+from pipeline.prompt.template import ChatTemplate, TemplateRefused, render
+from pipeline.run.stage import Work
 from pipeline.stages import deploy, modelfile
 from pipeline.verify import labels as label_check
 from pipeline.verify import prompt as prompt_check
 from pipeline.verify import tokenizer as tokenizer_check
+from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import FAIL
-from pipeline.verify.subject import Subject
-from pipeline.work import Work
 
 WAYS = {"qwen3": "native", "llama3_1": "go", "gemma3": "go"}
 
@@ -59,7 +57,7 @@ def test_the_template_is_rendered_as_transformers_does(name: str) -> None:
 def test_served_as_trained(name: str) -> None:
     run = servers.family_run(name)
     config: dict[str, Any] = {"export": {"quant": ["q8_0"]}, "train": {"max_length": 64}}
-    work = artefacts.make_work(run, "modelfile", "q8_0", **config)
+    work = small_models.make_work(run, "modelfile", "q8_0", **config)
     figures = modelfile.main(work)
     assert figures["way"] == WAYS[name], figures["reason"]
 
@@ -97,8 +95,8 @@ def test_verified_by_the_same_checks(name: str) -> None:
     run = servers.family_run(name)
     files = {"q8_0": run / "quantize" / "q8_0" / "model-q8_0.gguf"}
     for model, differs in ((run / "merge" / "model", False), (servers.family(name), name == "qwen3")):
-        subject = Subject(Verify(strings=1500), model, None, files, artefacts.scratch() / name)
-        results = [*tokenizer_check.check_files(subject), *prompt_check.check_files(subject)]
+        artefacts = Artefacts(Verify(strings=1500), model, None, files, small_models.scratch() / name)
+        results = [*tokenizer_check.check_files(artefacts), *prompt_check.check_files(artefacts)]
         assert not [(result.id, result.words) for result in results if result.verdict == FAIL]
         named = [result.sentence for result in results if result.id == "tokenizer.habits"]
         assert any("NFC" in sentence for sentence in named) == differs, named
@@ -143,7 +141,7 @@ def test_a_template_changed_on_the_way_is_caught(tmp_path: Path) -> None:
     template = ChatTemplate.from_tokenizer(tokenizer)
     gguf = run / "quantize" / "q8_0" / "model-q8_0.gguf"
     changed = tmp_path / "changed.gguf"
-    from pipeline.ollama.guard import write_with_template
+    from pipeline.llamacpp.gguf_template import write_with_template
 
     prefix = guard_with_a_space(template.source)
     write_with_template(gguf, changed, prefix)
@@ -154,7 +152,7 @@ def test_a_template_changed_on_the_way_is_caught(tmp_path: Path) -> None:
 
 
 def guard_with_a_space(source: str) -> str:
-    from pipeline.ollama.guard import guarded
+    from pipeline.prompt.guard import guarded
 
     whole = guarded(source)
     prefix = whole[: len(whole) - len(source)]
@@ -169,11 +167,11 @@ def test_a_model_with_another_tokenizer_is_caught(tmp_path: Path) -> None:
 
     from pipeline.errors import PipelineError
 
-    gguf, _, _ = artefacts.quantized()
-    tokenizer = AutoTokenizer.from_pretrained(artefacts.base_folder())
+    gguf, _, _ = small_models.quantized()
+    tokenizer = AutoTokenizer.from_pretrained(small_models.base_folder())
     template = ChatTemplate.from_tokenizer(tokenizer)
     other = tokenizer_of("qwen3")
-    work: Work = artefacts.make_work(artefacts.base_run(), "modelfile", "q4_k_m", train={"max_length": 64})
+    work: Work = small_models.make_work(small_models.base_run(), "modelfile", "q4_k_m", train={"max_length": 64})
     modelfile.main(work)
     served, _ = deploy._plan(work.output)
     client, name = servers.client(), "other:latest"

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from pipeline.cli import main
-from pipeline.graph import STAGES
+from pipeline.run.graph import STAGES
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN = "<!-- commands: written by tests/test_readme.py -->\n"

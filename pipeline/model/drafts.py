@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.chat.labels import IGNORED, tokenize_conversation
 from pipeline.errors import UserError
+from pipeline.prompt.labels import IGNORED, tokenize_conversation
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import PipelineError
 from pipeline.model.drafts import draft, would_be_written
 from pipeline.model.predict import predict
-from pipeline.model.tokenizer import load_tokenizer, saved_tokenizer
+from pipeline.prompt.tokenizer import load_tokenizer, saved_tokenizer
 
 if TYPE_CHECKING:
     from pipeline.config import Model
@@ -146,7 +146,7 @@ def answer_in_batches(
     """
     import torch
 
-    from pipeline.chat.render import render
+    from pipeline.prompt.template import render
 
     prompts = [render(tokenizer, question, add_generation_prompt=True) for question in questions]
     ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
@@ -183,7 +183,7 @@ def stream_answer(model: Any, tokenizer: Any, messages: list[dict[str, Any]], ma
 
     from transformers import TextIteratorStreamer
 
-    from pipeline.chat.render import render
+    from pipeline.prompt.template import render
 
     prompt = render(tokenizer, messages, add_generation_prompt=True)
     ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)

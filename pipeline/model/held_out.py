@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.chat.formats import read_rows
-from pipeline.chat.labels import IGNORED
+from pipeline.data.sources import read_rows
 from pipeline.model.predict import predict
+from pipeline.prompt.labels import IGNORED
 
 Rows = Sequence[tuple[list[int], list[int]]]  # token ids and labels
 

@@ -78,7 +78,7 @@ def packaged_folder(base: PackagedBase) -> Path:
     """
     from filelock import FileLock
 
-    from pipeline.setup.processes import disk_errors
+    from pipeline.processes import disk_errors
 
     folder = cache_folder() / "models" / f"{base.name}-{base.wheel.split()[1]}-{LAYOUT}"
     if folder.is_dir():

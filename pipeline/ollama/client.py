@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.programs import require_space
 from pipeline.ollama.server import DEFAULT_HOST, MINIMUM_VERSION, new_enough
+from pipeline.prompt.conformance import RenderRefused
 from pipeline.resources import sha256_of
 
 if TYPE_CHECKING:
@@ -29,10 +30,6 @@ _DOMAIN = re.compile(r"[\w-]{1,63}(\.[\w-]{1,63})*\.?")
 
 _FILTERED = "deepseek-r1"  # filterThinkTags in Ollama's server/routes.go
 _ELSEWHERE = re.compile(r"local|(.*-)?cloud", re.IGNORECASE)  # parseSourceSuffix in its internal/modelref/modelref.go
-
-
-class RenderRefused(PipelineError):
-    """The server's template refused a conversation, as the model's own template may well do too."""
 
 
 def check_name(name: str) -> str:

@@ -17,8 +17,8 @@ from pipeline.resources import expanded
 if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.llamacpp.server import LlamaServer
-    from pipeline.ollama.choose import Choice
-    from pipeline.ollama.jinja import ChatTemplate
+    from pipeline.ollama.rendering import Choice
+    from pipeline.prompt.template import ChatTemplate
 
 Stream = Callable[[list[dict[str, Any]]], Iterator[str]]
 
@@ -39,9 +39,9 @@ def template(model: str, way: str, as_json: bool) -> None:
     conformance suite in a real Ollama and llama.cpp: the way that is chosen, the TEMPLATE, and every conversation's
     result are shown. Exit status 1 if no way is exact.
     """
-    from pipeline.ollama.choose import choose
+    from pipeline.ollama.rendering import choose
 
-    chosen = choose(_template_of(model), way)
+    chosen = choose(_chat_template_of(model), way)
     if as_json:
         click.echo(json.dumps(_as_json(chosen), ensure_ascii=False, indent=2))
     else:
@@ -50,12 +50,14 @@ def template(model: str, way: str, as_json: bool) -> None:
         sys.exit(1)
 
 
-def _template_of(model: str) -> ChatTemplate:
-    from pipeline.ollama.jinja import ChatTemplate
+def _chat_template_of(model: str) -> ChatTemplate:
+    from pipeline.prompt.template import ChatTemplate
 
     path = expanded(model, "MODEL")
     if path.suffix == ".gguf":
-        return ChatTemplate.from_gguf(path)
+        from pipeline.llamacpp.gguf_template import template_of
+
+        return template_of(path)
     if path.is_file() or path.suffix == ".jinja":
         return ChatTemplate.from_file(path)
     if path.is_dir():
@@ -89,8 +91,8 @@ def _show(chosen: Choice) -> None:
     from rich.table import Table
 
     from pipeline.console import results
-    from pipeline.ollama.choose import REMEDY, explain
-    from pipeline.ollama.suite import HARMLESS
+    from pipeline.ollama.rendering import REMEDY, explain
+    from pipeline.prompt.conformance import HARMLESS
 
     click.echo(f"way: {chosen.way}\n{chosen.reason}\n")
     shown = chosen.go_template or (chosen.derivation.template if chosen.derivation else None)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.ollama.jinja import ChatTemplate, TemplateRefused
+from pipeline.prompt.template import ChatTemplate, TemplateRefused
 
 # A longer context costs every user memory, used or not; whoever needs it sets ollama.parameters.num_ctx.
 LARGEST_DEFAULT_CONTEXT = 8192

@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.chat.conformance import Conversation
 from pipeline.errors import PipelineError
 from pipeline.llamacpp.server import LlamaServer
-from pipeline.ollama.choose import explain
+from pipeline.llamacpp.tokenizer_differences import known_habit
 from pipeline.ollama.client import Client
-from pipeline.ollama.habits import known_habit
-from pipeline.ollama.jinja import ChatTemplate
 from pipeline.ollama.modelfile import ServedModel
-from pipeline.ollama.suite import COMPARED, EXACT, Report, for_ollama, judge, with_system
+from pipeline.ollama.rendering import explain
+from pipeline.prompt.cases import Conversation
+from pipeline.prompt.conformance import COMPARED, EXACT, Report, for_ollama, judge, with_system
+from pipeline.prompt.template import ChatTemplate
 
 
 @dataclass(frozen=True)

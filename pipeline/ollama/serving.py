@@ -6,11 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.errors import PipelineError
+from pipeline.llamacpp.gguf_template import template_of
 from pipeline.llamacpp.server import LlamaServer
 from pipeline.ollama.client import Client
-from pipeline.ollama.guard import guarded
-from pipeline.ollama.jinja import ChatTemplate
 from pipeline.ollama.server import OllamaServer
+from pipeline.prompt.guard import guarded
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def llama_server(gguf: Path, context: int = 4096) -> LlamaServer:
     Raises:
         UserError: there is no such file, or it carries no chat template.
     """
-    template = guarded(ChatTemplate.from_gguf(gguf).source, thinking_not_said=True)
+    template = guarded(template_of(gguf).source, thinking_not_said=True)
     return LlamaServer(gguf, context=context, template=template)
 
 

@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 from pipeline.ollama.client import Client, canonical, check_name, normal_host
 from pipeline.ollama.server import DEFAULT_HOST, OllamaServer, find_ollama
 from pipeline.resources import sha256_of
-from pipeline.run import write_whole
+from pipeline.run.folder import write_whole
 
 STORE = "ollama"  # folder in the run: the models of a server of our own
 PUBLISHED = "ollama-published.json"  # file in the run: the digests that it gave, or was about to give, each name

@@ -76,12 +76,12 @@ def plan(dev: bool) -> tuple[list[Part], list[str]]:
         The parts, and what cannot be had here and is not needed for a run to end well.
     """
     from pipeline.console import say
+    from pipeline.processes import find_program
     from pipeline.setup import machine, toolchain
     from pipeline.setup.build import build_programs
     from pipeline.setup.fetch import fetch_node, fetch_package
     from pipeline.setup.ollama import build_ollama
     from pipeline.setup.pins import MINIMUM_OLLAMA, load_pins
-    from pipeline.setup.processes import find_program
 
     pins = load_pins()
     programs, wheel = toolchain.source_home(pins.llama_cpp) / "bin", toolchain.package_file(pins.packaged_base)
@@ -142,9 +142,9 @@ def set_up_libraries(torch: str, parts: Sequence[Part]) -> bool:
     """
     from pipeline.console import say
     from pipeline.errors import PipelineError
+    from pipeline.processes import exclusive
     from pipeline.resources import resource
     from pipeline.setup import libraries, machine
-    from pipeline.setup.processes import exclusive
 
     environment, lock_file = libraries.this_environment(), resource("requirements.lock")
     lock = libraries.read_lock(lock_file.read_text(encoding="utf-8"))
@@ -166,10 +166,10 @@ def set_up_libraries(torch: str, parts: Sequence[Part]) -> bool:
 
 def set_up_programs(parts: Sequence[Part]) -> None:
     """Make the parts that are missing, one set-up at a time on this machine."""
+    from pipeline.processes import exclusive
     from pipeline.resources import cache_folder
     from pipeline.setup import toolchain
     from pipeline.setup.pins import load_pins
-    from pipeline.setup.processes import exclusive
 
     if all(part.done for part in parts):
         return

@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from pipeline.errors import PipelineError
+from pipeline.processes import disk_errors, find_program, run
 from pipeline.resources import sha256_of
 from pipeline.setup.pins import NodePin, PackagePin
-from pipeline.setup.processes import disk_errors, find_program, run
 
 _WRONG_HASH = re.compile(r"do not match the hashes", re.I)
 _NOT_FOUND = re.compile(r"no matching distribution|could not find a version", re.I)

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from pipeline.console import say
 from pipeline.errors import PipelineError
+from pipeline.processes import disk_errors, run
 from pipeline.setup.indexes import uv_environment
 from pipeline.setup.machine import system_name
-from pipeline.setup.processes import disk_errors, run
 
 CPU, CUDA, AUTO = "cpu", "cuda", "auto"
 # What only a CUDA build of torch loads.

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.errors import PipelineError, UserError
-from pipeline.setup.processes import find_program
+from pipeline.processes import find_program
 
 GIB = 2**30
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pipeline.console import progress
 from pipeline.errors import PipelineError
+from pipeline.processes import disk_errors, find_program, run
 from pipeline.setup.pins import ModulePin
-from pipeline.setup.processes import disk_errors, find_program, run
 from pipeline.setup.toolchain import ollama_home
 
 _PROGRAMS = ("llama-server", "llama-quantize")

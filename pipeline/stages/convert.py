@@ -17,7 +17,7 @@ from pipeline.llamacpp import converter
 from pipeline.llamacpp.gguf_file import GGUFInfo, check
 from pipeline.llamacpp.programs import require_space
 from pipeline.resources import resource
-from pipeline.work import Work
+from pipeline.run.stage import Work
 
 NEEDS = ("merge",)
 CONFIG = ("export.outtype", "model.base")
@@ -121,7 +121,7 @@ def check_against(info: GGUFInfo, merged: Path, weights: dict[str, tuple[tuple[i
     Raises:
         PipelineError: parameters are missing, or its tokenizer is not the trained one.
     """
-    from pipeline.model.tokenizer import saved_tokenizer
+    from pipeline.prompt.tokenizer import saved_tokenizer
 
     config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
     expected = parameter_count(merged, weights)

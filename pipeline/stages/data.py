@@ -13,9 +13,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.chat.checks import NEAR, check_expected, check_room, drop_duplicates, find_leaks, fit
-from pipeline.chat.formats import Conversation, read_conversations
-from pipeline.chat.labels import (
+from pipeline.console import progress
+from pipeline.data.checks import NEAR, check_expected, drop_duplicates, find_leaks
+from pipeline.data.formats import Conversation, read_conversations
+from pipeline.errors import UserError
+from pipeline.model.base import resolve_base
+from pipeline.model.facts import context_of
+from pipeline.prompt.labels import (
     IGNORED,
     Tokenized,
     decode,
@@ -24,12 +28,9 @@ from pipeline.chat.labels import (
     trained_parts,
     training_texts,
 )
-from pipeline.console import progress
-from pipeline.errors import UserError
-from pipeline.model.base import resolve_base
-from pipeline.model.facts import context_of
-from pipeline.model.tokenizer import load_tokenizer
-from pipeline.work import Work
+from pipeline.prompt.lengths import check_room, fit
+from pipeline.prompt.tokenizer import load_tokenizer
+from pipeline.run.stage import Work
 
 if TYPE_CHECKING:
     from pipeline.config import Config

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import console
-from pipeline.chat.formats import read_rows
+from pipeline.data.sources import read_rows
 from pipeline.errors import PipelineError, UserError
 from pipeline.ollama.target import STORE, local_store, names_of, refuse_taken, remember, server, usual_host
-from pipeline.work import Work
+from pipeline.run.stage import Work
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -169,11 +169,11 @@ def _prove(
     work: Work, client: Client, log: Path | None, store: Path | None, variant: str, proof_name: str, name: str
 ) -> dict[str, Any]:
     """Make a model under its proof's name, and prove it; `name` is what it will be called."""
-    from pipeline.chat.conformance import conversations
     from pipeline.llamacpp.gguf_file import inspect
-    from pipeline.model.tokenizer import saved_tokenizer
-    from pipeline.ollama.jinja import ChatTemplate
     from pipeline.ollama.proof import prove_prompts, read_back
+    from pipeline.prompt.cases import conversations
+    from pipeline.prompt.template import ChatTemplate
+    from pipeline.prompt.tokenizer import saved_tokenizer
 
     served, gguf = _plan(work.folder("modelfile", variant))
     started = time.monotonic()
@@ -255,8 +255,8 @@ def _ask(work: Work, client: Client, name: str) -> tuple[list[dict[str, Any]], f
     Returns:
         The answers beside the expected ones, and the seconds from the first request to its answer.
     """
-    from pipeline.chat.metric import score
-    from pipeline.ollama.suite import for_ollama
+    from pipeline.data.metric import score
+    from pipeline.prompt.conformance import for_ollama
 
     rows = _rows(work.folder("data"))
     metric, limit = work.config.eval.metric, work.config.eval.max_new_tokens

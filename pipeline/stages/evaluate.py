@@ -14,13 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.chat.formats import read_rows
-from pipeline.chat.metric import score
 from pipeline.config import Config
 from pipeline.console import progress
-from pipeline.verify.ladder import ADAPTER, ADAPTER_16BIT, BASE, GGUF_16BIT, MERGED, OLLAMA, rungs
+from pipeline.data.metric import score
+from pipeline.data.sources import read_rows
+from pipeline.run.stage import Work
+from pipeline.verify.rungs import ADAPTER, ADAPTER_16BIT, BASE, GGUF_16BIT, MERGED, OLLAMA, rungs
 from pipeline.verify.statistics import wilson_interval
-from pipeline.work import Work
 
 CONFIG = ("eval", "model")
 READS = {"data": ("test.jsonl",)}
@@ -102,7 +102,7 @@ def _rung(work: Work, rows: list[tuple[Question, str]]) -> Iterator[Answerer | N
         yield _transformers(work, rows)
     elif work.variant == OLLAMA:
         from pipeline.ollama.serving import deployed
-        from pipeline.ollama.suite import for_ollama
+        from pipeline.prompt.conformance import for_ollama
 
         with deployed(work.run) as served:
             if served is None:
@@ -138,9 +138,9 @@ def context_for(model: Path, questions: Sequence[Question], max_new_tokens: int)
         questions: conversations that end where the assistant speaks.
         max_new_tokens: longest answer.
     """
-    from pipeline.chat.labels import tokenize_prompt
     from pipeline.model.facts import context_of
-    from pipeline.model.tokenizer import saved_tokenizer
+    from pipeline.prompt.labels import tokenize_prompt
+    from pipeline.prompt.tokenizer import saved_tokenizer
 
     tokenizer = saved_tokenizer(model)
     longest = max(len(tokenize_prompt(tokenizer, question)) for question in questions)

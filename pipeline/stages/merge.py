@@ -18,7 +18,7 @@ from pipeline.console import progress
 from pipeline.errors import PipelineError
 from pipeline.model.held_out import first_tokens, held_out_loss, read_held_out, trained_places
 from pipeline.model.nf4 import dequantize_base, restore_base
-from pipeline.work import Work
+from pipeline.run.stage import Work
 
 NEEDS = ("data", "train")
 READS = {"data": ("train.tokens.jsonl", "validation.tokens.jsonl")}

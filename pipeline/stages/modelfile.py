@@ -1,7 +1,7 @@
 """modelfile: how Ollama is to serve each GGUF file, proven before it is written down.
 
-The chat template is tried on real servers (`pipeline.ollama.choose`): a derived TEMPLATE where that is exact and used,
-the GGUF's own Jinja where that is. `create.json` carries everything for `deploy`; the Modelfile beside it is for
+The chat template is tried on real servers (`pipeline.ollama.rendering`): a derived TEMPLATE where that is exact and
+used, the GGUF's own Jinja where that is. `create.json` carries everything for `deploy`; the Modelfile beside it is for
 people, and is left out where its format cannot say what is meant.
 """
 
@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import PipelineError
 from pipeline.llamacpp.gguf_file import inspect
+from pipeline.llamacpp.gguf_template import write_with_template
 from pipeline.llamacpp.programs import require_space
-from pipeline.ollama.choose import choose, explain, refusal
-from pipeline.ollama.guard import write_with_template
-from pipeline.ollama.jinja import ChatTemplate
 from pipeline.ollama.modelfile import ServedModel, write
 from pipeline.ollama.parameters import parameters
+from pipeline.ollama.rendering import choose, explain, refusal
+from pipeline.prompt.template import ChatTemplate
 from pipeline.resources import resource
-from pipeline.work import Work
+from pipeline.run.stage import Work
 
 if TYPE_CHECKING:
     from pipeline.config import Config

@@ -12,9 +12,9 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.resources import resource
+from pipeline.run.stage import Work
 from pipeline.verify.preflight import failures, preflight
 from pipeline.verify.result import FAIL, NOT_RUN, write
-from pipeline.work import Work
 
 NEEDS = ()
 # Without export.quant: a type that is asked for later is judged by quantize and verify.

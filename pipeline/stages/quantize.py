@@ -12,9 +12,9 @@ from pipeline import console
 from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.gguf_file import GGUFInfo, check, inspect
 from pipeline.llamacpp.programs import failure, installed, program, require_space, run
-from pipeline.llamacpp.quantization import QuantizationType, quantization_type
+from pipeline.llamacpp.quantizer import QuantizationType, quantization_type
 from pipeline.resources import resource
-from pipeline.work import Work
+from pipeline.run.stage import Work
 
 if TYPE_CHECKING:
     from pipeline.config import Config

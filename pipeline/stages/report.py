@@ -13,9 +13,9 @@ from pipeline.config import Config
 from pipeline.figures import duration, main_figures, peak_memory, size, written
 from pipeline.plots import ladder
 from pipeline.resources import resource
-from pipeline.run import read_manifest
-from pipeline.verify.ladder import GGUF_16BIT
-from pipeline.work import Work
+from pipeline.run.folder import read_manifest
+from pipeline.run.stage import Work
+from pipeline.verify.rungs import GGUF_16BIT
 
 NEEDS = ("data", "train", "merge", "convert", "quantize", "modelfile", "deploy", "evaluate", "verify")
 CONFIG = ("model", "lora", "export", "ollama.name", "eval.metric")

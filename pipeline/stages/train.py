@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.chat.formats import read_rows
 from pipeline.config import Config
 from pipeline.console import progress
+from pipeline.data.sources import read_rows
 from pipeline.errors import PipelineError, UserError
-from pipeline.run import write_whole
-from pipeline.work import Work
+from pipeline.run.folder import write_whole
+from pipeline.run.stage import Work
 
 NEEDS = ("data",)
 READS = {"data": ("train.tokens.jsonl", "validation.tokens.jsonl")}
@@ -46,7 +46,7 @@ def main(work: Work) -> dict[str, Any]:
     from unsloth import FastLanguageModel
 
     from pipeline.model.base import resolve_base
-    from pipeline.model.tokenizer import load_tokenizer
+    from pipeline.prompt.tokenizer import load_tokenizer
 
     config, settings = work.config, work.config.train
     folder = resolve_base(config.model.base, config.model.revision)

@@ -12,10 +12,10 @@ from typing import Any
 from pipeline import console
 from pipeline.config import Config
 from pipeline.resources import resource
+from pipeline.run.stage import Work
+from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.chain import verify
 from pipeline.verify.result import FAIL, explain, write
-from pipeline.verify.subject import Subject
-from pipeline.work import Work
 
 NEEDS = ("data", "train", "merge", "convert", "quantize", "modelfile", "deploy", "evaluate")
 CONFIG = ("verify", "model", "export", "ollama.parameters", "ollama.system", "data.system", "eval")
@@ -28,7 +28,7 @@ def inputs(_: Config) -> list[Path]:
 
 def main(work: Work) -> dict[str, Any]:
     """Write verify.json."""
-    content = verify(Subject.of_run(work.run, work.config, work.scratch))
+    content = verify(Artefacts.of_run(work.run, work.config, work.scratch))
     write(work.output / "verify.json", content)
     if content["verdict"] == FAIL:
         console.say(f"  {explain(content)}")

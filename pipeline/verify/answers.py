@@ -10,32 +10,32 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.chat.formats import read_rows
-from pipeline.verify.ladder import ADAPTER, BASE, GGUF_16BIT, MERGED, OLLAMA, rungs
+from pipeline.data.sources import read_rows
+from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import Claim, Result
+from pipeline.verify.rungs import ADAPTER, BASE, GGUF_16BIT, MERGED, OLLAMA, rungs
 from pipeline.verify.statistics import mcnemar, wilson_interval
-from pipeline.verify.subject import Subject
 
 _SIGNIFICANT = 0.05
 
 
-def check(subject: Subject) -> Iterator[Result]:
+def check(artefacts: Artefacts) -> Iterator[Result]:
     """Judge neighbouring rungs: first the answers, then the losses."""
-    yield from _answers(subject)
-    yield from _losses(subject)
+    yield from _answers(artefacts)
+    yield from _losses(artefacts)
 
 
-def _answers(subject: Subject) -> Iterator[Result]:
+def _answers(artefacts: Artefacts) -> Iterator[Result]:
     learned = Claim("answers.learned", "train", "the adapter answers no worse than the base")
-    if subject.run is None or subject.config is None:
+    if artefacts.run is None or artefacts.config is None:
         yield learned.not_run("this export has no questions with answers")
         return
-    if subject.config.eval.metric == "none":
+    if artefacts.config.eval.metric == "none":
         yield learned.not_run("eval.metric is none")
         return
-    every = rungs(list(subject.quantized), trained_on_4bit=subject.trained_on_4bit)
-    correct = {rung: marks for rung in every if (marks := _marks(subject.run / "evaluate" / rung / "answers.jsonl"))}
-    subject.shared["answers"] = {rung: _score(marks) for rung, marks in correct.items()}
+    every = rungs(list(artefacts.quantized), trained_on_4bit=artefacts.trained_on_4bit)
+    correct = {rung: marks for rung in every if (marks := _marks(artefacts.run / "evaluate" / rung / "answers.jsonl"))}
+    artefacts.shared["answers"] = {rung: _score(marks) for rung, marks in correct.items()}
     if len(correct) < 2:
         yield learned.not_run("`evaluate` has not asked two rungs")
         return
@@ -45,14 +45,14 @@ def _answers(subject: Subject) -> Iterator[Result]:
         (MERGED, GGUF_16BIT, Claim("answers.converted", "convert", "the 16-bit GGUF file answers no worse than it")),
     ]
     sentence = "the quantized file answers no worse than the 16-bit one"
-    for kind in subject.quantized:
+    for kind in artefacts.quantized:
         pairs.append((GGUF_16BIT, kind, Claim("answers.quantized", f"quantize/{kind}", sentence)))
-    if subject.quantized:
+    if artefacts.quantized:
         served = Claim("answers.ollama", "deploy", "Ollama answers no worse than the same file in llama-server")
-        pairs.append((next(iter(subject.quantized)), OLLAMA, served))
+        pairs.append((next(iter(artefacts.quantized)), OLLAMA, served))
     for before, after, claim in pairs:
         if before in correct and after in correct:
-            yield _compared(subject, claim, before, correct[before], after, correct[after])
+            yield _compared(artefacts, claim, before, correct[before], after, correct[after])
         else:
             yield claim.not_run(f"{after if before in correct else before} was not asked")
 
@@ -73,37 +73,39 @@ def _score(marks: list[bool]) -> dict[str, Any]:
     }
 
 
-def _compared(subject: Subject, claim: Claim, before: str, first: list[bool], after: str, second: list[bool]) -> Result:
+def _compared(
+    artefacts: Artefacts, claim: Claim, before: str, first: list[bool], after: str, second: list[bool]
+) -> Result:
     """Worse is what loses more than is allowed, and more than chance would."""
     if len(first) != len(second):
         return claim.holds(False, f"{before} was asked {len(first)} questions, {after} {len(second)}")
     lost, won, p = mcnemar(first, second)
     loss = (sum(first) - sum(second)) / len(first)
-    subject.shared.setdefault("mcnemar", {})[f"{before} -> {after}"] = {"lost": lost, "won": won, "p": p}
-    worse = loss > subject.settings.answers_lost and p < _SIGNIFICANT
+    artefacts.shared.setdefault("mcnemar", {})[f"{before} -> {after}"] = {"lost": lost, "won": won, "p": p}
+    worse = loss > artefacts.settings.answers_lost and p < _SIGNIFICANT
     words = (
         f"{before} answers {sum(first)} of {len(first)} rightly, {after} {sum(second)}: {lost} lost, {won} won, "
         f"p = {p:.2g} (McNemar)"
     )
-    return claim.holds(not worse, words, loss, f"at most {subject.settings.answers_lost:g}, or p >= {_SIGNIFICANT}")
+    return claim.holds(not worse, words, loss, f"at most {artefacts.settings.answers_lost:g}, or p >= {_SIGNIFICANT}")
 
 
-def _losses(subject: Subject) -> Iterator[Result]:
+def _losses(artefacts: Artefacts) -> Iterator[Result]:
     """The held-out loss from rung to rung, as far as it is known."""
     merged = Claim("answers.loss", "merge", "the merged model has the held-out loss of the adapter")
-    if subject.run is None:
+    if artefacts.run is None:
         yield merged.not_run("this export has no held-out rows")
         return
-    losses: dict[str, float] = subject.shared.get("losses", {})
-    limit = subject.settings.loss_lost
+    losses: dict[str, float] = artefacts.shared.get("losses", {})
+    limit = artefacts.settings.loss_lost
     sentence = "the 16-bit GGUF file has the held-out loss of the merged model"
     steps = [
         ("adapter on 4-bit", "merged", merged, limit),
         ("merged", "16-bit GGUF", Claim("answers.loss", "convert", sentence), limit / 10),
     ]
-    if subject.without_metric:
+    if artefacts.without_metric:
         sentence = "the quantized file has nearly the held-out loss of the 16-bit one"
-        for kind in subject.quantized:
+        for kind in artefacts.quantized:
             steps.append(("16-bit GGUF", kind, Claim("answers.loss", f"quantize/{kind}", sentence), limit))
     for before, after, claim, tolerance in steps:
         if before in losses and after in losses:
@@ -111,7 +113,7 @@ def _losses(subject: Subject) -> Iterator[Result]:
             yield claim.at_most(losses[after] - losses[before], tolerance, words)
         else:
             yield claim.not_run(f"the loss of {after if before in losses else before} was not measured")
-    if subject.without_metric:
+    if artefacts.without_metric:
         yield Claim("answers.loss", "deploy", "Ollama has the held-out loss of its file").not_run(
             "Ollama gives no probabilities of a given text; it was sent the file that is judged above"
         )

@@ -1,4 +1,4 @@
-"""All checks, one after the other, over one subject.
+"""All checks, one after the other, over one artefacts.
 
 A check that breaks on what it judges has found it: its error is a failure. Only what a check itself says it cannot do,
 or what set-up has not brought, counts as not run.
@@ -24,10 +24,10 @@ from pipeline.verify import (
     toolchain,
     weights,
 )
+from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import Claim, Result, document
-from pipeline.verify.subject import Subject
 
-Check = Callable[[Subject], Iterator[Result]]
+Check = Callable[[Artefacts], Iterator[Result]]
 
 # Name, check, and the rung that is blamed when the check itself breaks. Answers read what others measured.
 CHECKS: dict[str, tuple[Check, str]] = {
@@ -67,19 +67,19 @@ def run_check(name: str, rung: str, check: Callable[[], Iterator[Result]]) -> li
     return results
 
 
-def run_checks(subject: Subject, names: Sequence[str] = tuple(CHECKS)) -> list[Result]:
+def run_checks(artefacts: Artefacts, names: Sequence[str] = tuple(CHECKS)) -> list[Result]:
     """Run checks by name and collect their results."""
     results: list[Result] = []
     for name in names:
         check, rung = CHECKS[name]
         started = time.monotonic()
-        results += run_check(name, rung, partial(check, subject))
-        subject.shared.setdefault("seconds", {})[name] = round(time.monotonic() - started, 1)
+        results += run_check(name, rung, partial(check, artefacts))
+        artefacts.shared.setdefault("seconds", {})[name] = round(time.monotonic() - started, 1)
     return results
 
 
-def verify(subject: Subject, names: Sequence[str] = tuple(CHECKS)) -> dict[str, Any]:
-    """verify.json of a subject: verdicts, and the ladders of losses, divergences and answers for the report."""
-    results = run_checks(subject, names)
+def verify(artefacts: Artefacts, names: Sequence[str] = tuple(CHECKS)) -> dict[str, Any]:
+    """verify.json of a artefacts: verdicts, and the ladders of losses, divergences and answers for the report."""
+    results = run_checks(artefacts, names)
     kept = ("losses", "divergences", "quantized", "answers", "mcnemar", "seconds")
-    return document(results, **{key: subject.shared[key] for key in kept if key in subject.shared})
+    return document(results, **{key: artefacts.shared[key] for key in kept if key in artefacts.shared})

@@ -22,13 +22,13 @@ def verify_export(hf: Path, gguf: Path, overrides: Sequence[str] = ()) -> dict[s
     Raises:
         UserError: one of them is not there, or an override is none.
     """
+    from pipeline.verify.artefacts import Artefacts
     from pipeline.verify.chain import EXPORT_CHECKS
     from pipeline.verify.chain import verify as run
-    from pipeline.verify.subject import Subject
 
     with tempfile.TemporaryDirectory(prefix="pipeline-verify-") as scratch:
-        subject = Subject.of_export(hf.absolute(), gguf.absolute(), _settings({}, overrides), Path(scratch))
-        return run(subject, EXPORT_CHECKS)
+        artefacts = Artefacts.of_export(hf.absolute(), gguf.absolute(), _settings({}, overrides), Path(scratch))
+        return run(artefacts, EXPORT_CHECKS)
 
 
 def verify_folder(run_folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -38,14 +38,14 @@ def verify_folder(run_folder: Path, overrides: Sequence[str] = ()) -> dict[str, 
         UserError: there is no merged model in it, or an override is none.
     """
     from pipeline.config import read_run
+    from pipeline.verify.artefacts import Artefacts
     from pipeline.verify.chain import verify as run
     from pipeline.verify.result import write
-    from pipeline.verify.subject import Subject
 
     settings = read_run(run_folder)
     settings = settings.model_copy(update={"verify": _settings(settings.verify.model_dump(), overrides)})
     with tempfile.TemporaryDirectory(prefix=".verify-", dir=run_folder) as scratch:  # as large as the model
-        content = run(Subject.of_run(run_folder, settings, Path(scratch)))
+        content = run(Artefacts.of_run(run_folder, settings, Path(scratch)))
     (run_folder / "verify").mkdir(exist_ok=True)
     write(run_folder / "verify" / "verify.json", content)
     return content

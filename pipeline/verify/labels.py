@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.chat.formats import read_rows
-from pipeline.chat.labels import (
+from pipeline.console import progress
+from pipeline.data.sources import read_rows
+from pipeline.prompt.labels import (
     IGNORED,
     decode,
     leading_bos,
@@ -21,10 +22,9 @@ from pipeline.chat.labels import (
     tokenize_texts,
     training_texts,
 )
-from pipeline.console import progress
-from pipeline.model.tokenizer import saved_tokenizer
+from pipeline.prompt.tokenizer import saved_tokenizer
+from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import Claim, Result
-from pipeline.verify.subject import Subject
 
 _KNOWN = Claim("labels.known", "train", "every trained row is a conversation of the training data")
 _SHARE = Claim("labels.share", "train", "a share of the tokens is trained")
@@ -61,19 +61,19 @@ class _Faults:
     bos: _Fault = field(default_factory=_Fault)
 
 
-def check(subject: Subject) -> Iterator[Result]:
+def check(artefacts: Artefacts) -> Iterator[Result]:
     """Judge every row of train/batches.jsonl."""
-    if subject.run is None or subject.adapter is None:
+    if artefacts.run is None or artefacts.adapter is None:
         yield from (claim.not_run("this export has no record of its training") for claim in CLAIMS)
         return
-    path = subject.run / "train" / "batches.jsonl"
+    path = artefacts.run / "train" / "batches.jsonl"
     if not path.is_file():
         yield from (claim.not_run(f"{path} is missing") for claim in CLAIMS)
         return
-    tokenizer = saved_tokenizer(subject.adapter)
-    known = _known(tokenizer, subject.run / "data" / "train.jsonl")
-    truncates = subject.config is not None and subject.config.data.on_overlong == "truncate"
-    longest = subject.config.train.max_length if subject.config is not None and truncates else None
+    tokenizer = saved_tokenizer(artefacts.adapter)
+    known = _known(tokenizer, artefacts.run / "data" / "train.jsonl")
+    truncates = artefacts.config is not None and artefacts.config.data.on_overlong == "truncate"
+    longest = artefacts.config.train.max_length if artefacts.config is not None and truncates else None
     faults = _Faults()
     tokens = trained = rows = 0
     with progress("labels", path.read_bytes().count(b"\n"), "batches") as update:
@@ -90,7 +90,7 @@ def check(subject: Subject) -> Iterator[Result]:
     yield _KNOWN.at_most(faults.unknown.count, 0, faults.unknown.words)
     share = trained / tokens if tokens else 0.0
     yield _SHARE.at_least(
-        share, subject.settings.trained_share, f"{trained:,} of {tokens:,} tokens in {rows:,} rows are trained"
+        share, artefacts.settings.trained_share, f"{trained:,} of {tokens:,} tokens in {rows:,} rows are trained"
     )
     yield _MASKED.at_most(faults.masked.count, 0, faults.masked.words)
     yield _SPANS.at_most(faults.spans.count, 0, faults.spans.words)

@@ -24,9 +24,9 @@ from pipeline.llamacpp.programs import failure, program, require_space, run
 from pipeline.llamacpp.server import LlamaServer
 from pipeline.model.held_out import loss_of, trained_places
 from pipeline.model.predict import fits_float32, load_float32, predict
+from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.reconvert import unquantized_type
 from pipeline.verify.result import Claim, Result
-from pipeline.verify.subject import Subject
 
 CHUNK = 512  # tokens that llama-perplexity takes at once; it scores the second half of each
 _ENOUGH = 200  # positions below which a divergence says little
@@ -36,41 +36,41 @@ _ENOUGH = 200  # positions below which a divergence says little
 _LIMITS = ((16.0, 1e-3), (8.0, 0.01), (6.0, 0.03), (5.0, 0.2), (4.8, 0.3), (4.0, 1.0), (3.0, 3.5), (0.0, 6.0))
 
 
-def check(subject: Subject) -> Iterator[Result]:
+def check(artefacts: Artefacts) -> Iterator[Result]:
     """Judge the 16-bit file, then the quantized ones."""
-    yield from _sixteen_bit(subject)
-    yield from _quantized(subject)
+    yield from _sixteen_bit(artefacts)
+    yield from _quantized(artefacts)
 
 
-def _sixteen_bit(subject: Subject) -> Iterator[Result]:
-    settings = subject.settings
+def _sixteen_bit(artefacts: Artefacts) -> Iterator[Result]:
+    settings = artefacts.settings
     mean = Claim("logits.mean", "convert", "the 16-bit GGUF file predicts what the merged model predicts (mean KL)")
     tail = Claim("logits.tail", "convert", "it does so at nearly every position (99.9th percentile of KL)")
     top = Claim("logits.top", "convert", "both think the same token the likeliest")
     lead = Claim("logits.lead", "convert", "where they do not, it was a close call (lead in log probability)")
     claims = (mean, tail, top, lead)
-    path = subject.sixteen_bit
+    path = artefacts.sixteen_bit
     if path is None:
         yield from (claim.not_run("there is no unquantized GGUF file") for claim in claims)
         return
-    rows = subject.compared_rows()
-    if why := _cannot_load(path) or _cannot_compare(subject, path):
+    rows = artefacts.compared_rows()
+    if why := _cannot_load(path) or _cannot_compare(artefacts, path):
         yield mean.holds(False, why)
         yield from (claim.not_run("no logits could be compared") for claim in claims[1:])
         return
-    model = subject.shared.get("model")
-    if model is None and not fits_float32(subject.model):
+    model = artefacts.shared.get("model")
+    if model is None and not fits_float32(artefacts.model):
         yield from (claim.not_run("the model does not fit into the memory in float32") for claim in claims)
         return
-    model = model or load_float32(subject.model)
-    exact = _in_float32(path, subject.scratch)
-    divergence, losses = _diverge(model, exact, rows, subject.held_out[0])
+    model = model or load_float32(artefacts.model)
+    exact = _in_float32(path, artefacts.scratch)
+    divergence, losses = _diverge(model, exact, rows, artefacts.held_out[0])
     if exact != path:
         exact.unlink()
-    subject.shared["model"] = None
-    subject.shared.setdefault("losses", {}).update(losses)
-    where = f"over {divergence.positions:,} positions of {subject.held_out[0]}"
-    subject.shared["divergences"] = {"convert": divergence.mean}
+    artefacts.shared["model"] = None
+    artefacts.shared.setdefault("losses", {}).update(losses)
+    where = f"over {divergence.positions:,} positions of {artefacts.held_out[0]}"
+    artefacts.shared["divergences"] = {"convert": divergence.mean}
     yield mean.at_most(divergence.mean, settings.divergence, f"mean KL {divergence.mean:.2g} {where}")
     high = divergence.quantile(0.999)
     yield tail.at_most(
@@ -112,10 +112,10 @@ def _cannot_load(path: Path) -> str:
     return ""
 
 
-def _cannot_compare(subject: Subject, path: Path) -> str:
-    config = subject.tokenizer
+def _cannot_compare(artefacts: Artefacts, path: Path) -> str:
+    config = artefacts.tokenizer
     vocabulary = len(inspect(path).metadata.get("tokenizer.ggml.tokens", ()))
-    largest = max((max(ids) for ids, _ in subject.compared_rows() if ids), default=0)
+    largest = max((max(ids) for ids, _ in artefacts.compared_rows() if ids), default=0)
     if largest >= vocabulary:
         return f"its vocabulary has {vocabulary:,} tokens, the trained one {len(config):,}"
     return ""
@@ -155,25 +155,25 @@ def _diverge(model: Any, path: Path, rows: Rows, where: str) -> tuple[Divergence
     return divergence, {"merged": ours / trained, "16-bit GGUF": theirs / trained}
 
 
-def _quantized(subject: Subject) -> Iterator[Result]:
-    if not subject.quantized:
+def _quantized(artefacts: Artefacts) -> Iterator[Result]:
+    if not artefacts.quantized:
         return
-    ids = list(itertools.chain.from_iterable(row for row, _ in subject.compared_rows()))
+    ids = list(itertools.chain.from_iterable(row for row, _ in artefacts.compared_rows()))
     context = min(CHUNK, len(ids))
-    reference = subject.scratch / "reference.bin"
+    reference = artefacts.scratch / "reference.bin"
     threads = len(os.sched_getaffinity(0))
-    broken = _cannot_load(subject.reference)
+    broken = _cannot_load(artefacts.reference)
     if not broken:
-        add_bos = inspect(subject.reference).metadata.get("tokenizer.ggml.add_bos_token")
-        if add_bos and subject.tokenizer.bos_token_id is not None:
-            ids = _with_bos(ids, subject.tokenizer.bos_token_id, context)
+        add_bos = inspect(artefacts.reference).metadata.get("tokenizer.ggml.add_bos_token")
+        if add_bos and artefacts.tokenizer.bos_token_id is not None:
+            ids = _with_bos(ids, artefacts.tokenizer.bos_token_id, context)
         chunks = len(ids) // context
         with (
-            LlamaModel(subject.reference, context=context) as model,
+            LlamaModel(artefacts.reference, context=context) as model,
             progress("logits of the 16-bit file", chunks, "chunks") as update,
         ):
             write_reference(model, ids, reference, context, update)
-    for kind, path in subject.quantized.items():
+    for kind, path in artefacts.quantized.items():
         claim = Claim("logits.quantized", f"quantize/{kind}", "quantizing changed the predictions little (mean KL)")
         if broken:
             yield claim.not_run(f"the 16-bit file cannot be run: {broken}")
@@ -181,17 +181,17 @@ def _quantized(subject: Subject) -> Iterator[Result]:
             yield claim.holds(False, why)
         else:
             try:
-                yield _against_reference(subject, claim, path, reference, threads, len(ids) // context)
-                if subject.without_metric:
-                    subject.shared.setdefault("losses", {})[kind] = _loss(subject, path)
+                yield _against_reference(artefacts, claim, path, reference, threads, len(ids) // context)
+                if artefacts.without_metric:
+                    artefacts.shared.setdefault("losses", {})[kind] = _loss(artefacts, path)
             except PipelineError as error:  # of this file, and no other
                 yield claim.holds(False, str(error))
     reference.unlink(missing_ok=True)
 
 
-def _loss(subject: Subject, path: Path) -> float:
+def _loss(artefacts: Artefacts, path: Path) -> float:
     """A file's held-out loss, in nats for each trained token."""
-    rows = subject.compared_rows()
+    rows = artefacts.compared_rows()
     total, trained = 0.0, 0
     longest = max(len(ids) for ids, _ in rows)
     with (
@@ -213,13 +213,15 @@ def _with_bos(ids: list[int], bos: int, context: int) -> list[int]:
 
 
 def _against_reference(
-    subject: Subject, claim: Claim, path: Path, reference: Path, threads: int, chunks: int
+    artefacts: Artefacts, claim: Claim, path: Path, reference: Path, threads: int, chunks: int
 ) -> Result:
     with progress(f"logits of {claim.rung}", chunks, "chunks") as update:
         found = compare(path, reference, threads, update)
-    subject.shared.setdefault("divergences", {})[claim.rung] = found.mean
-    subject.shared.setdefault("quantized", {})[claim.rung] = vars(found)
-    limit = subject.settings.quantized_divergence or _limit(claim.rung.partition("/")[2], inspect(path).bits_per_weight)
+    artefacts.shared.setdefault("divergences", {})[claim.rung] = found.mean
+    artefacts.shared.setdefault("quantized", {})[claim.rung] = vars(found)
+    limit = artefacts.settings.quantized_divergence or _limit(
+        claim.rung.partition("/")[2], inspect(path).bits_per_weight
+    )
     few = "" if found.positions >= _ENOUGH else "; few positions, so this is rough"
     return claim.at_most(
         found.mean,
@@ -231,7 +233,7 @@ def _against_reference(
 
 def _limit(kind: str, bits: float) -> float:
     """What a type may lose: by the bits that its name promises."""
-    from pipeline.llamacpp.quantization import quantization_type
+    from pipeline.llamacpp.quantizer import quantization_type
 
     with contextlib.suppress(PipelineError):  # the name says nothing: then the file's own bits
         bits = quantization_type(kind).promised_bits or bits

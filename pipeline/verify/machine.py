@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.errors import PipelineError, UserError
-from pipeline.llamacpp.quantization import quantization_type
+from pipeline.llamacpp.quantizer import quantization_type
 from pipeline.resources import resource
 from pipeline.setup.libraries import applicable, read_lock
 from pipeline.verify.result import Claim, Result

@@ -8,23 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import Claim, Result
-from pipeline.verify.subject import Subject
 
 _CLAIM = Claim("merge_base.better", "merge", "the adapter is merged into the base that it fits")
 
 
-def check(subject: Subject) -> Iterator[Result]:
+def check(artefacts: Artefacts) -> Iterator[Result]:
     """Judge the choice by the losses."""
-    losses, taken = subject.merge_losses, subject.merged_into
-    if subject.run is None:
+    losses, taken = artefacts.merge_losses, artefacts.merged_into
+    if artefacts.run is None:
         yield _CLAIM.not_run("the base and the adapter of this export are not known")
-    elif not subject.trained_on_4bit:
+    elif not artefacts.trained_on_4bit:
         yield _CLAIM.not_run("the adapter was trained on the 16-bit base: there is only one base")
     elif not losses:
         yield _CLAIM.not_run("there are no held-out answers")
     else:
-        subject.shared.setdefault("losses", {}).update(
+        artefacts.shared.setdefault("losses", {}).update(
             {
                 "base": losses["base"],
                 "adapter on 4-bit": losses["dequantized"],
@@ -36,4 +36,4 @@ def check(subject: Subject) -> Iterator[Result]:
             f'merged into "{taken}" the held-out loss is {losses[taken]:.4f}, into "{other}" {losses[other]:.4f}; '
             'merge.base = "auto" takes the better'
         )
-        yield _CLAIM.at_most(losses[taken] - losses[other], subject.settings.loss_lost, words)
+        yield _CLAIM.at_most(losses[taken] - losses[other], artefacts.settings.loss_lost, words)

@@ -18,17 +18,17 @@ from pipeline.console import progress
 from pipeline.llamacpp.programs import failure, program, require_space, run
 from pipeline.model.base import resolve_base
 from pipeline.model.facts import facts
-from pipeline.model.tokenizer import load_tokenizer
-from pipeline.ollama.choose import choose, refusal
 from pipeline.ollama.client import Client
-from pipeline.ollama.jinja import ChatTemplate
+from pipeline.ollama.rendering import choose, refusal
 from pipeline.ollama.server import OllamaServer, find_ollama
 from pipeline.ollama.target import STORE, names_of, refuse_taken, server
-from pipeline.provenance import gpu_memory
+from pipeline.prompt.template import ChatTemplate
+from pipeline.prompt.tokenizer import load_tokenizer
+from pipeline.run.provenance import gpu_memory
 from pipeline.verify import logits, machine, prompt, quantization, tokenizer, toolchain, weights
+from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.chain import run_check
 from pipeline.verify.result import FAIL, Claim, Result, document
-from pipeline.verify.subject import Subject
 
 # Enough to tell right from wrong; the result itself is judged on all that the configuration asks for.
 _TOKENS, _STRINGS = 1000, 2000
@@ -59,11 +59,11 @@ def preflight(config: Config, run_folder: Path, scratch: Path) -> dict[str, Any]
     results += _run("toolchain", "convert", lambda: iter([toolchain.check_pin()]))
     results += _run("preflight.target", "deploy", partial(_target, config, run_folder, scratch))
     results += _run("preflight.template", "modelfile", partial(_template, config, base))
-    subject = _subject(config, base, scratch)
-    results += _run("preflight.convert", "convert", partial(_convert, subject))
+    artefacts = _subject(config, base, scratch)
+    results += _run("preflight.convert", "convert", partial(_convert, artefacts))
     if not any(result.verdict == FAIL for result in results if result.rung == "convert"):
-        results += _judge(subject)
-        results += _run("preflight.served", "deploy", partial(_serve, subject, scratch))
+        results += _judge(artefacts)
+        results += _run("preflight.served", "deploy", partial(_serve, artefacts, scratch))
     return document(results)
 
 
@@ -74,22 +74,22 @@ def _run(name: str, rung: str, check: Callable[[], Iterator[Result]]) -> list[Re
     return [replace(result, verdict=FAIL) if (result.id, result.sentence) == missing else result for result in results]
 
 
-def _subject(config: Config, base: Path, scratch: Path) -> Subject:
+def _subject(config: Config, base: Path, scratch: Path) -> Artefacts:
     settings = config.verify.model_copy(
         update={"tokens": min(_TOKENS, config.verify.tokens), "strings": min(_STRINGS, config.verify.strings)}
     )
     types = {kind: scratch / f"model-{kind}.gguf" for kind in config.export.quant}
-    subject = Subject(settings=settings, model=base, sixteen_bit=None, quantized=types, scratch=scratch)
-    subject.tokenizer, _ = load_tokenizer(base, trust_remote_code=config.model.trust_remote_code)
-    return subject
+    artefacts = Artefacts(settings=settings, model=base, sixteen_bit=None, quantized=types, scratch=scratch)
+    artefacts.tokenizer, _ = load_tokenizer(base, trust_remote_code=config.model.trust_remote_code)
+    return artefacts
 
 
-def _convert(subject: Subject) -> Iterator[Result]:
+def _convert(artefacts: Artefacts) -> Iterator[Result]:
     """Make the files that the checks judge."""
-    source = subject.expected.path
-    subject.sixteen_bit = source
+    source = artefacts.expected.path
+    artefacts.sixteen_bit = source
     yield _CONVERTED.holds(True)
-    for kind, target in subject.quantized.items():
+    for kind, target in artefacts.quantized.items():
         claim = Claim("preflight.quantize", f"quantize/{kind}", "llama-quantize makes this type of the base")
         output: list[str] = []
         with progress(f"quantizing the base to {kind}", None):
@@ -98,9 +98,9 @@ def _convert(subject: Subject) -> Iterator[Result]:
         yield claim.holds(not status, words)
 
 
-def _judge(subject: Subject) -> list[Result]:
+def _judge(artefacts: Artefacts) -> list[Result]:
     """The checks of `verify` that need no training; what they say of the merged model is said of the base here."""
-    checks: dict[str, tuple[Callable[[Subject], Iterator[Result]], str]] = {
+    checks: dict[str, tuple[Callable[[Artefacts], Iterator[Result]], str]] = {
         "weights": (weights.check_folder, "base"),
         "tokenizer": (tokenizer.check_files, "convert"),
         "prompt": (prompt.check_files, "convert"),
@@ -109,7 +109,7 @@ def _judge(subject: Subject) -> list[Result]:
     }
     results: list[Result] = []
     for name, (check, rung) in checks.items():
-        results += _run(name, rung, partial(check, subject))
+        results += _run(name, rung, partial(check, artefacts))
     return [replace(result, rung="base") if result.rung == "merge" else result for result in results]
 
 
@@ -131,13 +131,13 @@ def _target(config: Config, run_folder: Path, scratch: Path) -> Iterator[Result]
         yield _TARGET.holds(True, figure=f"Ollama {client.version}, {'of our own' if own else client.host}")
 
 
-def _serve(subject: Subject, scratch: Path) -> Iterator[Result]:
+def _serve(artefacts: Artefacts, scratch: Path) -> Iterator[Result]:
     """Ollama has a llama.cpp of its own, which may not know what the pinned one does."""
     program = find_ollama()
     if program is None:
         yield _SERVED.not_run("there is no Ollama on this machine: `pipeline setup` builds one (it needs Go)")
         return
-    _, path = next(iter(subject.quantized.items()))
+    _, path = next(iter(artefacts.quantized.items()))
     with OllamaServer(scratch / "models", program=program) as own, Client(own.host) as client:
         with progress("Ollama loads the base", None):
             digest = client.upload(path)

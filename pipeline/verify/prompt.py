@@ -11,43 +11,43 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.chat.conformance import Conversation, conversations
 from pipeline.errors import PipelineError
 from pipeline.llamacpp.gguf_file import inspect
 from pipeline.llamacpp.server import LlamaServer
-from pipeline.ollama.choose import Engine, ask_llama_server, explain
-from pipeline.ollama.guard import FOREIGN, guarded
-from pipeline.ollama.habits import known_habit
-from pipeline.ollama.jinja import ChatTemplate, TemplateRefused
+from pipeline.llamacpp.tokenizer_differences import known_habit
 from pipeline.ollama.parameters import stop_strings
 from pipeline.ollama.proof import shown_parameters
+from pipeline.ollama.rendering import Engine, ask_llama_server, explain
 from pipeline.ollama.serving import deployed
-from pipeline.ollama.suite import Report, for_ollama, judge
+from pipeline.prompt.cases import Conversation, conversations
+from pipeline.prompt.conformance import Report, for_ollama, judge
+from pipeline.prompt.guard import FOREIGN, guarded
+from pipeline.prompt.template import ChatTemplate, TemplateRefused
+from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import Claim, Result
-from pipeline.verify.subject import Subject
 
 _Suite = tuple[Conversation, ...]
 
 
-def check(subject: Subject) -> Iterator[Result]:
+def check(artefacts: Artefacts) -> Iterator[Result]:
     """Judge every GGUF file, every Modelfile and the deployed model."""
-    yield from check_files(subject)
-    if subject.tokenizer.chat_template:
-        suite = conversations(subject.template.special_tokens)
-        yield from _modelfiles(subject, suite)
-        yield from _deployed(subject, suite)
+    yield from check_files(artefacts)
+    if artefacts.tokenizer.chat_template:
+        suite = conversations(artefacts.template.special_tokens)
+        yield from _modelfiles(artefacts, suite)
+        yield from _deployed(artefacts, suite)
 
 
-def check_files(subject: Subject) -> Iterator[Result]:
+def check_files(artefacts: Artefacts) -> Iterator[Result]:
     """Judge the chat template of every GGUF file."""
-    if not subject.tokenizer.chat_template:
+    if not artefacts.tokenizer.chat_template:
         yield Claim("prompt.template", "base", "there is a chat template").holds(
-            False, f"{subject.model} has no chat template: there is nothing to say how a conversation is sent"
+            False, f"{artefacts.model} has no chat template: there is nothing to say how a conversation is sent"
         )
         return
-    suite = conversations(subject.template.special_tokens)
-    for rung, path in subject.files:
-        yield from _file(subject.template, subject.tokenizer, rung, path, suite)
+    suite = conversations(artefacts.template.special_tokens)
+    for rung, path in artefacts.files:
+        yield from _file(artefacts.template, artefacts.tokenizer, rung, path, suite)
 
 
 def _file(template: ChatTemplate, tokenizer: Any, rung: str, path: Path, suite: _Suite) -> Iterator[Result]:
@@ -113,29 +113,29 @@ def _same_tokens(claim: Claim, template: ChatTemplate, tokenizer: Any, server: L
     return claim.at_most(differing, 0, words + more)
 
 
-def _modelfiles(subject: Subject, suite: _Suite) -> Iterator[Result]:
+def _modelfiles(artefacts: Artefacts, suite: _Suite) -> Iterator[Result]:
     rendered = Claim("prompt.modelfile", "modelfile", "what the Modelfile says renders the trained prompt in Ollama")
-    if subject.run is None:
+    if artefacts.run is None:
         yield rendered.not_run("this export has no Modelfile of this program")
         return
     judged: dict[str, Result] = {}
     with Engine() as engine:
-        for kind in subject.quantized:
+        for kind in artefacts.quantized:
             rung = f"modelfile/{kind}"
             claim = Claim(rendered.id, rung, rendered.sentence)
-            path = subject.run / "modelfile" / kind / "create.json"
+            path = artefacts.run / "modelfile" / kind / "create.json"
             if not path.is_file():
                 yield claim.not_run(f"{path} is missing")
                 continue
             body = json.loads(path.read_text(encoding="utf-8"))["request"]
-            yield _stops(subject, rung, body)
-            yield _system(subject, rung, body)
+            yield _stops(artefacts, rung, body)
+            yield _system(artefacts, rung, body)
             if not engine.has_go:
                 yield claim.not_run("there is no Ollama on this machine: `pipeline setup` builds one")
                 continue
             go_template = body.get("template") or ""
             if go_template not in judged:  # the same for every type of a run
-                judged[go_template] = _rendered(claim, engine, subject.template, go_template, path.parent, suite)
+                judged[go_template] = _rendered(claim, engine, artefacts.template, go_template, path.parent, suite)
             result = judged[go_template]
             yield Result(**{**vars(result), "rung": rung})
 
@@ -157,40 +157,40 @@ def _rendered(
     return _judged(claim, report)
 
 
-def _stops(subject: Subject, rung: str, body: dict[str, Any]) -> Result:
-    wanted = set(stop_strings(subject.template))
-    if subject.config is not None and "stop" in subject.config.ollama.parameters:
+def _stops(artefacts: Artefacts, rung: str, body: dict[str, Any]) -> Result:
+    wanted = set(stop_strings(artefacts.template))
+    if artefacts.config is not None and "stop" in artefacts.config.ollama.parameters:
         wanted = set()  # the user's own
     missing = sorted(wanted - set((body.get("parameters") or {}).get("stop") or ()))
     claim = Claim("prompt.stop", rung, "every text that ends a turn is a stop string")
     return claim.holds(not missing, f"the stop strings lack {', '.join(map(repr, missing))}", len(missing), "at most 0")
 
 
-def _system(subject: Subject, rung: str, body: dict[str, Any]) -> Result:
+def _system(artefacts: Artefacts, rung: str, body: dict[str, Any]) -> Result:
     """Rows without a system message were trained with data.system; the served model must have it too."""
     claim = Claim("prompt.system", rung, "the served system text is the trained one")
-    meant = subject.config.served_system if subject.config is not None else ""
+    meant = artefacts.config.served_system if artefacts.config is not None else ""
     served = body.get("system") or ""
     return claim.holds(served == meant, f"it is {served!r} instead of {meant!r}")
 
 
-def _deployed(subject: Subject, suite: _Suite) -> Iterator[Result]:
+def _deployed(artefacts: Artefacts, suite: _Suite) -> Iterator[Result]:
     claim = Claim("prompt.ollama", "deploy", "the deployed model is sent the trained prompt")
     told = Claim("prompt.deployed", "deploy", "Ollama says of the deployed model what it was told")
-    if subject.run is None or not (subject.run / "deploy" / "deploy.json").is_file():
+    if artefacts.run is None or not (artefacts.run / "deploy" / "deploy.json").is_file():
         yield claim.not_run("nothing was deployed")
         return
     try:
-        with deployed(subject.run, log=subject.scratch / "ollama.log") as served:
+        with deployed(artefacts.run, log=artefacts.scratch / "ollama.log") as served:
             if served is None:
                 yield claim.not_run("there was no Ollama to deploy to")
                 return
             client, name = served
-            body = _told(subject)
+            body = _told(artefacts)
             shown = client.show(name)
             yield _as_told(told, shown, body)
             report = judge(
-                subject.template,
+                artefacts.template,
                 suite,
                 lambda case: client.render(name, for_ollama(case.messages), case.tools, case.think),
                 joins=bool(body.get("template")),
@@ -201,11 +201,11 @@ def _deployed(subject: Subject, suite: _Suite) -> Iterator[Result]:
         yield claim.holds(False, str(error))
 
 
-def _told(subject: Subject) -> dict[str, Any]:
+def _told(artefacts: Artefacts) -> dict[str, Any]:
     """What the deployed file's create.json says."""
-    assert subject.run is not None
-    record = json.loads((subject.run / "deploy" / "deploy.json").read_text(encoding="utf-8"))
-    path = subject.run / "modelfile" / record["models"][0]["variant"] / "create.json"
+    assert artefacts.run is not None
+    record = json.loads((artefacts.run / "deploy" / "deploy.json").read_text(encoding="utf-8"))
+    path = artefacts.run / "modelfile" / record["models"][0]["variant"] / "create.json"
     body: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["request"]
     return body
 

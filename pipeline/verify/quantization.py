@@ -15,9 +15,9 @@ from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.gguf_file import GGUFInfo, inspect
 from pipeline.llamacpp.gguf_file import check as check_gguf
 from pipeline.llamacpp.programs import failure, program, run
-from pipeline.llamacpp.quantization import QuantizationType, quantization_type
+from pipeline.llamacpp.quantizer import QuantizationType, quantization_type
+from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import Claim, Result
-from pipeline.verify.subject import Subject
 
 _PLAN = re.compile(r"\[\s*\d+/\s*\d+\]\s+(\S+)\s+- \[.*?\], type =\s+(\S+), size =.*?(?:\((\S+)\))?\s*$")
 _FALLBACK = re.compile(r"warning: (\S+)\s+- ncols")
@@ -26,16 +26,16 @@ _FALLBACK = re.compile(r"warning: (\S+)\s+- ncols")
 _ERRORS = ((16.0, 0.005), (8.0, 0.02), (6.0, 0.05), (5.0, 0.15), (4.0, 0.3), (3.0, 0.5), (0.0, 0.8))
 
 
-def check(subject: Subject) -> Iterator[Result]:
+def check(artefacts: Artefacts) -> Iterator[Result]:
     """Judge every quantized file."""
-    if not subject.quantized:
+    if not artefacts.quantized:
         claim = Claim("quantization.types", "quantize", "every tensor has the type that the name stands for")
         yield claim.not_run("no file is quantized")
-    for kind, path in subject.quantized.items():
-        yield from _file(subject, kind, path)
+    for kind, path in artefacts.quantized.items():
+        yield from _file(artefacts, kind, path)
 
 
-def _file(subject: Subject, kind: str, path: Path) -> Iterator[Result]:
+def _file(artefacts: Artefacts, kind: str, path: Path) -> Iterator[Result]:
     rung = f"quantize/{kind}"
     whole = Claim("quantization.file", rung, "the file is whole, and no tensor is NaN or all zeros")
     types = Claim("quantization.types", rung, "every tensor has the type that the name stands for")
@@ -55,11 +55,11 @@ def _file(subject: Subject, kind: str, path: Path) -> Iterator[Result]:
     except UserError:
         yield types.holds(False, f"neither its name nor general.file_type says what {path.name} is")
         return
-    plan, fallen = _plan(subject.reference, wanted)
+    plan, fallen = _plan(artefacts.reference, wanted)
     yield _named(rung, info, wanted)
     yield _types(types, info, plan)
-    yield from _bits(rung, subject, info, wanted, fallen)
-    yield _error(rung, subject, info, wanted)
+    yield from _bits(rung, artefacts, info, wanted, fallen)
+    yield _error(rung, artefacts, info, wanted)
 
 
 def _plan(source: Path, wanted: QuantizationType) -> tuple[dict[str, str], list[str]]:
@@ -95,7 +95,9 @@ def _types(claim: Claim, info: GGUFInfo, plan: dict[str, str]) -> Result:
     return claim.holds(not wrong, "; ".join(wrong[:2]) + more, len(wrong), "at most 0 tensors")
 
 
-def _bits(rung: str, subject: Subject, info: GGUFInfo, wanted: QuantizationType, fallen: list[str]) -> Iterator[Result]:
+def _bits(
+    rung: str, artefacts: Artefacts, info: GGUFInfo, wanted: QuantizationType, fallen: list[str]
+) -> Iterator[Result]:
     bits = Claim("quantization.bits", rung, "a weight has at least the bits that the name promises")
     if wanted.promised_bits is None:
         yield bits.not_run(f"llama-quantize does not say what {wanted.name} promises")
@@ -107,15 +109,15 @@ def _bits(rung: str, subject: Subject, info: GGUFInfo, wanted: QuantizationType,
     share = sum(info.names[name].elements for name in fallen if name in info.names) / max(1, info.parameter_count)
     claim = Claim("quantization.fallback", rung, "no more parameters fell back to another type than may")
     yield claim.at_most(
-        share, subject.settings.fallback, f"{share:.0%} of the parameters have rows that do not fit {wanted.name}"
+        share, artefacts.settings.fallback, f"{share:.0%} of the parameters have rows that do not fit {wanted.name}"
     )
 
 
-def _error(rung: str, subject: Subject, info: GGUFInfo, wanted: QuantizationType) -> Result:
+def _error(rung: str, artefacts: Artefacts, info: GGUFInfo, wanted: QuantizationType) -> Result:
     """The relative error of the worst tensor, dequantized, against the 16-bit file."""
     import numpy as np
 
-    reference = inspect(subject.reference)
+    reference = inspect(artefacts.reference)
     claim = Claim("quantization.error", rung, "every tensor is near the 16-bit one")
     worst, words = 0.0, ""
     with progress(f"numbers of {rung}", len(info.tensors), "tensors") as update:
@@ -132,5 +134,5 @@ def _error(rung: str, subject: Subject, info: GGUFInfo, wanted: QuantizationType
                 worst, words = error, f"{tensor.name} is {error:.2f} of its size away"
             update(number)
     bits = wanted.promised_bits or info.bits_per_weight
-    limit = subject.settings.quantization_error or next(limit for least, limit in _ERRORS if bits >= least)
+    limit = artefacts.settings.quantization_error or next(limit for least, limit in _ERRORS if bits >= least)
     return claim.at_most(worst, limit, words)

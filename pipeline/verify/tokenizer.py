@@ -12,18 +12,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.chat.formats import read_rows
-from pipeline.chat.labels import IGNORED, decode
 from pipeline.console import progress
+from pipeline.data.sources import read_rows
 from pipeline.errors import PipelineError
 from pipeline.llamacpp.gguf_file import inspect
 from pipeline.llamacpp.library import LlamaModel
 from pipeline.llamacpp.server import LlamaServer
-from pipeline.model.corpus import hostile_strings
-from pipeline.model.tokenizer import saved_tokenizer
-from pipeline.ollama.habits import known_habit
+from pipeline.llamacpp.tokenizer_differences import known_habit
+from pipeline.prompt.hostile_strings import hostile_strings
+from pipeline.prompt.labels import IGNORED, decode
+from pipeline.prompt.tokenizer import saved_tokenizer
+from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import Claim, Result
-from pipeline.verify.subject import Subject
 
 _TRAINED = Claim("tokenizer.trained", "merge", "the merged model has the tokenizer that was trained")
 _KEYS = {
@@ -38,23 +38,23 @@ _SPECIAL = ("bos", "eos", "eot", "eom", "unknown", "seperator", "mask")
 _ROWS = 500  # rows of the run that are compared
 
 
-def check(subject: Subject) -> Iterator[Result]:
+def check(artefacts: Artefacts) -> Iterator[Result]:
     """Judge the merged folder's tokenizer, then every GGUF file's."""
-    yield _trained(subject)
-    yield from check_files(subject)
+    yield _trained(artefacts)
+    yield from check_files(artefacts)
 
 
-def check_files(subject: Subject) -> Iterator[Result]:
+def check_files(artefacts: Artefacts) -> Iterator[Result]:
     """Judge the tokenizer of every GGUF file."""
-    for rung, path in subject.files:
-        yield from _file(subject, rung, path)
+    for rung, path in artefacts.files:
+        yield from _file(artefacts, rung, path)
 
 
-def _trained(subject: Subject) -> Result:
-    if subject.adapter is None:
+def _trained(artefacts: Artefacts) -> Result:
+    if artefacts.adapter is None:
         return _TRAINED.not_run("the tokenizer that was trained with is not known")
     wrong = []
-    trained, merged = saved_tokenizer(subject.adapter), subject.tokenizer
+    trained, merged = saved_tokenizer(artefacts.adapter), artefacts.tokenizer
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"):
         if getattr(trained, name) != getattr(merged, name):
             wrong.append(f"{name} is {getattr(merged, name)} instead of {getattr(trained, name)}")
@@ -75,27 +75,27 @@ def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return ids
 
 
-def _file(subject: Subject, rung: str, path: Path) -> Iterator[Result]:
+def _file(artefacts: Artefacts, rung: str, path: Path) -> Iterator[Result]:
     ids = Claim("tokenizer.ids", rung, "llama-server gives every text the trained ids")
     try:
         metadata = inspect(path).metadata
     except PipelineError as error:
         yield ids.not_run(f"the file cannot be read: {error}")
         return
-    yield from _metadata(subject, rung, metadata)
+    yield from _metadata(artefacts, rung, metadata)
     try:
         with LlamaServer(path, context=256) as server:
-            yield from _same_ids(subject, ids, server)
-            yield _adds(subject, rung, server)
+            yield from _same_ids(artefacts, ids, server)
+            yield _adds(artefacts, rung, server)
     except PipelineError as error:
         yield ids.holds(False, f"llama-server cannot use it: {error}")
         return
-    yield _ends(subject, rung, path)
+    yield _ends(artefacts, rung, path)
 
 
-def _metadata(subject: Subject, rung: str, metadata: dict[str, Any]) -> Iterator[Result]:
+def _metadata(artefacts: Artefacts, rung: str, metadata: dict[str, Any]) -> Iterator[Result]:
     """What the pinned converter writes for this tokenizer, key by key."""
-    expected = subject.expected.metadata
+    expected = artefacts.expected.metadata
     for id, (sentence, key) in _KEYS.items():
         ours, theirs = metadata.get(key), expected.get(key)
         yield Claim(id, rung, sentence).holds(ours == theirs, _key_difference(key, ours, theirs))
@@ -104,7 +104,7 @@ def _metadata(subject: Subject, rung: str, metadata: dict[str, Any]) -> Iterator
         key = f"tokenizer.ggml.{name}_token_id"
         if metadata.get(key) != expected.get(key) and key in expected:
             wrong.append(f"{name} is {metadata.get(key)} instead of {expected[key]}")
-    tokenizer = subject.tokenizer
+    tokenizer = artefacts.tokenizer
     for name, id in (("bos", tokenizer.bos_token_id), ("eos", tokenizer.eos_token_id)):
         if id is not None and metadata.get(f"tokenizer.ggml.{name}_token_id", id) != id:
             wrong.append(f"{name} is {metadata.get(f'tokenizer.ggml.{name}_token_id')}, the tokenizer's {id}")
@@ -123,11 +123,11 @@ def _key_difference(key: str, ours: Any, theirs: Any) -> str:
     return f"{key} is {ours!r} instead of {theirs!r}"
 
 
-def _same_ids(subject: Subject, claim: Claim, server: LlamaServer) -> Iterator[Result]:
-    tokenizer = subject.tokenizer
-    rows = [decode(tokenizer, ids) for ids, _ in subject.held_out[1][:_ROWS]] + _training_rows(subject)
-    hostile = hostile_strings(subject.settings.strings, special_tokens=tokenizer.all_special_tokens)
-    texts, own = [*dict.fromkeys(rows), *hostile], set(rows if subject.run else ())
+def _same_ids(artefacts: Artefacts, claim: Claim, server: LlamaServer) -> Iterator[Result]:
+    tokenizer = artefacts.tokenizer
+    rows = [decode(tokenizer, ids) for ids, _ in artefacts.held_out[1][:_ROWS]] + _training_rows(artefacts)
+    hostile = hostile_strings(artefacts.settings.strings, special_tokens=tokenizer.all_special_tokens)
+    texts, own = [*dict.fromkeys(rows), *hostile], set(rows if artefacts.run else ())
     trained = _ids(tokenizer, texts)
     differing, words = 0, ""
     habits: Counter[str] = Counter()
@@ -146,49 +146,49 @@ def _same_ids(subject: Subject, claim: Claim, server: LlamaServer) -> Iterator[R
             if number % 100 == 0 or number == len(texts):
                 update(number)
     more = f" ({differing:,} of {len(texts):,} strings differ)" if differing else ""
-    yield claim.at_most(differing, subject.settings.differing_strings, words + more)
+    yield claim.at_most(differing, artefacts.settings.differing_strings, words + more)
     if habits:
         known = "; ".join(f"{habit} ({count:,} strings)" for habit, count in habits.most_common(3))
         sentence = f"where hostile texts are served with other ids, llama.cpp is known for it: {known}"
         yield Claim("tokenizer.habits", claim.rung, sentence).holds(True, figure=habits.total(), threshold="explained")
 
 
-def _training_rows(subject: Subject) -> list[str]:
-    if subject.run is None or not (path := subject.run / "data" / "train.tokens.jsonl").is_file():
+def _training_rows(artefacts: Artefacts) -> list[str]:
+    if artefacts.run is None or not (path := artefacts.run / "data" / "train.tokens.jsonl").is_file():
         return []
-    return [decode(subject.tokenizer, row["input_ids"]) for row in itertools.islice(read_rows(path), _ROWS)]
+    return [decode(artefacts.tokenizer, row["input_ids"]) for row in itertools.islice(read_rows(path), _ROWS)]
 
 
-def _adds(subject: Subject, rung: str, server: LlamaServer) -> Result:
+def _adds(artefacts: Artefacts, rung: str, server: LlamaServer) -> Result:
     """Whether the server puts BOS and EOS around a text exactly as the tokenizer does."""
     text = "Hello"
-    served, trained = server.tokenize(text, add_special=True), list(subject.tokenizer(text)["input_ids"])
+    served, trained = server.tokenize(text, add_special=True), list(artefacts.tokenizer(text)["input_ids"])
     claim = Claim("tokenizer.bos", rung, "the server adds BOS and EOS where the trained tokenizer does")
     return claim.holds(served == trained, f"{text!r} is served as {served}, the tokenizer makes {trained}")
 
 
-def _ends(subject: Subject, rung: str, path: Path) -> Result:
+def _ends(artefacts: Artefacts, rung: str, path: Path) -> Result:
     """Whether llama.cpp stops at the token that ends a trained answer."""
     claim = Claim("tokenizer.end_of_turn", rung, "llama.cpp stops at the token that ends a trained answer")
-    token = end_of_turn(subject)
+    token = end_of_turn(artefacts)
     if token is None:
         return claim.not_run("the chat template writes no token after an answer that could be found")
     with LlamaModel(path, context=16) as model:
         ends = model.ends_turn(token)
-    return claim.holds(ends, f"it does not stop at token {token}, {decode(subject.tokenizer, [token])!r}", token)
+    return claim.holds(ends, f"it does not stop at token {token}, {decode(artefacts.tokenizer, [token])!r}", token)
 
 
-def end_of_turn(subject: Subject) -> int | None:
+def end_of_turn(artefacts: Artefacts) -> int | None:
     """The id of the token that ends an answer: the last trained one of a row, else the template's own."""
-    from pipeline.chat.labels import tokenize_conversation
+    from pipeline.prompt.labels import tokenize_conversation
 
-    for ids, labels in subject.held_out[1][:1]:
+    for ids, labels in artefacts.held_out[1][:1]:
         trained = [id for id, label in zip(ids, labels, strict=False) if label != IGNORED]
         if trained:
             return trained[-1]
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
-        row = tokenize_conversation(subject.tokenizer, messages)
+        row = tokenize_conversation(artefacts.tokenizer, messages)
     except PipelineError:
         return None
     return next((label for label in reversed(row.labels) if label != IGNORED), None)

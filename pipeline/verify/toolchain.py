@@ -10,10 +10,10 @@ from typing import Any
 from pipeline.console import progress
 from pipeline.llamacpp.programs import programs_folder, source_tree
 from pipeline.resources import sha256_of
-from pipeline.run import read_manifest
+from pipeline.run.folder import read_manifest
 from pipeline.setup.pins import pins
+from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import Claim, Result
-from pipeline.verify.subject import Subject
 
 _ONE_PIN = Claim("toolchain.pin", "convert", "converter, quantizer, gguf-py and server are of one pin")
 _SAME_PIN = Claim("toolchain.run", "convert", "the run was made with this pin")
@@ -21,16 +21,16 @@ _FILES = "every file is the one that the manifest describes"
 _MODELS = ("data", "train", "merge", "convert", "quantize", "modelfile", "deploy", "evaluate")
 
 
-def check(subject: Subject) -> Iterator[Result]:
+def check(artefacts: Artefacts) -> Iterator[Result]:
     """Judge the programs, then the run's files."""
     yield check_pin()
-    if subject.run is None:
+    if artefacts.run is None:
         yield _SAME_PIN.not_run("this export has no manifest")
         return
-    manifest = read_manifest(subject.run)
+    manifest = read_manifest(artefacts.run)
     stages = {name: record for name, record in manifest["stages"].items() if name in manifest.get("nodes", [name])}
     yield _same_pin(stages)
-    yield from _files(subject.run, stages)
+    yield from _files(artefacts.run, stages)
 
 
 def _same_pin(stages: dict[str, dict[str, Any]]) -> Result:

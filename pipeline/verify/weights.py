@@ -19,8 +19,8 @@ from pipeline.llamacpp.gguf_file import GGUFInfo, inspect
 from pipeline.llamacpp.gguf_file import check as check_gguf
 from pipeline.model.nf4 import dequantized, quantized_modules
 from pipeline.model.predict import fits_float32
+from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import Claim, Result
-from pipeline.verify.subject import Subject
 
 _MERGED = Claim("weights.merged", "merge", "every targeted module is the base plus scaling x B A, rounded once")
 _TARGETS = Claim("weights.targets", "merge", "every module that should have an adapter has one")
@@ -45,15 +45,15 @@ _COMPUTES = (
 )  # fmt: skip
 
 
-def check(subject: Subject) -> Iterator[Result]:
+def check(artefacts: Artefacts) -> Iterator[Result]:
     """Judge the merged folder and the 16-bit file."""
-    if subject.base is None or subject.adapter is None:
+    if artefacts.base is None or artefacts.adapter is None:
         why = "the base and the adapter of this export are not known"
         yield from (claim.not_run(why) for claim in (_MERGED, _TARGETS, _UNTOUCHED, _SHAPES))
     else:
-        yield from _merge(subject, subject.base, subject.adapter)
-    yield from check_folder(subject)
-    yield from check_sixteen_bit(subject)
+        yield from _merge(artefacts, artefacts.base, artefacts.adapter)
+    yield from check_folder(artefacts)
+    yield from check_sixteen_bit(artefacts)
 
 
 @dataclass
@@ -83,23 +83,23 @@ class Tensors:
         return self.where[name].get_tensor(name)
 
 
-def _merge(subject: Subject, base_folder: Path, adapter_folder: Path) -> Iterator[Result]:
+def _merge(artefacts: Artefacts, base_folder: Path, adapter_folder: Path) -> Iterator[Result]:
     import torch
 
-    base, merged, adapter = Tensors(base_folder), Tensors(subject.model), Tensors(adapter_folder)
+    base, merged, adapter = Tensors(base_folder), Tensors(artefacts.model), Tensors(adapter_folder)
     settings = json.loads((adapter_folder / "adapter_config.json").read_text(encoding="utf-8"))
     modules = {
         _plain(name).removesuffix(".lora_A.weight") for name in adapter.shapes if name.endswith(".lora_A.weight")
     }
     trained = {_plain(name) for name in adapter.shapes if ".lora_" not in name}
     yield _targets(base, modules, settings)
-    yield _same_shape(subject.model, base_folder, base, merged)
+    yield _same_shape(artefacts.model, base_folder, base, merged)
 
     stored = _MANTISSA
     worst, worst_words, wrong = 0.0, "", 0
     touched, touched_words = 0, ""
-    limit = subject.settings.rounding
-    in_4bit = quantized_modules(base_folder) if subject.merged_into == "dequantized" else set()
+    limit = artefacts.settings.rounding
+    in_4bit = quantized_modules(base_folder) if artefacts.merged_into == "dequantized" else set()
     names = [name for name in base.shapes if merged.shapes.get(name) == base.shapes[name]]
     with torch.no_grad(), progress("weights", len(names), "tensors") as update:
         for number, name in enumerate(names, 1):
@@ -239,35 +239,35 @@ def _config(folder: Path) -> dict[str, Any]:
     return {**config, **config.get("text_config", {})}
 
 
-def check_folder(subject: Subject) -> Iterator[Result]:
+def check_folder(artefacts: Artefacts) -> Iterator[Result]:
     """What can be said of the folder alone."""
     import torch
 
-    tensors = Tensors(subject.model)
+    tensors = Tensors(artefacts.model)
     left = [name for name in tensors.shapes if any(sign in name for sign in _LEFTOVER_SIGNS)]
     odd = [f"{name} is stored as {kind}" for name, kind in tensors.types.items() if kind not in _MANTISSA]
-    if "quantization_config" in _config(subject.model):
+    if "quantization_config" in _config(artefacts.model):
         left.insert(0, "quantization_config in config.json")
     yield _LEFTOVERS.holds(not left and not odd, "; ".join([*left[:3], *odd[:3]]), len(left) + len(odd), "at most 0")
     broken = [
         name for name, kind in tensors.types.items() if kind in _MANTISSA and not torch.isfinite(tensors[name]).all()
     ]
     yield _FINITE.at_most(len(broken), 0, f"{broken[0]} holds NaN or infinity" if broken else "")
-    yield _reload(subject, tensors)
+    yield _reload(artefacts, tensors)
 
 
-def _reload(subject: Subject, tensors: Tensors) -> Result:
+def _reload(artefacts: Artefacts, tensors: Tensors) -> Result:
     """Build the model without weights and compare what it wants with what is stored."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from pipeline.model.quiet import quiet_transformers
 
-    float32 = fits_float32(subject.model)
+    float32 = fits_float32(artefacts.model)
     with quiet_transformers():
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
-                subject.model,
+                artefacts.model,
                 dtype=torch.float32 if float32 else "auto",
                 output_loading_info=True,
                 trust_remote_code=False,
@@ -275,36 +275,36 @@ def _reload(subject: Subject, tensors: Tensors) -> Result:
         except Exception as error:
             return _RELOAD.holds(False, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
     if float32:  # the logits are taken from it later
-        subject.shared["model"] = model.eval()
+        artefacts.shared["model"] = model.eval()
     wrong = [f"{key.replace('_', ' ')}: {sorted(map(str, names))[0]}" for key, names in report.items() if names]
-    config = AutoConfig.from_pretrained(subject.model)
+    config = AutoConfig.from_pretrained(artefacts.model)
     text = config.get_text_config()
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if text.tie_word_embeddings and head is not None and head.weight is not embedding.weight:
         wrong.append("the head is not tied to the embedding, as config.json says")
     if embedding.weight.shape[0] != text.vocab_size:
         wrong.append(f"{embedding.weight.shape[0]} embeddings for a vocabulary of {text.vocab_size}")
-    if len(subject.tokenizer) > embedding.weight.shape[0]:
-        wrong.append(f"{len(subject.tokenizer)} tokens for {embedding.weight.shape[0]} embeddings")
+    if len(artefacts.tokenizer) > embedding.weight.shape[0]:
+        wrong.append(f"{len(artefacts.tokenizer)} tokens for {embedding.weight.shape[0]} embeddings")
     return _RELOAD.holds(not wrong, "; ".join(wrong[:3]), len(wrong), "at most 0")
 
 
-def check_sixteen_bit(subject: Subject) -> Iterator[Result]:
+def check_sixteen_bit(artefacts: Artefacts) -> Iterator[Result]:
     """The unquantized GGUF file against the folder; metadata of every file."""
-    if subject.sixteen_bit is None:
+    if artefacts.sixteen_bit is None:
         why = "there is no unquantized GGUF file"
         yield _WHOLE.not_run(why)
         yield _GGUF.not_run(why)
     else:
-        broken = _complaint(lambda: check_gguf(subject.sixteen_bit))  # type: ignore[arg-type]
+        broken = _complaint(lambda: check_gguf(artefacts.sixteen_bit))  # type: ignore[arg-type]
         yield _WHOLE.holds(not broken, broken)
         if "cut short" in broken or "not a GGUF" in broken:
             yield _GGUF.not_run("the file is not whole")
             return
-        yield _same_numbers(inspect(subject.sixteen_bit), subject.expected)
-    for rung, path in subject.files:
+        yield _same_numbers(inspect(artefacts.sixteen_bit), artefacts.expected)
+    for rung, path in artefacts.files:
         if not (broken := _complaint(lambda path=path: inspect(path))):  # type: ignore[misc]
-            yield _same_description(rung, inspect(path), subject.expected)
+            yield _same_description(rung, inspect(path), artefacts.expected)
         elif rung != "convert":
             yield Claim(_METADATA.id, rung, _METADATA.sentence).not_run(broken)
 

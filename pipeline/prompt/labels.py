@@ -1,0 +1,231 @@
+"""Which tokens are trained: what the model has to write itself, and nothing that the server writes for it.
+
+It stands on the prefix property. The server sends the conversation before an answer, rendered with the
+generation prompt. If that text is a prefix of the training text, then what follows it, up to and with the
+end-of-turn token, is exactly what the model has to produce. A template that breaks the property would be
+trained on a prompt that it will never see; it is refused.
+
+Two kinds of template are met on their own terms. Some put an empty, closed thinking block into the prompt and
+leave it out of a finished answer: the training text is then the prompt and the answer joined. And templates
+that rewrite history (an earlier answer loses its thinking, or ends in another token) keep the property for
+the last answer only. Such a conversation becomes several training texts, each ending in an answer as it was
+first given.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from pipeline.errors import PipelineError, UserError
+from pipeline.prompt.template import render
+
+# What a prompt ends with when thinking is switched off: a block that is opened and closed again.
+EMPTY_THOUGHT = re.compile(r"(<think>\s*</think>|<\|channel>thought\s*<channel\|>)\s*\Z")
+IGNORED = -100  # the label that torch's cross entropy leaves out
+
+
+@dataclass(frozen=True)
+class TrainingText:
+    """A rendered conversation. `spans` are (first, past the last) character of each part that is trained."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """A sequence to train on.
+
+    Attributes:
+        input_ids: token ids; at most one BOS in front, unless the template itself writes more.
+        labels: the same ids where the loss is taken, IGNORED elsewhere.
+        merged: answers whose first characters became one token with the end of the prompt. The server sends
+            the prompt without them, so that token is not trained.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    merged: int = 0
+
+    @property
+    def trained(self) -> int:
+        """The number of tokens that are trained."""
+        return sum(label != IGNORED for label in self.labels)
+
+
+def tokenize_conversation(
+    tokenizer: Any, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None
+) -> Tokenized:
+    """Token ids and labels of a conversation up to its last answer.
+
+    Where the template rewrites history, only the answers that it leaves as they were are labelled; see
+    `training_texts`.
+
+    Raises:
+        UserError: the template refuses the conversation, or cannot be trained faithfully.
+    """
+    return tokenize_texts(tokenizer, training_texts(tokenizer, messages, tools)[:1])[0]
+
+
+def tokenize_prompt(
+    tokenizer: Any, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None
+) -> list[int]:
+    """Token ids of what a server sends so that the model answers these messages."""
+    text = render(tokenizer, messages, add_generation_prompt=True, tools=tools)
+    return _with_bos(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def training_texts(
+    tokenizer: Any, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None
+) -> list[TrainingText]:
+    """The texts in which every answer of a conversation is trained once.
+
+    Returns:
+        One text for most templates. For one that rewrites history the whole conversation first, then the
+        beginnings of it that end in the other answers. An answer that opens the conversation is not trained:
+        nobody asks for it.
+
+    Raises:
+        UserError: the template refuses the conversation, breaks the prefix property, or writes no end-of-turn
+            token.
+    """
+    left = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index > 0]
+    if not left:
+        raise UserError("the conversation has no assistant turn after a question, so there is nothing to train")
+    turns = {index: _turn(tokenizer, messages[: index + 1], tools) for index in left}
+    texts = []
+    while left:
+        whole = turns[left[-1]].text
+        covered = [index for index in left if whole.startswith(turns[index].text[: turns[index].end])]
+        texts.append(TrainingText(whole, tuple((turns[index].start, turns[index].end) for index in covered)))
+        left = [index for index in left if index not in covered]
+    return texts
+
+
+@dataclass(frozen=True)
+class _Turn:
+    text: str  # the conversation up to and with an answer
+    start: int  # where the answer begins
+    end: int  # where its end-of-turn token ends
+
+
+def _turn(tokenizer: Any, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> _Turn:
+    prompt = render(tokenizer, messages[:-1], add_generation_prompt=True, tools=tools)
+    text = render(tokenizer, messages, tools=tools)
+    if not text.startswith(prompt):
+        without = EMPTY_THOUGHT.sub("", prompt)
+        if without == prompt or not text.startswith(without):
+            raise UserError(_not_what_is_served(prompt, text))
+        text = prompt + text[len(without) :]
+    written = text.rstrip()
+    tokens = _added_tokens(tokenizer)
+    if not any(written[-length:] in tokens for length in {len(token) for token in tokens}):
+        raise UserError(
+            f"the model's chat template ends an answer with {text[-20:]!r}, which is no end-of-turn token: "
+            "the model would never learn to stop. Take a chat template that writes one after each answer, "
+            "e.g. eos_token"
+        )
+    return _Turn(text, len(prompt), len(written))
+
+
+def _not_what_is_served(prompt: str, text: str) -> str:
+    same = next((at for at, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), len(text))
+    served, trained = prompt[max(0, same - 20) : same + 40], text[max(0, same - 20) : same + 40]
+    thinking = "think" in prompt[same - 20 :].lower() or "thought" in prompt[same - 20 :].lower()
+    remedy = 'give the answers their "reasoning_content", or take' if thinking else "take"
+    return (
+        f"the model's chat template does not train what it serves: the prompt has {served!r} where the "
+        f"training text has {trained!r}; {remedy} another chat template"
+    )
+
+
+def tokenize_texts(tokenizer: Any, texts: Sequence[TrainingText]) -> list[Tokenized]:
+    """Token ids and labels of many texts; each text is tokenized once and as a whole.
+
+    Raises:
+        UserError: the tokenizer cannot say where its tokens lie in the text.
+        PipelineError: the end-of-turn token was not kept whole.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(
+            f"{type(tokenizer).__name__} does not tell where a token lies in the text: the base needs a tokenizer.json"
+        )
+    if not texts:
+        return []
+    whole = tokenizer([text.text for text in texts], add_special_tokens=False, return_offsets_mapping=True)
+    prompts = [text.text[:start] for text in texts for start, _ in text.spans]
+    served = iter(tokenizer(prompts, add_special_tokens=False)["input_ids"])
+    return [
+        _labelled(tokenizer, text, ids, offsets, list(itertools.islice(served, len(text.spans))))
+        for text, ids, offsets in zip(texts, whole["input_ids"], whole["offset_mapping"], strict=True)
+    ]
+
+
+def _labelled(
+    tokenizer: Any,
+    text: TrainingText,
+    ids: list[int],
+    offsets: list[tuple[int, int]],
+    served: list[list[int]],
+) -> Tokenized:
+    labels = [IGNORED] * len(ids)
+    merged = 0
+    starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
+    for (start, end), prompt in zip(text.spans, served, strict=True):
+        first = len(prompt)
+        if ids[:first] != prompt:  # the tokenizer joined the prompt's last character with the answer's first
+            merged += 1
+            first = bisect_left(starts, start)
+        last = bisect_left(ends, end)
+        end_of_turn = tokenizer.convert_ids_to_tokens(ids[last])
+        if not text.text[:end].endswith(end_of_turn) or end_of_turn not in _added_tokens(tokenizer):
+            raise PipelineError(f"the tokenizer ends an answer in {end_of_turn!r}, not in one end-of-turn token")
+        labels[first : last + 1] = ids[first : last + 1]
+    added = len(_with_bos(tokenizer, ids)) - len(ids)
+    return Tokenized(_with_bos(tokenizer, ids), [IGNORED] * added + labels, merged)
+
+
+def trained_parts(tokenizer: Any, row: Tokenized) -> list[str]:
+    """The trained tokens as text, one string for each run of them."""
+    parts = itertools.groupby(zip(row.input_ids, row.labels, strict=True), key=lambda pair: pair[1] != IGNORED)
+    return [decode(tokenizer, [token for token, _ in pairs]) for trained, pairs in parts if trained]
+
+
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of token ids, special tokens included, nothing tidied."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def leading_bos(tokenizer: Any, ids: Sequence[int]) -> int:
+    """How many BOS tokens stand at the front. Two or more are a mistake that training and serving can differ
+    in."""
+    count = itertools.takewhile(lambda token: token == tokenizer.bos_token_id, ids)
+    return sum(1 for _ in count)
+
+
+def _with_bos(tokenizer: Any, ids: list[int]) -> list[int]:
+    """Ids with the BOS in front that the tokenizer (and so the server) adds, if the template did not write
+    it."""
+    if not _adds_bos(tokenizer) or ids[:1] == [tokenizer.bos_token_id]:
+        return ids
+    return [tokenizer.bos_token_id, *ids]
+
+
+@lru_cache(maxsize=8)
+def _adds_bos(tokenizer: Any) -> bool:
+    plain, special = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    return tokenizer.bos_token_id is not None and special[:1] == [tokenizer.bos_token_id] and special != plain
+
+
+@lru_cache(maxsize=8)
+def _added_tokens(tokenizer: Any) -> frozenset[str]:
+    """The tokens that stay whole in any text. Runs of white space are added tokens in some models: not
+    here."""
+    tokens = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    return frozenset(token for token in tokens if token.strip() == token != "")

@@ -1,0 +1,78 @@
+"""The process in which one stage runs: `python -m pipeline.run.worker RUN STAGE VARIANT`.
+
+A process of its own gives each stage its peak memory, its memory back, and libraries that no other stage has patched.
+What libraries print goes to the stage's log; the terminal is for what `pipeline.console` says.
+"""
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+from pipeline import console
+from pipeline.config import Config
+from pipeline.errors import PipelineError, full_disk
+from pipeline.run.graph import PARENT, PARTIAL, stage_module
+from pipeline.run.folder import write_whole
+from pipeline.run.stage import Work
+
+
+def main(run: Path, stage: str, variant: str) -> int:
+    """Run one stage and leave its result, or its error, in the partial folder."""
+    _end_with_parent()
+    name = f"{stage}__{variant}" if variant else stage
+    partial = run / PARTIAL / name
+    log = run / "logs" / f"{name}.log"
+    _quiet(log)
+    config = Config.model_validate_json((run / "config.json").read_text(encoding="utf-8"))
+    work = Work(config, run, partial / "output", variant, partial / "scratch", stage)
+    try:
+        figures = stage_module(stage).main(work)
+        result = {"figures": figures, "warnings": work.warnings, "commands": work.commands}
+        status = 0
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except PipelineError as error:
+        result, status = {"error": f"{name.replace('__', '/')}: {error}"}, error.exit_status
+    except Exception as error:
+        if full_disk(error):  # what was half written is in the way of everything, and of saying so
+            shutil.rmtree(partial / "output", ignore_errors=True)
+        traceback.print_exc()
+        result, status = {"error": f"{name.replace('__', '/')}: {_explain(error, run)}; the log is {log}"}, 1
+    write_whole(partial / "result.json", json.dumps(result, default=str))
+    return status
+
+
+def _explain(error: Exception, run: Path) -> str:
+    if full_disk(error):
+        return f"no space left on the disk of {run}; free some and give the same command again"
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+        return "out of memory; try a smaller train.batch or train.max_length"
+    first_line = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {first_line[0] if first_line else 'no message'}"
+
+
+def _quiet(log: Path) -> None:
+    """Send what libraries and child programs print to the log, and keep the terminal for the console."""
+    terminal = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace", buffering=1)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    console.write_to(terminal)
+
+
+def _end_with_parent() -> None:
+    """Without its parent a stage would write into a folder that nobody holds the lock of."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if str(os.getppid()) != os.environ.get(PARENT):  # it ended before that was asked for
+            sys.exit(128 + signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3]))

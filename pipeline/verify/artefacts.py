@@ -1,0 +1,203 @@
+"""What is verified: the files of a chain, wherever they came from.
+
+A run has all of them. An export made by another program has a Hugging Face folder and a GGUF file; the checks that need
+more say that they did not run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import Verify
+from pipeline.data.sources import read_rows
+from pipeline.errors import UserError
+from pipeline.llamacpp.gguf_file import GGUFInfo, inspect
+from pipeline.model.held_out import first_tokens, read_held_out
+from pipeline.prompt.tokenizer import saved_tokenizer
+from pipeline.verify.reconvert import reconvert, stored_outtype, unquantized_type
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+    from pipeline.prompt.template import ChatTemplate
+
+
+@dataclass
+class Artefacts:
+    """The files of one chain.
+
+    Attributes:
+        settings: the thresholds.
+        model: the Hugging Face folder that the GGUF files were made from.
+        sixteen_bit: the unquantized GGUF file.
+        quantized: the quantized ones, by the name of their type in lower case.
+        scratch: a folder for what is needed on the way.
+        base, adapter: what was merged; None for an export of another program.
+        run, config: the run's folder and its configuration; None for an export.
+        trained_on_4bit: whether the adapter was trained on the base in NF4.
+        merged_into: "16bit" or "dequantized".
+        merge_losses: the held-out loss of the base and of the adapter on both, as `merge` measured them.
+    """
+
+    settings: Verify
+    model: Path
+    sixteen_bit: Path | None
+    quantized: dict[str, Path]
+    scratch: Path
+    base: Path | None = None
+    adapter: Path | None = None
+    run: Path | None = None
+    config: Config | None = None
+    trained_on_4bit: bool = False
+    merged_into: str = "16bit"
+    merge_losses: dict[str, float] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of_run(run: Path, config: Config, scratch: Path) -> Artefacts:
+        """The files of a run's folder.
+
+        Raises:
+            UserError: there is no merged model in it.
+        """
+        from pipeline.model.base import resolve_base
+
+        model = run / "merge" / "model"
+        if not (model / "config.json").is_file():
+            raise UserError(f"{run}: has no merged model (merge/model): run `pipeline run` first")
+        files = sorted((run / "convert").glob("*.gguf"))
+        types = [path.parent.name for path in sorted((run / "quantize").glob("*/*.gguf"))]
+        # In the order of the configuration; a type that it no longer names is not part of the run.
+        quantized = {
+            kind: run / "quantize" / kind / f"model-{kind}.gguf" for kind in config.export.quant if kind in types
+        }
+        merged = run / "merge" / "base.json"
+        merge: dict[str, Any] = {"taken": "16bit", "losses": {}}
+        if merged.is_file():
+            merge = json.loads(merged.read_text(encoding="utf-8"))
+        return Artefacts(
+            settings=config.verify,
+            model=model,
+            sixteen_bit=files[0] if files else None,
+            quantized=quantized,
+            scratch=scratch,
+            base=resolve_base(config.model.base, config.model.revision),
+            adapter=run / "train" / "adapter",
+            run=run,
+            config=config,
+            trained_on_4bit=config.train.load_in_4bit,
+            merged_into=merge["taken"],
+            merge_losses=merge["losses"],
+        )
+
+    @staticmethod
+    def of_export(model: Path, gguf: Path, settings: Verify, scratch: Path) -> Artefacts:
+        """A Hugging Face folder and the GGUF file that another program made of it.
+
+        Raises:
+            UserError: the folder is none.
+            PipelineError: the file is no GGUF file.
+        """
+        if not (model / "config.json").is_file():
+            raise UserError(f"{model}: has no config.json; give the folder that the GGUF file was made from")
+        if not list(model.glob("*.safetensors")):
+            raise UserError(f"{model}: has no *.safetensors; give the folder that the GGUF file was made from")
+        if unquantized_type(gguf):
+            return Artefacts(settings, model, gguf, {}, scratch)
+        return Artefacts(settings, model, None, {_type_of_name(gguf): gguf}, scratch)
+
+    @property
+    def without_metric(self) -> bool:
+        """Answers are not judged: then the held-out loss takes their place at every rung that has one."""
+        return self.config is not None and (self.config.eval.metric == "none" or self.config.data.test is None)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The served model's tokenizer."""
+        return saved_tokenizer(self.model)
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The served model's chat template."""
+        from pipeline.prompt.template import ChatTemplate
+
+        return ChatTemplate.from_tokenizer(self.tokenizer, str(self.model))
+
+    @property
+    def files(self) -> Iterator[tuple[str, Path]]:
+        """Every GGUF file with its rung."""
+        if self.sixteen_bit is not None:
+            yield "convert", self.sixteen_bit
+        for kind, path in self.quantized.items():
+            yield f"quantize/{kind}", path
+
+    @cached_property
+    def expected(self) -> GGUFInfo:
+        """What the pinned converter makes of the model's folder."""
+        outtype = None if self.sixteen_bit is None else unquantized_type(self.sixteen_bit)
+        # Shared by all subjects of one folder: converting takes longer than most checks.
+        folder = self.scratch / "again"
+        folder.mkdir(parents=True, exist_ok=True)
+        return reconvert(self.model, folder, outtype or stored_outtype(self.model))
+
+    @property
+    def reference(self) -> Path:
+        """The 16-bit file that the quantized ones are compared with."""
+        return self.sixteen_bit or self.expected.path
+
+    @cached_property
+    def held_out(self) -> tuple[str, list[tuple[list[int], list[int]]]]:
+        """Rows of (ids, labels) that the model was not trained on, and where they are from; labels may be empty."""
+        limit = self.config.train.max_length if self.config is not None else 2048
+        if self.run is not None:
+            where, rows = read_held_out(self.run / "data", limit)
+            if rows:
+                return where, rows
+        return "the conformance suite", [(ids[:limit], []) for ids in self.suite_ids]
+
+    @cached_property
+    def suite_ids(self) -> list[list[int]]:
+        """Token ids of the conformance suite's prompts, without those that the template refuses."""
+        from pipeline.prompt.cases import conversations
+        from pipeline.prompt.template import TemplateRefused
+
+        rows = []
+        for case in conversations(self.template.special_tokens):
+            try:
+                text = self.template.render(case.messages, case.tools, case.think)
+            except TemplateRefused:
+                continue
+            rows.append(list(self.tokenizer(text, add_special_tokens=False)["input_ids"]))
+        return rows
+
+    def compared_rows(self) -> list[tuple[list[int], list[int]]]:
+        """As many held-out rows as have the configured number of tokens together."""
+        return first_tokens(self.held_out[1], self.settings.tokens)
+
+    @cached_property
+    def questions(self) -> list[list[dict[str, Any]]]:
+        """Conversations that end where the assistant speaks: of the test data, else of what else there is."""
+        if self.run is not None:
+            for name in ("test", "validation", "train"):
+                path = self.run / "data" / f"{name}.jsonl"
+                if path.is_file() and (rows := [row["messages"] for row in read_rows(path)]):
+                    return [row[:-1] for row in rows if row[-1]["role"] == "assistant" and len(row) > 1]
+        asked = ("Hi", "What is the capital of France?", "Name three colours.", "2 + 2?", "Say yes or no.")
+        return [[{"role": "user", "content": text}] for text in asked]
+
+
+def _type_of_name(path: Path) -> str:
+    """The type that a file's name promises, e.g. "q4_k_m"; what the file says of itself where the name has none."""
+    from pipeline.llamacpp.quantizer import quantization_types
+
+    known = quantization_types()
+    stem = path.stem.upper()
+    named = [name for name in known if stem.endswith(name)]
+    if named:
+        return max(named, key=len).lower()
+    number = inspect(path).metadata.get("general.file_type")
+    return next((name.lower() for name, kind in known.items() if kind.number == number), "unknown")

@@ -1,0 +1,98 @@
+"""Checks over a whole data set, against the plain definitions."""
+
+import itertools
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.data.checks import NEAR, check_expected, drop_duplicates, find_leaks
+from pipeline.data.formats import Conversation
+from pipeline.errors import UserError
+from pipeline.prompt.labels import IGNORED, Tokenized
+from pipeline.prompt.lengths import fit
+
+
+def row(question: str, answer: str = "ok", place: str = "a.jsonl:1") -> Conversation:
+    return Conversation([{"role": "user", "content": question}, {"role": "assistant", "content": answer}], place)
+
+
+def test_only_exact_repetitions_are_dropped_and_the_first_stays() -> None:
+    rows = [row("a", place="1"), row("b", place="2"), row("a", place="3"), row("a", "other", place="4")]
+    rows.append(Conversation(rows[0].messages, "5", tools=[{"name": "t"}]))
+    assert [kept.place for kept in drop_duplicates(rows)] == ["1", "2", "4", "5"]
+
+
+def test_a_question_that_was_trained_is_a_leak_whatever_its_case_and_answer() -> None:
+    (leak,) = find_leaks([row("Turn it on, please!", "yes", "train:1")], [row("turn it on please", "no", "test:1")])
+    assert (leak.train, leak.held_out, leak.similarity) == ("train:1", "test:1", 1.0)
+
+
+def test_a_long_text_with_one_word_changed_is_a_leak_and_a_short_one_is_not() -> None:
+    words = [f"word{number}" for number in range(60)]
+    changed = [*words[:30], "other", *words[31:]]
+    (leak,) = find_leaks([row(" ".join(words))], [row(" ".join(changed))])
+    assert leak.similarity == pytest.approx(58 / 62)
+    assert not find_leaks([row("set the lamp to 40")], [row("set the lamp to 50")])
+
+
+def plain_similarity(left: str, right: str) -> float:
+    sets = []
+    for text in (left, right):
+        words = ["", *re.findall(r"\w+", text.casefold())]
+        sets.append({f"{a} {b}" for a, b in itertools.pairwise(words)} or {text})
+    return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+
+
+SENTENCES = st.lists(st.sampled_from("abcd"), max_size=25).map(" ".join)
+
+
+@settings(deadline=None, max_examples=300)
+@given(train=st.lists(SENTENCES, max_size=8), test=st.lists(SENTENCES, max_size=8))
+def test_the_filter_finds_what_comparing_all_pairs_finds(train: list[str], test: list[str]) -> None:
+    found = find_leaks(
+        [row(text, place=f"train:{at}") for at, text in enumerate(train)],
+        [row(text, place=f"test:{at}") for at, text in enumerate(test)],
+    )
+    best = {
+        f"test:{at}": max((plain_similarity(text, other) for other in train), default=0) for at, text in enumerate(test)
+    }
+    assert {leak.held_out: leak.similarity for leak in found} == {
+        place: similarity for place, similarity in best.items() if similarity >= NEAR
+    }
+
+
+def sequence(prompt: int, answer: int) -> Tokenized:
+    ids = list(range(prompt + answer))
+    return Tokenized(ids, [IGNORED] * prompt + ids[prompt:])
+
+
+def test_a_row_that_fits_is_untouched() -> None:
+    assert fit(sequence(3, 5), 8, "error", "a:1") == sequence(3, 5)
+
+
+def test_a_row_that_is_too_long_is_an_error_dropped_or_cut() -> None:
+    with pytest.raises(UserError, match=r"^a:1: has 9 tokens, train\.max_length is 8: raise it"):
+        fit(sequence(3, 6), 8, "error", "a:1")
+    assert fit(sequence(3, 6), 8, "drop", "a:1") is None
+    cut = fit(sequence(3, 6), 8, "truncate", "a:1")
+    assert cut is not None
+    assert (cut.input_ids, cut.trained) == (list(range(8)), 5)
+
+
+def test_a_row_of_which_nothing_would_be_trained_is_an_error() -> None:
+    with pytest.raises(UserError, match="its question alone fills"):
+        fit(sequence(8, 3), 8, "truncate", "a:1")
+    with pytest.raises(UserError, match="it has no answer"):
+        fit(sequence(5, 0), 8, "error", "a:1")
+    with pytest.raises(UserError, match="no token of it would be trained"):
+        fit(Tokenized([1, 2], [1, IGNORED]), 8, "error", "a:1")  # the first token is predicted from nothing
+
+
+def test_expected_answers_must_fit_the_metric() -> None:
+    rows = [row("a", '{"a": 1}'), row("b", "{'a': 1}", "t.jsonl:2")]
+    check_expected(rows, "text")
+    check_expected(rows[:1], "json")
+    with pytest.raises(UserError, match=r't\.jsonl:2: eval\.metric is "json"'):
+        check_expected(rows, "json")

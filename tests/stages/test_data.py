@@ -1,0 +1,266 @@
+"""The data stage: from files to token ids, labels and figures."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.config import Verify, load_config
+from pipeline.data.formats import Conversation
+from pipeline.data.sources import read_rows
+from pipeline.errors import UserError
+from pipeline.model.held_out import read_held_out
+from pipeline.prompt.labels import IGNORED
+from pipeline.run.stage import Work
+from pipeline.stages import data, deploy, evaluate
+from pipeline.stages.evaluate import read_questions
+from pipeline.verify import answers, labels
+from pipeline.verify.artefacts import Artefacts
+
+QUESTIONS = [f"What is {number} plus {other}?" for number in range(10) for other in range(10)]
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the stage needs of a base: a tokenizer with a chat template, and something to be a model."""
+    import tokenizers
+    from safetensors.numpy import save_file
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("base")
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
+    backend.train_from_iterator(QUESTIONS, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=special[1])
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    save_file({"weight": np.zeros((2, 2), np.float16)}, folder / "model.safetensors")
+    return folder
+
+
+def conversation(question: str, answer: str = "A number.") -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+class Project:
+    """A folder with a configuration; `run` runs the stage."""
+
+    def __init__(self, folder: Path, base: Path) -> None:
+        self.folder = folder
+        (folder / "pipeline.toml").write_text(
+            f"[model]\nbase = {json.dumps(str(base))}\n[data]\ntrain = 'train.jsonl'\n", encoding="utf-8"
+        )
+        write(folder / "train.jsonl", [conversation(question) for question in QUESTIONS])
+
+    def run(self, *overrides: str, name: str = "output") -> dict[str, Any]:
+        config, _ = load_config(self.folder / "pipeline.toml", ["train.max_length=256", *overrides])
+        self.output = self.folder / name
+        shutil.rmtree(self.output, ignore_errors=True)
+        self.output.mkdir()
+        self.work = Work(config, self.folder, self.output, stage="data")
+        return data.main(self.work)
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        return list(read_rows(self.output / f"{name}.jsonl"))
+
+
+@pytest.fixture
+def project(tmp_path: Path, base: Path) -> Project:
+    return Project(tmp_path, base)
+
+
+def test_files_and_figures_say_what_will_be_trained(project: Project) -> None:
+    figures = project.run("data.validation_fraction=0.1")
+    assert (figures["train_rows"], figures["validation_rows"], figures["test_rows"]) == (90, 10, 0)
+    tokens = project.rows("train.tokens")
+    assert figures["train_tokens"] == sum(len(row["input_ids"]) for row in tokens)
+    trained = sum(label != IGNORED for row in tokens for label in row["labels"])
+    assert figures["train_tokens_trained"] == trained
+    assert figures["train_share_trained"] == pytest.approx(trained / figures["train_tokens"], abs=1e-4)
+    assert figures["train_longest"] == max(len(row["input_ids"]) for row in tokens)
+    assert figures["train_length_percentiles"]["99"] <= figures["train_longest"]
+    assert figures["train_end_of_turn"] == ["<|im_end|>"]
+    assert figures["train_leading_bos"] == [0]
+    summary = json.loads((project.output / "summary.json").read_text(encoding="utf-8"))
+    assert summary.items() >= figures.items()
+    example = summary["train_examples"][0]
+    assert example["trained"] == ["A number.<|im_end|>"]
+    assert example["text"].startswith("<|im_start|>user\nWhat is ")
+    assert (project.output / "test.jsonl").read_bytes() == b""
+    assert project.work.warnings == []
+
+
+def test_the_split_depends_on_the_seed_alone(project: Project) -> None:
+    def split(*overrides: str) -> tuple[list[Any], list[Any]]:
+        project.run("data.validation_fraction=0.2", *overrides)
+        return project.rows("train"), project.rows("validation")
+
+    first, again, other = split("train.seed=1"), split("train.seed=1"), split("train.seed=2")
+    assert first == again
+    assert first != other
+    for train, validation in (first, other):
+        questions = [row["messages"][0]["content"] for row in [*train, *validation]]
+        assert sorted(questions) == sorted(QUESTIONS)
+        assert len(validation) == 20
+
+
+@pytest.mark.parametrize(("rows", "fraction", "expected"), [(1, 0.5, 0), (2, 0.001, 1), (2, 0.99, 1), (9, 0, 0)])
+def test_the_split_leaves_something_to_train(rows: int, fraction: float, expected: int) -> None:
+    train, validation = data.split([Conversation([], str(at)) for at in range(rows)], fraction, 0)
+    assert (len(train), len(validation)) == (rows - expected, expected)
+
+
+def test_given_sets_are_used_as_they_are(project: Project) -> None:
+    write(project.folder / "v.jsonl", [conversation("How are you?")] * 2)
+    write(project.folder / "t.jsonl", [conversation("Who are you?")])
+    figures = project.run("data.validation=v.jsonl", "data.test=t.jsonl")
+    assert (figures["train_rows"], figures["validation_rows"], figures["test_rows"]) == (100, 2, 1)
+    assert project.rows("test") == [conversation("Who are you?")]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_what_only_python_takes_for_a_line_end_is_text_to_every_reader(project: Project, base: Path, kind: str) -> None:
+    odd = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei"
+    rows = [conversation(f"{question}{odd}", odd) for question in QUESTIONS[:2]]
+    questions = [row["messages"][:1] for row in rows]
+    given = project.folder / f"odd.{kind}"
+    if kind == "jsonl":
+        data._write(given, rows)
+    else:
+        with given.open("w", encoding="utf-8", newline="") as file:
+            contents = ([message["content"] for message in row["messages"]] for row in rows)
+            csv.writer(file).writerows([["prompt", "completion"], *contents])
+    project.run(*(f"data.{name}={given.name}" for name in ("train", "validation", "test")), name="data")
+    artefacts = Artefacts(Verify(), base, None, {}, project.folder, run=project.folder)
+    assert project.rows("train") == rows
+    assert deploy._rows(project.output) == rows
+    assert read_questions(project.output / "test.jsonl", None) == [(question, odd) for question in questions]
+    assert artefacts.questions == questions
+    known = labels._known(artefacts.tokenizer, project.output / "train.jsonl")
+    assert [messages for messages, _, _ in known.values()] == [row["messages"] for row in rows]
+    assert len(read_held_out(project.output, None)[1]) == 2
+
+    asked = project.folder / "evaluate" / "base" / "answers.jsonl"
+    asked.parent.mkdir(parents=True)
+    data._write(asked, [{"answer": odd, "expected": odd, "correct": True}] * 2)
+    assert answers._marks(asked) == [True, True]
+    work = Work(project.work.config, project.folder, asked.parent, evaluate.TABLE, stage="evaluate")
+    assert evaluate.main(work) == {"base": 1.0}
+
+
+def test_a_question_that_cannot_be_asked_is_found_before_anything_is_trained(project: Project, base: Path) -> None:
+    shutil.copytree(base, own := project.folder / "base")
+    (own / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 200}', encoding="utf-8")
+    write(project.folder / "t.jsonl", [conversation("Who are you?"), conversation("Who? " * 100)])
+    with pytest.raises(UserError, match=r"t\.jsonl:2: the question has \d{3} tokens, .* made for 200 .*shorten it"):
+        project.run("data.test=t.jsonl", f"model.base={own}", "train.max_length=200")
+    template = own / "chat_template.jinja"
+    template.write_text(
+        "{% if messages | length > 2 %}{{ raise_exception('too many') }}{% endif %}" + template.read_text()
+    )
+    turns = conversation("A?")["messages"] + conversation("B?")["messages"]
+    write(project.folder / "t.jsonl", [conversation("Who are you?"), {"messages": turns}])
+    with pytest.raises(UserError, match=r"t\.jsonl:2: .*too many"):
+        project.run("data.test=t.jsonl", f"model.base={own}", "train.max_length=200")
+    project.run("data.test=t.jsonl", f"model.base={own}", "train.max_length=200", "eval.limit=1")  # it is not asked
+
+
+def test_questions_with_tools_are_left_out_and_that_is_said(project: Project) -> None:
+    tool = {"type": "function", "function": {"name": "lamp", "parameters": {}}}
+    plain, asked = conversation("Who are you?"), conversation("Light!") | {"tools": [tool]}
+    write(project.folder / "t.jsonl", [plain, asked])
+    project.run("data.test=t.jsonl")
+    assert "t.jsonl: 1 of 2 rows have tools; `evaluate` leaves them out" in project.work.warnings
+    assert read_questions(project.output / "test.jsonl", None) == [([plain["messages"][0]], "A number.")]
+    write(project.folder / "t.jsonl", [asked])
+    with pytest.raises(UserError, match=r"data\.test: every row of .*t\.jsonl has tools"):
+        project.run("data.test=t.jsonl")
+
+
+def test_duplicates_and_leaks_are_counted_and_said(project: Project) -> None:
+    write(project.folder / "train.jsonl", [conversation(question) for question in [*QUESTIONS, *QUESTIONS[:7]]])
+    write(project.folder / "t.jsonl", [conversation("What is 3 PLUS 4"), conversation("Who are you?")])
+    figures = project.run("data.test=t.jsonl", "data.validation_fraction=0")
+    assert (figures["duplicates_dropped"], figures["test_leaks"], figures["train_rows"]) == (7, 1, 100)
+    repeats, leaks = project.work.warnings
+    assert "7 of 107 rows repeat another" in repeats
+    assert "1 of 2 test rows" in leaks
+    assert "t.jsonl:1" in leaks
+    assert "train.jsonl:35" in leaks
+
+
+def test_rows_that_are_too_long(project: Project) -> None:
+    long = conversation("Why?", "Because. " * 200)
+    write(project.folder / "train.jsonl", [conversation("What is 1 plus 1?"), long])
+    with pytest.raises(UserError, match=r"train\.jsonl:2: has [\d,]+ tokens, train\.max_length is 256"):
+        project.run("data.validation_fraction=0")
+    figures = project.run("data.validation_fraction=0", "data.on_overlong=drop")
+    assert (figures["train_rows"], figures["train_overlong_dropped"], len(project.rows("train"))) == (1, 1, 1)
+    assert "1 were dropped" in project.work.warnings[0]
+    figures = project.run("data.validation_fraction=0", "data.on_overlong=truncate")
+    assert (figures["train_rows"], figures["train_overlong_cut"], figures["train_longest"]) == (2, 1, 256)
+    assert "1 were cut" in project.work.warnings[0]
+    write(project.folder / "train.jsonl", [long])
+    with pytest.raises(UserError, match="no row is left to train on"):
+        project.run("data.validation_fraction=0", "data.on_overlong=drop")
+
+
+def test_messages_that_were_cut_are_said(project: Project) -> None:
+    row = conversation("Hi")
+    row["messages"].append({"role": "user", "content": "And?"})
+    write(project.folder / "train.jsonl", [row])
+    project.run("data.validation_fraction=0")
+    assert project.rows("train") == [conversation("Hi")]
+    assert "1 messages after a row's last answer" in project.work.warnings[0]
+
+
+def test_a_template_that_refuses_names_the_row(project: Project, base: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(base, own)
+    template = own / "chat_template.jinja"
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    template.write_text(refusal + template.read_text(encoding="utf-8"), encoding="utf-8")
+    row = conversation("Hi")
+    row["messages"].insert(0, {"role": "system", "content": "Be brief."})
+    write(project.folder / "train.jsonl", [conversation("a"), row])
+    with pytest.raises(UserError, match=r"train\.jsonl:2: the model's chat template refuses .*: no system"):
+        project.run(f"model.base={own}", "data.validation_fraction=0")
+
+
+def test_json_metric_asks_for_json_answers(project: Project) -> None:
+    write(project.folder / "t.jsonl", [conversation("Who are you?", "no JSON")])
+    with pytest.raises(UserError, match=r't\.jsonl:1: eval\.metric is "json"'):
+        project.run("data.test=t.jsonl", "eval.metric=json")
+
+
+def test_the_same_bytes_every_time_and_in_any_batch_size(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    project.run(name="first")
+    monkeypatch.setattr(data, "BATCH", 7)
+    project.run(name="second")
+    for path in (project.folder / "first").iterdir():
+        assert path.read_bytes() == (project.folder / "second" / path.name).read_bytes(), path.name
+
+
+def test_inputs_are_the_data_and_what_makes_tokens(project: Project, base: Path) -> None:
+    config, _ = load_config(project.folder / "pipeline.toml")
+    names = {path.name for path in data.inputs(config)}
+    assert names >= {"train.jsonl", "tokenizer.json", "chat_template.jinja"}
+    assert "model.safetensors" not in names

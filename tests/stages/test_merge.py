@@ -1,0 +1,93 @@
+"""The base an adapter is merged into: both are measured, the better is taken, and the merge is exact on either."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.good_run import CONFIG, good_run
+from support.small_models import make_work
+
+from pipeline.model.held_out import held_out_loss
+from pipeline.model.nf4 import dequantized
+from pipeline.model.predict import load_float32
+from pipeline.stages import merge
+from pipeline.verify import merge_base, weights
+from pipeline.verify.artefacts import Artefacts
+from pipeline.verify.result import FAIL, PASS
+
+
+def merged(folder: Path, base: str, targets: Sequence[str] = (), **train: Any) -> tuple[Artefacts, dict[str, Any]]:
+    """The good run with its adapter, or the part of it for some modules, merged anew; and base.json."""
+    run = folder / "run"
+    for stage in ("data", "train", "base"):
+        shutil.copytree(good_run() / stage, run / stage)
+    if targets:
+        leave_only(run / "train" / "adapter", targets)
+    sections = {**CONFIG, "model": {"base": str(run / "base")}, "merge": {"base": base}}
+    sections["train"] = {**CONFIG["train"], **train}
+    work = make_work(run, "merge", **sections)
+    merge.main(work)
+    return Artefacts.of_run(run, work.config, folder), json.loads((run / "merge" / "base.json").read_text())
+
+
+def leave_only(adapter: Path, targets: Sequence[str]) -> None:
+    """An adapter as if only these modules had been trained."""
+    weights = load_file(adapter / "adapter_model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if any(f".{target}." in name for target in targets)}
+    assert 0 < len(kept) < len(weights)
+    save_file(kept, adapter / "adapter_model.safetensors", {"format": "pt"})
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"target_modules": list(targets)}))
+
+
+def test_modules_without_an_adapter_were_4_bit_too(tmp_path: Path) -> None:
+    artefacts, _ = merged(tmp_path, "dequantized", targets=("q_proj", "v_proj"))
+    assert artefacts.base is not None
+    assert artefacts.adapter is not None
+    results = {result.id: result for result in weights._merge(artefacts, artefacts.base, artefacts.adapter)}
+    assert {result.verdict for result in results.values()} == {PASS}
+    base, result = weights.Tensors(artefacts.base), weights.Tensors(artefacts.model)
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(result[name], dequantized(base[name]).to(result[name].dtype))
+    assert not torch.equal(result[name], base[name])
+
+
+@pytest.mark.parametrize("wanted", ["auto", "16bit", "dequantized"])
+def test_what_is_measured_is_what_is_merged(tmp_path: Path, wanted: str) -> None:
+    artefacts, chosen = merged(tmp_path, wanted)
+    losses, taken = chosen["losses"], chosen["taken"]
+    assert losses.keys() == {"base", "16bit", "dequantized"}
+    assert losses["16bit"] != losses["dequantized"]
+    assert taken == (min(("16bit", "dequantized"), key=lambda name: losses[name]) if wanted == "auto" else wanted)
+
+    results = {result.id: result for result in weights._merge(artefacts, artefacts.base, artefacts.adapter)}  # type: ignore[arg-type]
+    assert {result.verdict for result in results.values()} == {PASS}
+    assert results["weights.merged"].figure <= 0.5  # rounded once, to the nearest
+
+    loss = held_out_loss(load_float32(artefacts.model), artefacts.compared_rows(), lambda done: None)
+    other = "dequantized" if taken == "16bit" else "16bit"
+    assert abs(loss - losses[taken]) < 0.05 * abs(losses[other] - losses[taken])
+
+
+def test_a_worse_base_is_named(tmp_path: Path) -> None:
+    _, chosen = merged(tmp_path / "auto", "auto")
+    worse = {"16bit": "dequantized", "dequantized": "16bit"}[chosen["taken"]]
+    artefacts, _ = merged(tmp_path / "worse", worse)
+    difference = chosen["losses"][worse] - chosen["losses"][chosen["taken"]]
+    artefacts.settings = artefacts.settings.model_copy(update={"loss_lost": difference / 2})
+    (result,) = merge_base.check(artefacts)
+    assert (result.id, result.rung, result.verdict) == ("merge_base.better", "merge", FAIL)
+    assert '"auto"' in result.words
+
+
+def test_an_adapter_of_16_bits_has_one_base(tmp_path: Path) -> None:
+    artefacts, chosen = merged(tmp_path / "auto", "auto", load_in_4bit=False)
+    assert chosen["taken"] == "16bit"
+    assert not chosen["losses"]
+    (result,) = merge_base.check(artefacts)
+    assert result.verdict == "not run"

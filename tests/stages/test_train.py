@@ -1,0 +1,244 @@
+"""Training by the real Unsloth on a small random model: what is trained, resumed, and the same every time."""
+
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Config, Verify
+from pipeline.model.base import resolve_base
+from pipeline.resources import sha256_of
+from pipeline.run.provenance import gpu_memory
+from pipeline.run.stage import Work
+from pipeline.stages.train import COMPLETE, _last_checkpoint, _trainer, conversations_of, schedule
+from pipeline.verify.artefacts import Artefacts
+from pipeline.verify.labels import check as check_labels
+from pipeline.verify.result import FAIL, PASS
+
+STEPS = 8
+CONFIG = f"""
+[model]
+base = "base"
+[data]
+train = "train.jsonl"
+validation_fraction = 0.1
+[lora]
+r = 4
+[train]
+steps = {STEPS}
+batch = 4
+learning_rate = 3e-2
+max_length = 128
+save_interval = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small random base that has a real tokenizer, data, and a configuration."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("train")
+    packaged = resolve_base("smollm2-135m-instruct")
+    shape = json.loads((packaged / "config.json").read_text())
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**shape, **small, **heads})).to(torch.bfloat16)
+    model.save_pretrained(folder / "base")
+    for path in packaged.iterdir():
+        if "token" in path.name or path.suffix == ".jinja":
+            shutil.copy(path, folder / "base")
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"say {number}"},
+                {"role": "assistant", "content": f"the number is {number}"},
+            ]
+        }
+        for number in range(40)
+    ]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "pipeline.toml").write_text(CONFIG)
+    return folder
+
+
+def train(project: Path, run: str, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "pipeline", "train", str(project), "--set", f"run.folder={run}", *more]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    _, said = process.communicate()
+    assert process.returncode == 0, said
+
+
+def kill_at(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    """kill -9 once the checkpoint of a step is on the disk."""
+    checkpoint = run / ".partial" / "train" / "scratch" / "checkpoints" / f"checkpoint-{step}" / COMPLETE
+    deadline = time.monotonic() + 300
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert checkpoint.exists()
+    assert not (run / "train").exists()
+
+
+@pytest.fixture(scope="module")
+def trained(project: Path) -> Path:
+    finish(train(project, "whole"))
+    return project / "whole"
+
+
+def test_the_adapter_learns_in_float32_and_says_what_it_is(trained: Path) -> None:
+    from safetensors.torch import load_file
+
+    adapter = trained / "train" / "adapter"
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    assert {str(tensor.dtype) for tensor in tensors.values()} == {"torch.float32"}
+    assert all(tensor.abs().max() > 0 for name, tensor in tensors.items() if "lora_B" in name)
+    assert len(tensors) == 2 * 2 * 7  # A and B, two layers, seven projections
+    history = json.loads((trained / "train" / "history.json").read_text())
+    assert history[0]["step"] == 0
+    assert "eval_loss" in history[0]
+    losses = [row["loss"] for row in history if "loss" in row]
+    assert len(losses) == STEPS
+    assert losses[-1] < losses[0]
+    assert "validation loss" in (adapter / "README.md").read_text()
+    assert (trained / "train" / "loss.svg").read_text().startswith("<?xml")
+
+
+def test_the_batches_are_the_rows_of_the_data_stage(trained: Path) -> None:
+    """Every row that was trained on is one of the data stage's, labels and padding included."""
+    rows = [json.loads(line) for line in (trained / "data" / "train.tokens.jsonl").read_text().splitlines()]
+    known = {(tuple(row["input_ids"]), tuple(row["labels"])) for row in rows}
+    batches = [json.loads(line) for line in (trained / "train" / "batches.jsonl").read_text().splitlines()]
+    assert [batch["step"] for batch in batches] == list(range(STEPS))
+    for batch in batches:
+        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+            length = next(size for size in range(len(ids), 0, -1) if labels[size - 1] != -100)
+            row = next(row for row in known if list(row[0][:length]) == ids[:length])
+            width = len(row[0])
+            assert (tuple(ids[:width]), tuple(labels[:width])) == row
+            assert set(labels[width:]) <= {-100}
+
+
+def test_killed_and_resumed_is_the_same_training(project: Path, trained: Path) -> None:
+    """kill -9 in the middle; the same command ends with the same bytes."""
+    kill_at(train(project, "killed"), project / "killed", 4)
+
+    finish(train(project, "killed"))
+    manifest = json.loads((project / "killed" / "manifest.json").read_text())
+    assert manifest["stages"]["train"]["figures"]["resumed_from"] is not None
+    for name in ("adapter/adapter_model.safetensors", "history.json", "batches.jsonl", "loss.svg"):
+        assert sha256_of(project / "killed" / "train" / name) == sha256_of(trained / "train" / name), name
+
+
+def test_the_record_of_batches_is_cut_whole(tmp_path: Path) -> None:
+    """A kill while it is cut must leave the old record: it is replaced, never written over."""
+    for step in (2, 4):
+        (tmp_path / "checkpoints" / f"checkpoint-{step}").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "checkpoint-2" / COMPLETE).touch()
+    batches, old = tmp_path / "batches.jsonl", tmp_path / "old.jsonl"
+    lines = [json.dumps({"step": step}) + "\n" for step in range(4)]
+    batches.write_text("".join(lines) + '{"st')
+    old.hardlink_to(batches)
+    assert _last_checkpoint(tmp_path) == tmp_path / "checkpoints" / "checkpoint-2"
+    assert batches.read_text() == "".join(lines[:2])
+    assert old.read_text() == "".join(lines) + '{"st'
+
+
+def test_packed_rows_are_counted_and_recorded_as_their_conversations(
+    project: Path, trained: Path, tmp_path: Path
+) -> None:
+    """Packed and collated by TRL without Unsloth, which packs on a GPU only."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import pack_dataset
+
+    tokens = [json.loads(line) for line in (trained / "data" / "train.tokens.jsonl").read_text().splitlines()]
+    rows = [{key: row[key] for key in ("input_ids", "labels")} for row in tokens]
+    packed = len(pack_dataset(Dataset.from_list(rows), 128))
+    assert packed < len(rows) / 2
+    settings = Config.model_validate_json((trained / "config.json").read_text())
+    several = {"steps": None, "epochs": 3.0, "batch": 2, "early_stopping": None}
+    settings = settings.model_copy(update={"train": settings.train.model_copy(update=several)})
+    shutil.copytree(trained / "data", tmp_path / "data")
+    (tmp_path / "train").mkdir()
+    (tmp_path / "scratch").mkdir()
+
+    work = Work(settings, tmp_path, tmp_path / "train", "", tmp_path / "scratch", "train")
+    model = AutoModelForCausalLM.from_pretrained(project / "base")
+    tokenizer = AutoTokenizer.from_pretrained(project / "base")
+    trainer = _trainer(model, tokenizer, rows, [], resuming=False, packing=True, work=work)
+    assert trainer.args.max_steps == 3 * math.ceil(packed / 2)
+    assert trainer.args.warmup_steps == math.ceil(trainer.args.max_steps * settings.train.warmup)
+
+    collated = list(trainer.get_train_dataloader())
+    assert {len(batch["input_ids"]) for batch in collated} == {1}
+    batches = [conversations_of(batch) for batch in collated]
+    pairs = itertools.chain.from_iterable(zip(*batch, strict=True) for batch in batches)
+    assert sorted(pairs) == sorted((row["input_ids"], row["labels"]) for row in rows)
+
+    adapter = trained / "train" / "adapter"
+    artefacts = Artefacts(Verify(), adapter, None, {}, tmp_path, adapter=adapter, run=tmp_path, config=settings)
+    record = tmp_path / "train" / "batches.jsonl"
+    record.write_text("".join(json.dumps({"step": 0, "input_ids": ids, "labels": of}) + "\n" for ids, of in batches))
+    assert {result.verdict for result in check_labels(artefacts)} == {PASS}
+    # A packed row that is taken for one conversation is none of the data.
+    whole = {key: collated[0][key].tolist() for key in ("input_ids", "labels")}
+    record.write_text(json.dumps({"step": 0, **whole}) + "\n")
+    assert FAIL in {result.verdict for result in check_labels(artefacts)}
+
+
+def test_early_stopping_goes_on_counting_after_an_interruption(project: Path) -> None:
+    """With steps too small to change anything the loss is never better: three validations after the first, it ends."""
+    more = ["early_stopping=3", "eval_interval=1", "learning_rate=1e-30"]
+    options = [text for key in more for text in ("--set", f"train.{key}")]
+    kill_at(train(project, "stopped", *options), project / "stopped", 3)
+    finish(train(project, "stopped", *options))
+    history = json.loads((project / "stopped" / "train" / "history.json").read_text())
+    assert [row["step"] for row in history if "eval_loss" in row] == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in history if "loss" in row] == [1, 2, 3, 4]
+    figures = json.loads((project / "stopped" / "manifest.json").read_text())["stages"]["train"]["figures"]
+    assert figures["resumed_from"] is not None
+
+
+@pytest.mark.skipif(gpu_memory() is None, reason="no GPU: CUDA training, packing and GPU memory were not tested")
+def test_the_same_command_on_a_gpu(project: Path) -> None:
+    finish(train(project, "gpu", "--set", "train.packing=true"))
+    figures = json.loads((project / "gpu" / "manifest.json").read_text())["stages"]["train"]["figures"]
+    assert figures["device"] != "cpu"
+    assert figures["peak_gpu_bytes"] > 0
+    assert figures["loss_last"] < figures["loss_first"]
+
+
+def config(**train: object) -> Config:
+    values = {"batch": 8, "accumulation": 1, "epochs": 1.0} | train
+    return Config.model_validate({"model": {"base": "x"}, "data": {"train": "x"}, "train": values})
+
+
+@pytest.mark.parametrize(
+    ("rows", "validation", "settings", "expected"),
+    [
+        (1520, 200, {}, (190, 95, 19)),  # the example: ten validations would cost half as much as the training
+        (1520, 20, {}, (190, 19, 19)),
+        (1521, 20, {"epochs": 2.0}, (382, 39, 38)),
+        (3, 0, {}, (1, 1, 1)),
+        (100, 10, {"steps": 7, "epochs": None, "eval_interval": 3, "save_interval": 2}, (7, 3, 2)),
+        (100, 10, {"eval_interval": 3, "save_interval": 2, "early_stopping": 2}, (13, 3, 3)),
+        (1000, 10, {"accumulation": 4}, (32, 4, 3)),
+    ],
+)
+def test_schedule(rows: int, validation: int, settings: dict[str, object], expected: tuple[int, int, int]) -> None:
+    assert schedule(rows, validation, config(**settings)) == expected

