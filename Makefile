@@ -8,7 +8,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.14 pyth
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup all test lint clean
+.PHONY: help setup all test lint lock clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -29,14 +29,16 @@ lint: setup ## ruff, mypy, and the direction of the imports
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
+lock: setup ## resolve requirements.lock anew, and print what changed
+	@$(BIN)/python -m pipeline.setup.lock
+
 clean: ## remove the virtual environment and what tools left here; runs and the machine's cache stay
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 
-$(BIN)/pipeline: pyproject.toml
+# Only what a lock names enters the environment, the first packages included (pipeline/setup/libraries.py).
+$(BIN)/pipeline: pyproject.toml requirements.lock third_party/bootstrap.lock
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.14 with the venv module is on PATH;" \
 	"install one (on Debian: python3 and python3-venv) or name it: make PYTHON=/path/to/python3" >&2; exit 2; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable . 2>.venv/pip.log || { \
-	echo "error: pip cannot install this program: $$(grep -o -m 1 'ERROR: .*' .venv/pip.log) (all: .venv/pip.log)." \
-	"The first time needs the network: check it and pip's proxy and index settings, and type the same again" >&2; exit 1; }
+	@$(BIN)/python -m pipeline.setup.libraries
 	@touch $@

@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 # Commands that stand in modules of their own: name -> (module, attribute, help in one line).
 _ELSEWHERE = {
     "setup": ("pipeline.setup.command", "setup", "Install the locked packages and build llama.cpp and Ollama."),
+    "doctor": ("pipeline.doctor", "doctor", "Show what this machine has and lacks, and what to do about it."),
     "template": ("pipeline.ollama.commands", "template", "Show how a model's chat template reaches Ollama."),
     "chat": ("pipeline.ollama.commands", "chat", "Talk to the result, in Ollama or at another rung."),
 }
 # The order of the help page is the order of the work.
 _ORDER = (
-    "setup", "run", "status", "config", "preflight", "data", "train", "merge", "convert", "quantize", "modelfile",
-    "deploy", "evaluate", "verify", "report", "export", "template", "chat",
+    "setup", "doctor", "run", "status", "config", "preflight", "data", "train", "merge", "convert", "quantize",
+    "modelfile", "deploy", "evaluate", "verify", "report", "export", "template", "chat",
 )  # fmt: skip
 
 
@@ -109,13 +110,13 @@ def resolved(path: Path, overrides: Sequence[str]) -> tuple[Config, dict[str, st
     from pipeline.config import load_config
     from pipeline.defaults import Facts, resolve
     from pipeline.model.facts import facts
-    from pipeline.run.provenance import gpu_memory
+    from pipeline.setup import gpu
 
     if path.is_dir():
         path = path / "pipeline.toml"
     config, given = load_config(path, overrides)
     parameters, context = facts(config.model.base, config.model.revision)
-    return resolve(config, given, Facts(parameters, context, gpu_memory()))
+    return resolve(config, given, Facts(parameters, context, gpu.memory()))
 
 
 def _bring_up_to_date(config: Config, sources: dict[str, str], stages: Sequence[str], force: bool = False) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 _stream: IO[str] | None = None
+_plain = False
 _WIDE = 160  # columns
 
 
@@ -23,6 +24,12 @@ def write_to(stream: IO[str]) -> None:
     global _stream
     _stream = stream
     console.cache_clear()
+
+
+def use_plain_text() -> None:
+    """Print without rich: set-up may be about to install it, or to replace it."""
+    global _plain
+    _plain = True
 
 
 @cache
@@ -42,7 +49,10 @@ def results() -> "Console":
 
 def say(text: str) -> None:
     """Print a line. The text is printed as it is: brackets in it are no markup."""
-    console().print(text, markup=False, soft_wrap=True)
+    if _plain:
+        print(text, file=_stream or sys.stderr, flush=True)
+    else:
+        console().print(text, markup=False, soft_wrap=True)
 
 
 def warn(text: str) -> None:

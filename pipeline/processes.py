@@ -38,10 +38,11 @@ def run(
     *,
     on_line: Callable[[str], None] | None = None,
     cwd: Path | None = None,
-    env: Mapping[str, str] | None = None,
+    env: Mapping[str, str | None] | None = None,
     text: str | None = None,
     explain: Sequence[tuple[re.Pattern[str], str]] = (),
     holding: Sequence[int] = (),
+    logs: Path | None = None,
 ) -> str:
     """Run a program to its end.
 
@@ -50,10 +51,11 @@ def run(
         what: what it does, for the messages: "building llama.cpp".
         on_line: called with every line it prints, as it comes.
         cwd: where it runs.
-        env: variables added to this process's own.
+        env: variables added to this process's own; None takes one away.
         text: what it reads on standard input.
         explain: patterns of its output and what they mean to a user, tried before the usual ones.
         holding: descriptors of locks that it must hold too, should this process be killed before it.
+        logs: folder of the log; default: in the cache.
 
     Returns:
         All that it printed.
@@ -61,14 +63,15 @@ def run(
     Raises:
         PipelineError: it failed; the message says why and where the log is.
     """
-    log = cache_folder() / "logs" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', what)}.log"
+    log = (logs or cache_folder() / "logs") / f"{re.sub(r'[^A-Za-z0-9.]+', '-', what)}.log"
+    changed = {**os.environ, **(env or {})}
     with disk_errors(log.parent):
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w", encoding="utf-8", buffering=1) as record:
             process = subprocess.Popen(
                 [str(argument) for argument in arguments],
                 cwd=cwd,
-                env={**os.environ, **(env or {})},
+                env={name: value for name, value in changed.items() if value is not None},
                 stdin=subprocess.DEVNULL if text is None else subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

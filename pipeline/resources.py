@@ -23,6 +23,12 @@ def resource(name: str) -> Path:
     raise FileNotFoundError(f"{name} is missing from the installation of this program: install it again")
 
 
+def checkout() -> Path | None:
+    """The folder of the checkout that this program runs from; None where it is an installed wheel."""
+    root = _PACKAGE.parent
+    return root if (root / "pyproject.toml").is_file() and (root / "requirements.lock").is_file() else None
+
+
 def expanded(path: str | Path, source: str) -> Path:
     """A path with the home folder that its ~ stands for.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,13 +33,18 @@ def setup(torch: str, dev: bool) -> None:
     """
     from pipeline.console import say, warn
     from pipeline.resources import cache_folder
-    from pipeline.setup import machine
+    from pipeline.setup import libraries, machine
 
     started = time.monotonic()
     machine.require_virtual_environment()
     parts, warnings = plan(dev)
-    if set_up_libraries(torch, parts):
-        # Modules that this process has loaded may just have been replaced: go on in a new one.
+    if not libraries.up_to_date(torch):
+        # What would stop set-up afterwards is asked before the long download.
+        _ask_machine(parts)
+        # In a process of its own, and then again in a new one: modules that this one has loaded are replaced.
+        command = [sys.executable, "-m", "pipeline.setup.libraries", "--torch", torch]
+        if status := subprocess.run(command, check=False).returncode:
+            sys.exit(status)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606
     set_up_programs(parts)
     for text in warnings:
@@ -69,8 +75,12 @@ class Part:
         return all(path.exists() for path in self.results)
 
 
-def plan(dev: bool) -> tuple[list[Part], list[str]]:
+def plan(dev: bool, *, say_own: bool = True) -> tuple[list[Part], list[str]]:
     """What this machine is to have beside the libraries, the main job's needs first.
+
+    Args:
+        dev: with what only tests need.
+        say_own: tell of the machine's own Ollama where that is taken.
 
     Returns:
         The parts, and what cannot be had here and is not needed for a run to end well.
@@ -113,7 +123,8 @@ def plan(dev: bool) -> tuple[list[Part], list[str]]:
     parts = [build(pins.llama_cpp.first), base]
     own = None if dev or ollama.done else machine.system_ollama(MINIMUM_OLLAMA)
     if own is not None:
-        say(f"Ollama: using this machine's own, {own[0]} ({own[1]})")
+        if say_own:
+            say(f"Ollama: using this machine's own, {own[0]} ({own[1]})")
     elif ollama.done or find_program("go") is not None:
         parts.append(ollama)
     else:
@@ -130,40 +141,6 @@ def plan(dev: bool) -> tuple[list[Part], list[str]]:
     return parts, warnings
 
 
-def set_up_libraries(torch: str, parts: Sequence[Part]) -> bool:
-    """Fill the environment from requirements.lock.
-
-    Args:
-        torch: which build of it.
-        parts: what set-up does afterwards; what would stop it then is asked before the long download.
-
-    Returns:
-        Whether anything had to be installed.
-    """
-    from pipeline.console import say
-    from pipeline.errors import PipelineError
-    from pipeline.processes import exclusive
-    from pipeline.resources import resource
-    from pipeline.setup import libraries, machine
-
-    environment, lock_file = libraries.this_environment(), resource("requirements.lock")
-    lock = libraries.read_lock(lock_file.read_text(encoding="utf-8"))
-    missing = libraries.missing(lock, environment, torch)
-    if not missing:
-        return False
-    # torch and its CUDA libraries are nearly all of it.
-    _ask_machine(parts, {environment.prefix: (7.0 if "torch" in missing else 0.5) * machine.GIB})
-    with exclusive(environment.prefix / ".pipeline-setup.lock"):
-        missing = libraries.missing(lock, environment, torch)
-        if missing:
-            say(f"Python libraries: {len(missing)} of {len(libraries.applicable(lock))} are to be installed")
-            libraries.install(lock_file, environment, torch, nvidia_driver=machine.has_nvidia_driver())
-        left = libraries.missing(lock, environment, torch)
-    if left:
-        raise PipelineError(f"{environment.prefix}: these libraries are still not there: {', '.join(left)}")
-    return True
-
-
 def set_up_programs(parts: Sequence[Part]) -> None:
     """Make the parts that are missing, one set-up at a time on this machine."""
     from pipeline.processes import exclusive
@@ -173,7 +150,7 @@ def set_up_programs(parts: Sequence[Part]) -> None:
 
     if all(part.done for part in parts):
         return
-    _ask_machine(parts, {})
+    _ask_machine(parts)
     with exclusive(cache_folder() / "setup.lock") as lock:
         for part in parts:
             if not part.done:
@@ -182,11 +159,11 @@ def set_up_programs(parts: Sequence[Part]) -> None:
         shutil.rmtree(toolchain.source_home(load_pins().llama_cpp) / "build", ignore_errors=True)
 
 
-def _ask_machine(parts: Sequence[Part], space: dict[Path, float]) -> None:
+def _ask_machine(parts: Sequence[Part]) -> None:
     from pipeline.resources import cache_folder
     from pipeline.setup import machine
 
     absent = [part for part in parts if not part.done]
     if any(part.compiled for part in absent):
         machine.require_compilers()
-    machine.require_space({**space, cache_folder(): sum(part.space for part in absent)})
+    machine.require_space({cache_folder(): sum(part.space for part in absent)})

@@ -1,23 +1,67 @@
-"""uv told to ask where pip is configured to ask: who has a mirror or a folder of wheels has told pip of it.
+"""What of this machine's configuration uv is given: where packages come from and how to get there, and nothing else.
 
-uv does not read pip's configuration. What is set for uv itself wins.
+The user's indexes, folders of wheels, proxies and certificates stay in force, whether they were told to pip or to uv.
+Everything else that could change what is installed (constraints, overrides, dates, sources; of the checkout or of the
+user) is kept from it: the lock alone says what is installed.
 """
 
 import os
+import re
 import shlex
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
+from typing import Any
 
-_UV_NAMES = {
+# Variables of uv that say where from and how, by their names or the beginnings of those.
+_KEPT = re.compile(
+    r"UV_(DEFAULT_INDEX|INDEX|INDEX_URL|EXTRA_INDEX_URL|FIND_LINKS|NO_INDEX|INDEX_\w+_(USERNAME|PASSWORD)"
+    r"|KEYRING_PROVIDER|INSECURE_HOST|SYSTEM_CERTS|NATIVE_TLS|CREDENTIALS_DIR|OFFLINE|CACHE_DIR|NO_CACHE|LINK_MODE"
+    r"|HTTP_\w+|REQUEST_TIMEOUT|CONCURRENT_\w+)"
+)
+# pip's options and uv's variables for the same thing.
+_OF_PIP = {
     "index-url": "UV_DEFAULT_INDEX",
     "extra-index-url": "UV_INDEX",
     "find-links": "UV_FIND_LINKS",
+    "trusted-host": "UV_INSECURE_HOST",
     "cert": "SSL_CERT_FILE",
+    "proxy": "ALL_PROXY",
+}
+# The same of uv's own configuration files.
+_OF_UV = {
+    "index-url": "UV_DEFAULT_INDEX",
+    "extra-index-url": "UV_INDEX",
+    "find-links": "UV_FIND_LINKS",
+    "no-index": "UV_NO_INDEX",
+    "allow-insecure-host": "UV_INSECURE_HOST",
+    "keyring-provider": "UV_KEYRING_PROVIDER",
+    "native-tls": "UV_SYSTEM_CERTS",
+    "system-certs": "UV_SYSTEM_CERTS",
+    "offline": "UV_OFFLINE",
+    "cache-dir": "UV_CACHE_DIR",
+    "http-proxy": "HTTP_PROXY",
+    "https-proxy": "HTTPS_PROXY",
+    "no-proxy": "NO_PROXY",
 }
 
 
-def uv_environment() -> dict[str, str]:
-    """Variables for uv that say what pip's configuration files and variables say."""
+def uv_environment() -> dict[str, str | None]:
+    """Variables for uv, to be added to this process's own; None takes one away.
+
+    What was told to uv itself wins over what was told to pip, and a variable over a file.
+    """
+    found = {**_from_pip(), **_from_uv_files()}
+    variables: dict[str, str | None] = {name: value for name, value in found.items() if not os.environ.get(name)}
+    # An index of the user's own replaces the usual one, under whichever of its two names it was given.
+    if os.environ.get("UV_INDEX_URL"):
+        variables.pop("UV_DEFAULT_INDEX", None)
+    variables |= {name: None for name in os.environ if name.startswith("UV_") and not _KEPT.fullmatch(name)}
+    return {**variables, "UV_NO_CONFIG": "1"}
+
+
+def _from_pip() -> dict[str, str]:
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "--disable-pip-version-check", "config", "list"],
         capture_output=True,
@@ -33,6 +77,54 @@ def uv_environment() -> dict[str, str]:
         words = " ".join(shlex.split(value)).split()
         if name == "no-index" and words in (["1"], ["true"], ["yes"]):
             found["UV_NO_INDEX"] = "1"
-        elif variable := _UV_NAMES.get(name):
-            found[variable] = ("," if variable == "UV_FIND_LINKS" else " ").join(words)
-    return {name: value for name, value in found.items() if name not in os.environ}
+        elif variable := _OF_PIP.get(name):
+            found[variable] = _joined(variable, words)
+    return found
+
+
+def _from_uv_files() -> dict[str, str]:
+    """The user's configuration file and, for what that leaves open, the machine's."""
+    if os.environ.get("UV_NO_CONFIG"):
+        return {}
+    if given := os.environ.get("UV_CONFIG_FILE"):
+        places = [Path(given)]
+    else:
+        home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+        shared = (os.environ.get("XDG_CONFIG_DIRS") or "/etc/xdg").split(":")
+        places = [home / "uv/uv.toml", *(Path(folder) / "uv/uv.toml" for folder in shared), Path("/etc/uv/uv.toml")]
+    found: dict[str, str] = {}
+    for path in reversed(places):
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        found |= _settings(table.get("pip", {})) | _settings(table)
+    return found
+
+
+def _settings(table: Any) -> dict[str, str]:
+    if not isinstance(table, dict):
+        return {}
+    found: dict[str, str] = {}
+    for key, variable in _OF_UV.items():
+        value = table.get(key)
+        if isinstance(value, bool):
+            found |= {variable: "1"} if value else {}
+        elif isinstance(value, str | list):
+            found[variable] = _joined(variable, [value] if isinstance(value, str) else [str(item) for item in value])
+    indexes = [index for index in table.get("index", ()) if isinstance(index, dict) and "url" in index]
+    # An explicit index serves only packages that a project names for it: the lock names none.
+    named = [
+        (f"{index['name']}={index['url']}" if "name" in index else str(index["url"]), bool(index.get("default")))
+        for index in indexes
+        if not index.get("explicit")
+    ]
+    if more := [index for index, default in named if not default]:
+        found["UV_INDEX"] = " ".join([*more, *found.get("UV_INDEX", "").split()])
+    if default := [index for index, default in named if default]:
+        found["UV_DEFAULT_INDEX"] = default[0]
+    return found
+
+
+def _joined(variable: str, words: list[str]) -> str:
+    return ("," if variable == "UV_FIND_LINKS" else " ").join(words)

@@ -1,27 +1,42 @@
-"""The Python libraries: exactly those of requirements.lock, in the environment that runs `pipeline setup`.
+"""The Python libraries: exactly those of requirements.lock, in the environment that runs this.
 
-What is installed is read from the environment itself, so there is no stamp that could be wrong. The lock
-serves machines with and without a GPU; only torch differs, where an index or folder that the machine is
-configured for offers its CPU build.
+    python -m pipeline.setup.libraries
+
+An empty virtual environment is enough: pip installs what third_party/bootstrap.lock names (uv, and what reads the
+lock's markers), uv installs the whole lock, and in a checkout this program itself goes in last, without dependencies.
+So this module imports the standard library alone until that is done. Hashes are checked all the way.
+
+What is installed is read from the environment itself, so there is no stamp that could be wrong. The lock serves
+machines with and without a GPU; only torch differs, where an index or folder that the machine is configured for offers
+its CPU build.
 """
 
+import argparse
+import json
 import os
 import re
+import shutil
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
-from pipeline.console import say
+from pipeline.console import say, use_plain_text
 from pipeline.errors import PipelineError
-from pipeline.processes import disk_errors, run
+from pipeline.processes import disk_errors, exclusive, run
+from pipeline.resources import checkout, resource
+from pipeline.setup import gpu, machine
+from pipeline.setup.findings import FAILURE, OK, WARNING, Finding, require
 from pipeline.setup.indexes import uv_environment
-from pipeline.setup.machine import system_name
 
 CPU, CUDA, AUTO = "cpu", "cuda", "auto"
 # What only a CUDA build of torch loads.
 _CUDA_ONLY = re.compile(r"(nvidia|cuda)-")
+_THIS_PROGRAM = "finetune-pipeline"
 
 
 @dataclass(frozen=True)
@@ -44,6 +59,17 @@ def read_lock(text: str) -> list[Requirement]:
     return found
 
 
+def locked() -> list[Requirement]:
+    """The packages of requirements.lock, for every Python and system that it serves."""
+    return read_lock(resource("requirements.lock").read_text(encoding="utf-8"))
+
+
+def locked_cuda() -> int | None:
+    """The CUDA release that the locked torch is built with, e.g. 13."""
+    runtime = next((pin.version for pin in locked() if pin.name == "nvidia-cuda-runtime"), None)
+    return int(runtime.partition(".")[0]) if runtime else None
+
+
 def applicable(lock: list[Requirement]) -> list[Requirement]:
     """Those that this Python on this system needs.
 
@@ -55,9 +81,19 @@ def applicable(lock: list[Requirement]) -> list[Requirement]:
     found = [pin for pin in lock if not pin.marker or Marker(pin.marker).evaluate()]
     if not found:
         raise PipelineError(
-            f"requirements.lock has nothing for {system_name()}: it serves Linux with Python 3.11 to 3.14"
+            f"requirements.lock has nothing for {machine.system_name()}: it serves Linux with Python 3.11 to 3.14"
         )
     return found
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A package in an environment: `finished` is whether its installation came to its end."""
+
+    name: str
+    version: str
+    folder: Path
+    finished: bool
 
 
 @dataclass(frozen=True)
@@ -71,55 +107,154 @@ class Environment:
         """Its interpreter."""
         return self.prefix / "bin" / "python"
 
-    def installed(self) -> Iterator[tuple[str, str, bool]]:
-        """Name, version, and whether the installation was finished, of every package in it."""
+    def installed(self) -> Iterator[Installed]:
+        """Every package in it. One name twice is what a broken installation leaves."""
         bases = {"base": str(self.prefix), "platbase": str(self.prefix)}
         for folder in {sysconfig.get_path(kind, "venv", vars=bases) for kind in ("purelib", "platlib")}:
             for info in Path(folder).glob("*.dist-info"):
                 name, _, version = info.name.removesuffix(".dist-info").partition("-")
-                # An installer names itself in this file when everything else is in place.
-                yield _normal(name), version, (info / "INSTALLER").exists()
+                # Installers write these two when everything else is in place.
+                finished = (info / "INSTALLER").is_file() and (info / "RECORD").is_file()
+                yield Installed(_normal(name), version, info, finished)
 
 
-def missing(lock: list[Requirement], environment: Environment, torch: str) -> list[str]:
-    """Names of the packages of a lock that are not in the environment as they should be.
+def this_environment() -> Environment:
+    """The environment that runs this program."""
+    return Environment(Path(sys.prefix))
+
+
+def differences(lock: list[Requirement], environment: Environment, torch: str) -> dict[str, str | None]:
+    """The packages of a lock that are not in the environment as they should be.
 
     Args:
         lock: the lock.
         environment: where to look.
         torch: "cpu" or "cuda" wants that build of torch, "auto" takes either.
+
+    Returns:
+        For each name the version that is there instead; None where there is none, or one that is broken.
     """
-    there = {(name, version) for name, version, finished in environment.installed() if finished}
+    there = list(environment.installed())
+    counts = Counter(package.name for package in there)
+    whole = {package.name: package.version for package in there if package.finished and counts[package.name] == 1}
     pins = applicable(lock)
-    cpu_build = next(((pin.name, f"{pin.version}+cpu") for pin in pins if pin.name == "torch"), None)
-    has_cpu_build = cpu_build in there
-    absent = []
+    cpu_build = next((f"{pin.version}+cpu" for pin in pins if pin.name == "torch"), None)
+    has_cpu_build = cpu_build is not None and whole.get("torch") == cpu_build
+    found: dict[str, str | None] = {}
     for pin in pins:
-        if pin.name == "torch" and (has_cpu_build or torch == CPU):
+        name = _normal(pin.name)
+        if name == "torch" and (has_cpu_build or torch == CPU):
             if torch == (CUDA if has_cpu_build else CPU):
-                absent.append(pin.name)
-        elif (_normal(pin.name), pin.version) not in there and not (has_cpu_build and _CUDA_ONLY.match(pin.name)):
-            absent.append(pin.name)
-    return absent
+                found[pin.name] = whole.get(name)
+        elif has_cpu_build and torch != CUDA and _CUDA_ONLY.match(name):
+            continue
+        elif whole.get(name) != pin.version:
+            found[pin.name] = whole.get(name)
+    return found
 
 
-def install(lock_file: Path, environment: Environment, torch: str, *, nvidia_driver: bool) -> None:
+def space_for(wrong: Collection[str]) -> float:
+    """Bytes that installing these packages takes: torch and its CUDA libraries are nearly all of a lock."""
+    return (7.0 if "torch" in wrong else 0.5 if wrong else 0.0) * machine.GIB
+
+
+def look() -> Finding:
+    """Judge this environment against the lock. Other versions may work as well: they are named, and are no failure."""
+    wrong = differences(locked(), this_environment(), AUTO)
+    absent = [name for name, version in wrong.items() if version is None]
+    remedy = "run `pipeline setup`"
+    if absent:
+        words = f"{len(absent)} missing: {_some(absent)}"
+        return Finding("libraries", FAILURE, words, remedy)
+    if wrong:
+        pins = {pin.name: pin.version for pin in applicable(locked())}
+        words = _some([f"{name} is {version}, tested was {pins[name]}" for name, version in wrong.items()])
+        return Finding("libraries", WARNING, words, remedy)
+    return Finding("libraries", OK, f"{len(applicable(locked()))} as locked, in {sys.prefix}")
+
+
+def wanted_torch(choice: str) -> str:
+    """The build of torch that a choice means on this machine: with a GPU, "auto" is the one that can use it."""
+    return CUDA if choice == AUTO and gpu.gpus().cards else choice
+
+
+def up_to_date(choice: str = AUTO) -> bool:
+    """Whether this environment is as `bring_up_to_date` would leave it."""
+    environment = this_environment()
+    return not differences(locked(), environment, wanted_torch(choice)) and not _program_is_missing(environment)
+
+
+def bring_up_to_date(choice: str = AUTO) -> bool:
+    """Fill this environment from the lock, whatever versions are there.
+
+    Args:
+        choice: which build of torch: "auto", "cpu" or "cuda".
+
+    Returns:
+        Whether anything had to be installed.
+
+    Raises:
+        PipelineError: what stands in the way: a GPU that could not be trained on, no disk, no network, a wrong hash.
+    """
+    environment = this_environment()
+    machine.require_virtual_environment()
+    changed = _bootstrap(environment)
+    if up_to_date(choice):
+        return changed
+    torch = wanted_torch(choice)
+    wrong = differences(locked(), environment, torch)
+    if choice != CPU:
+        require(gpu.look(gpu.gpus(), locked_cuda(), None), "this machine's GPU cannot be trained on")
+    machine.require_space({environment.prefix: space_for(wrong)})
+    with exclusive(environment.prefix / ".pipeline-setup.lock"):
+        wrong = differences(locked(), environment, torch)
+        if wrong:
+            say(f"Python libraries: {len(wrong)} of {len(applicable(locked()))} are to be installed")
+            install(resource("requirements.lock"), environment, torch)
+        if _program_is_missing(environment):
+            _install_program(environment)
+        left = differences(locked(), environment, torch)
+    if left:
+        words = ", ".join(f"{name} ({version or 'missing'})" for name, version in left.items())
+        raise PipelineError(
+            f"{environment.prefix}: these libraries are still not as locked: {words}. Make a new virtual environment "
+            "and set up in that"
+        )
+    return True
+
+
+def _bootstrap(environment: Environment) -> bool:
+    """Have pip install what this module itself needs."""
+    lock_file = resource("third_party/bootstrap.lock")
+    there = {(package.name, package.version) for package in environment.installed() if package.finished}
+    if all((_normal(pin.name), pin.version) in there for pin in read_lock(lock_file.read_text(encoding="utf-8"))):
+        return False
+    options = ["--disable-pip-version-check", "--no-input", "install", "--quiet", "--no-deps", "--only-binary=:all:"]
+    run(
+        [environment.python, "-m", "pip", *options, "--require-hashes", "-r", lock_file],
+        "fetching uv",
+        # Of pip's configuration only indexes, proxies and certificates are to count.
+        env=dict.fromkeys(("PIP_CONSTRAINT", "PIP_REQUIREMENT", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_USER")),
+        explain=((re.compile(r"do not match the hashes", re.I), _WRONG_HASH), (_NOT_OFFERED, _NO_INDEX)),
+        logs=environment.prefix / "logs",
+    )
+    return True
+
+
+def install(lock_file: Path, environment: Environment, torch: str) -> None:
     """Fill the environment from the lock, or from the lock with torch's CPU build in it.
 
     Args:
         lock_file: the lock.
         environment: what is filled; packages that are no part of the lock are left alone.
-        torch: "cpu", "cuda" or "auto" (the CPU build where there is no driver and the machine offers one).
-        nvidia_driver: whether the machine has one.
+        torch: "cpu", "cuda" or "auto" (the CPU build where the machine offers one).
 
     Raises:
         PipelineError: a wrong hash, no network, no disk, or no CPU build where one was asked for.
     """
     lock = read_lock(lock_file.read_text(encoding="utf-8"))
     variables = uv_environment()
-    chosen = None
-    if torch == CPU or (torch == AUTO and not nvidia_driver):
-        chosen = _cpu_build_if_offered(lock, environment, variables, required=torch == CPU)
+    chosen = None if torch == CUDA else _cpu_build_if_offered(lock, environment, variables, required=torch == CPU)
     rest = with_cpu_build(lock, chosen) if chosen is not None else with_ordinary_build(lock)
     _install(rest, environment, variables)
     if chosen is not None and "--hash=" not in chosen.text:
@@ -127,33 +262,75 @@ def install(lock_file: Path, environment: Environment, torch: str, *, nvidia_dri
         _uv_install([f"{chosen.name}=={chosen.version}"], environment, variables)
 
 
-def _install(text: str, environment: Environment, variables: dict[str, str]) -> None:
+def _install(text: str, environment: Environment, variables: dict[str, str | None]) -> None:
     """Install the packages of a lock, each only if a file with one of its hashes is to be had."""
-    halves = [name for name, _, finished in environment.installed() if not finished]
+    wanted = {_normal(pin.name) for pin in read_lock(text)}
+    halves = [package for package in environment.installed() if not package.finished and package.name in wanted]
     lock_file = environment.prefix / "requirements.installed.lock"
     with disk_errors(environment.prefix):
+        for package in halves:  # without a record of its files nothing can remove them: they are written over
+            shutil.rmtree(package.folder)
         lock_file.write_text(text, encoding="utf-8")
-    again = [word for name in halves for word in ("--reinstall-package", name)]
+    again = [word for package in halves for word in ("--reinstall-package", package.name)]
     _uv_install(["--require-hashes", "-r", str(lock_file), *again], environment, variables)
 
 
-def _uv_install(what: list[str], environment: Environment, variables: dict[str, str]) -> None:
+def _uv_install(what: list[str], environment: Environment, variables: dict[str, str | None]) -> None:
     run(
         # Hashes and local versions say which file is right, whichever index has it.
         [_uv(), "pip", "install", "--python", environment.python, "--no-deps", *_ANY_INDEX, *what],
         "installing the Python libraries",
         env=variables,
         on_line=_Downloads(),
-        explain=((re.compile(r"hash mismatch|hash(es)? did not match", re.I), _WRONG_HASH),),
+        explain=(
+            (re.compile(r"hash mismatch|hash(es)? did not match", re.I), _WRONG_HASH),
+            (_NOT_OFFERED, _NO_INDEX),
+        ),
+        logs=environment.prefix / "logs",
     )
 
 
 _ANY_INDEX = ("--index-strategy", "unsafe-best-match")
-_WRONG_HASH = "a package is not the one that requirements.lock names (wrong hash); it was not installed"
+_WRONG_HASH = "a package is not the one that the lock names (wrong hash); it was not installed"
+_NOT_OFFERED = re.compile(r"no matching distribution|no solution found|was not found in the (provided )?package", re.I)
+_NO_INDEX = (
+    "the package indexes and folders that pip and uv are configured for cannot be reached, or do not have a locked "
+    "package"
+)
+
+
+def _program_is_missing(environment: Environment) -> bool:
+    """Whether this is a checkout, and its environment does not run this checkout."""
+    root = checkout()
+    if root is None:
+        return False
+    for package in environment.installed():
+        if package.name == _THIS_PROGRAM and package.finished:
+            try:
+                origin = json.loads((package.folder / "direct_url.json").read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                return True
+            here = url2pathname(urlsplit(origin.get("url", "")).path) == str(root)
+            entry = (package.folder / "entry_points.txt").read_text(encoding="utf-8")
+            return not (here and "pipeline.__main__:main" in entry and (environment.prefix / "bin/pipeline").is_file())
+    return True
+
+
+def _install_program(environment: Environment) -> None:
+    """Install this checkout, so that its files are what runs, with the locked build backend and nothing else."""
+    root = checkout()
+    assert root is not None
+    run(
+        [_uv(), "pip", "install", "--python", environment.python, "--no-deps", "--no-build-isolation", "--offline",
+         "--reinstall-package", _THIS_PROGRAM, "--editable", root],
+        "installing this program",
+        env=uv_environment(),
+        logs=environment.prefix / "logs",
+    )  # fmt: skip
 
 
 def _cpu_build_if_offered(
-    lock: list[Requirement], environment: Environment, variables: dict[str, str], *, required: bool
+    lock: list[Requirement], environment: Environment, variables: dict[str, str | None], *, required: bool
 ) -> Requirement | None:
     pin = next((pin for pin in applicable(lock) if pin.name == "torch"), None)
     if pin is None:
@@ -171,34 +348,18 @@ def _cpu_build_if_offered(
     return offered
 
 
-def cpu_build(pin: Requirement, environment: Environment, variables: dict[str, str]) -> Requirement | None:
+def cpu_build(pin: Requirement, environment: Environment, variables: dict[str, str | None]) -> Requirement | None:
     """The CPU build of torch, with its hashes, if the machine's indexes and folders offer it; else None."""
     wanted = f"{pin.name}=={pin.version}+cpu"
+    quiet = ("--quiet", "--no-deps", "--generate-hashes", "--no-header", "--no-annotate")
+    hosts = ("--no-emit-index-url", "--no-emit-find-links", *_ANY_INDEX)
     try:
         answer = run(
-            [
-                *(
-                    _uv(),
-                    "pip",
-                    "compile",
-                    "--quiet",
-                    "--no-deps",
-                    "--generate-hashes",
-                    "--no-header",
-                    "--no-annotate",
-                ),
-                *(
-                    "--no-emit-index-url",
-                    "--no-emit-find-links",
-                    *_ANY_INDEX,
-                    "--python",
-                    environment.python,
-                    "-",
-                ),
-            ],
+            [_uv(), "pip", "compile", *quiet, *hosts, "--python", environment.python, "-"],
             "looking for the CPU build of torch",
             env={**variables, "UV_HTTP_RETRIES": os.environ.get("UV_HTTP_RETRIES", "0")},
             text=wanted,
+            logs=environment.prefix / "logs",
         )
     except PipelineError:
         return None
@@ -217,7 +378,7 @@ def with_ordinary_build(lock: list[Requirement]) -> str:
 
 
 def _uv() -> str:
-    """The uv that this program depends on."""
+    """The uv of this environment."""
     from uv import find_uv_bin
 
     return find_uv_bin()
@@ -243,10 +404,31 @@ class _Downloads:
             say(f"  {line}")
 
 
+def _some(words: list[str], most: int = 4) -> str:
+    left = len(words) - most
+    return ", ".join(words[:most]) + (f" and {left} more" if left > 0 else "")
+
+
 def _normal(name: str) -> str:
+    """As packaging.utils.canonicalize_name, which is not there yet when this is first asked."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def this_environment() -> Environment:
-    """The environment that runs this program."""
-    return Environment(Path(sys.prefix))
+def main() -> int:
+    """The command: 0 done, else the error's status."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.setup.libraries", description=__doc__.split("\n")[0])
+    parser.add_argument("--torch", choices=(AUTO, CPU, CUDA), default=AUTO, help="which build of torch")
+    use_plain_text()  # rich may be replaced under this process
+    try:
+        bring_up_to_date(parser.parse_args().torch)
+    except PipelineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues where this one stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,7 @@
-"""What set-up needs of the machine, asked before anything long is begun."""
+"""The machine apart from its GPU: Python, what builds llama.cpp, Go, disks, memory, the machine's own Ollama.
+
+Set-up asks before anything long is begun, `pipeline doctor` shows it all, preflight asks before a run.
+"""
 
 import os
 import platform
@@ -6,13 +9,17 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from pipeline.errors import PipelineError, UserError
+from pipeline.errors import UserError
 from pipeline.processes import find_program
+from pipeline.setup.findings import FAILURE, OK, WARNING, Finding, require
 
 GIB = 2**30
+# The example's run, with what its stages need on the way; preflight counts a run's own needs from its base.
+LEAST_FOR_A_RUN = 4 * GIB
+_PYTHONS = ((3, 11), (3, 14))  # the first and the last that requirements.lock serves
 
 
 def require_virtual_environment() -> None:
@@ -25,59 +32,130 @@ def require_virtual_environment() -> None:
         )
 
 
+def python() -> Finding:
+    """The interpreter, and whether it is in an environment of its own."""
+    words = f"{system_name()}, {sys.executable}"
+    first, last = (".".join(map(str, version)) for version in _PYTHONS)
+    if not (_PYTHONS[0] <= sys.version_info[:2] <= _PYTHONS[1]) or sys.platform != "linux":
+        return Finding("Python", FAILURE, words, f"requirements.lock serves Linux with Python {first} to {last}")
+    if sys.prefix == sys.base_prefix:
+        return Finding("Python", FAILURE, f"{words}: no virtual environment", "make one with `python3 -m venv .venv`")
+    return Finding("Python", OK, words)
+
+
+def compilers(*, needed: bool = True) -> Iterator[Finding]:
+    """What builds llama.cpp.
+
+    Args:
+        needed: it is still to be built; where it is built already, what is missing is no failure.
+    """
+    wanted = (
+        ("C++ compiler", "CXX", ("c++", "g++", "clang++"), "no C++ compiler (g++ or clang++)", "g++"),
+        ("C compiler", "CC", ("cc", "gcc", "clang"), "no C compiler (gcc or clang)", "gcc"),
+        ("CMake", "", ("cmake",), "no cmake", "cmake"),
+        ("build tool", "", ("ninja", "make"), "neither ninja nor make", "ninja-build"),
+    )
+    for subject, variable, names, absent, package in wanted:
+        found = os.environ.get(variable) if variable else None
+        found = found or find_program(*names)
+        if found:
+            yield Finding(subject, OK, found)
+        elif needed:
+            remedy = f"install it, e.g. `apt-get install {package}`, and run `pipeline setup` again"
+            yield Finding(subject, FAILURE, f"{absent} on PATH", remedy)
+        else:
+            yield Finding(subject, WARNING, f"{absent} on PATH; llama.cpp is built already", "needed for a newer pin")
+
+
 def require_compilers() -> None:
     """Ask for what builds llama.cpp.
 
     Raises:
         PipelineError: names everything that is missing, so that it can be installed at once.
     """
-    missing = []
-    if not (os.environ.get("CXX") or find_program("c++", "g++", "clang++")):
-        missing.append("no C++ compiler (g++ or clang++)")
-    if not (os.environ.get("CC") or find_program("cc", "gcc", "clang")):
-        missing.append("no C compiler (gcc or clang)")
-    if not find_program("cmake"):
-        missing.append("no cmake")
-    if not find_program("ninja", "make"):
-        missing.append("neither ninja nor make")
-    if missing:
-        raise PipelineError(
-            f"llama.cpp cannot be built here: {', '.join(missing)} on PATH. Install what is missing, e.g. "
-            "`apt-get install g++ cmake ninja-build` (cmake and ninja also come from pip), "
-            "and run `pipeline setup` again"
-        )
+    require(compilers(), "llama.cpp cannot be built here")
+
+
+def space(needs: Mapping[Path, float], what: str) -> Iterator[Finding]:
+    """The free space of every disk that something is to be written to.
+
+    Args:
+        needs: bytes that will be written, by folder. Folders on one disk are added up.
+        what: what needs it, e.g. "set-up".
+    """
+    totals: dict[int, tuple[list[Path], float]] = {}
+    for folder, size in needs.items():
+        place = existing(folder)
+        folders, total = totals.setdefault(place.stat().st_dev, ([], 0.0))
+        totals[place.stat().st_dev] = ([*folders, folder], total + size)
+    for folders, size in totals.values():
+        free = shutil.disk_usage(existing(folders[0])).free
+        where = ", ".join(str(folder) for folder in folders)
+        if free < size:
+            yield Finding(
+                "disk",
+                FAILURE,
+                f"{where}: {what} needs about {size / GIB:.1f} GiB on this disk, {free / GIB:.1f} are free",
+                "free some space, or set PIPELINE_CACHE to a folder on another disk",
+            )
+        else:
+            yield Finding("disk", OK, f"{where}: {free / GIB:.1f} GiB free, {what} needs {size / GIB:.1f}")
 
 
 def require_space(needs: Mapping[Path, float]) -> None:
     """Ask for free disk space.
 
-    Args:
-        needs: bytes that will be written, by folder. Folders on one disk are added up.
-
     Raises:
         PipelineError: says which disk, how much is free and how much is needed.
     """
-    totals: dict[int, tuple[Path, float]] = {}
-    for folder, size in needs.items():
-        place = next(parent for parent in (folder, *folder.parents) if parent.exists())
-        device = place.stat().st_dev
-        totals[device] = (totals.get(device, (place, 0.0))[0], totals.get(device, (place, 0.0))[1] + size)
-    for place, size in totals.values():
-        free = shutil.disk_usage(place).free
-        if free < size:
-            raise PipelineError(
-                f"{place}: set-up needs about {size / GIB:.1f} GiB on this disk, {free / GIB:.1f} are free; "
-                "free some space, or set PIPELINE_CACHE to a folder on another disk"
-            )
+    require(space(needs, "set-up"), "there is too little room")
 
 
-def has_nvidia_driver() -> bool:
-    """Whether the machine has an NVIDIA driver, so that the CUDA build of torch is of use."""
-    return Path("/proc/driver/nvidia/version").exists() or find_program("nvidia-smi") is not None
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def memory_bytes() -> int:
+    """The machine's memory, or what a container leaves of it."""
+    import psutil
+
+    total = int(psutil.virtual_memory().total)
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limit = Path(name).read_text().strip()
+        except OSError:
+            continue
+        if limit.isdigit():
+            total = min(total, int(limit))
+    return total
+
+
+def memory(least: float = 6 * GIB) -> Finding:
+    """The machine's memory against what the example needs, in bytes."""
+    total = memory_bytes()
+    words = f"{total / GIB:.1f} GiB"
+    if total < least:
+        remedy = "the example may not fit; close other programs"
+        return Finding("memory", WARNING, f"{words}, and the example takes up to {least / GIB:.0f}", remedy)
+    return Finding("memory", OK, words)
+
+
+def go() -> Finding:
+    """Go, which builds Ollama."""
+    found = find_program("go")
+    if found is None:
+        remedy = "install Go, or Ollama itself, if you want the last stage"
+        return Finding("Go", WARNING, "not on PATH: Ollama cannot be built here", remedy)
+    answer = subprocess.run([found, "version"], capture_output=True, text=True, check=False)
+    version = re.search(r"go(\d[\w.]*)", answer.stdout)
+    return Finding("Go", OK, f"{version[1] if version else 'version not told'}, {found}")
 
 
 def system_ollama(at_least: str) -> tuple[str, str] | None:
     """The machine's own Ollama, if it is new enough: its path and version. Nothing about it is changed."""
+    from packaging.version import InvalidVersion, Version
+
     program = shutil.which("ollama")
     if program is None:
         return None
@@ -86,14 +164,11 @@ def system_ollama(at_least: str) -> tuple[str, str] | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     # "ollama version is 1.2.3" is the running server's; without one it warns and names the client's.
-    found = re.findall(r"version is v?(\d+(?:\.\d+)+)", answer.stdout + answer.stderr)
-    if not found or _numbers(found[-1]) < _numbers(at_least):
+    found = re.findall(r"version is v?(\S+)", answer.stdout + answer.stderr)
+    try:
+        return (program, found[-1]) if found and Version(found[-1]) >= Version(at_least) else None
+    except InvalidVersion:
         return None
-    return program, found[-1]
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split("."))
 
 
 def system_name() -> str:

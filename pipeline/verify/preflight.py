@@ -24,7 +24,7 @@ from pipeline.ollama.server import OllamaServer, find_ollama
 from pipeline.ollama.target import STORE, names_of, refuse_taken, server
 from pipeline.prompt.template import ChatTemplate
 from pipeline.prompt.tokenizer import load_tokenizer
-from pipeline.run.provenance import gpu_memory
+from pipeline.setup import gpu
 from pipeline.verify import logits, machine, prompt, quantization, tokenizer, toolchain, weights
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.chain import run_check
@@ -55,7 +55,7 @@ def preflight(config: Config, run_folder: Path, scratch: Path) -> dict[str, Any]
     # Converted, that in float32, and every type twice: quantized, and in Ollama.
     quantized = machine.disk_needs(config, size // 2)["quantize"]
     require_space(scratch, 3 * size + 2 * quantized, "preflight's copies of the base")
-    results = list(machine.check(config, run_folder, parameters or size // 2, gpu_memory()))
+    results = list(machine.check(config, run_folder, parameters or size // 2, gpu.memory()))
     results += _run("toolchain", "convert", lambda: iter([toolchain.check_pin()]))
     results += _run("preflight.target", "deploy", partial(_target, config, run_folder, scratch))
     results += _run("preflight.template", "modelfile", partial(_template, config, base))

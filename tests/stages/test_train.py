@@ -16,8 +16,8 @@ import pytest
 from pipeline.config import Config, Verify
 from pipeline.model.base import resolve_base
 from pipeline.resources import sha256_of
-from pipeline.run.provenance import gpu_memory
 from pipeline.run.stage import Work
+from pipeline.setup import gpu
 from pipeline.stages.train import COMPLETE, _last_checkpoint, _trainer, conversations_of, schedule
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.labels import check as check_labels
@@ -214,7 +214,7 @@ def test_early_stopping_goes_on_counting_after_an_interruption(project: Path) ->
     assert figures["resumed_from"] is not None
 
 
-@pytest.mark.skipif(gpu_memory() is None, reason="no GPU: CUDA training, packing and GPU memory were not tested")
+@pytest.mark.skipif(gpu.memory() is None, reason="no GPU: CUDA training, packing and GPU memory were not tested")
 def test_the_same_command_on_a_gpu(project: Path) -> None:
     finish(train(project, "gpu", "--set", "train.packing=true"))
     figures = json.loads((project / "gpu" / "manifest.json").read_text())["stages"]["train"]["figures"]

@@ -1,0 +1,163 @@
+"""`pipeline doctor`: one table of what this machine has and lacks, with what to do about it.
+
+Nothing is judged here: set-up, preflight and this command ask the same functions in `pipeline.setup` and
+`pipeline.ollama`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from pipeline.setup.findings import Finding
+
+
+@click.command()
+@click.argument("config", type=click.Path(path_type=Path), required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(config: Path | None, as_json: bool) -> None:
+    """Show what this machine has and lacks, and what to do about it.
+
+    With CONFIG, or with a pipeline.toml in this folder, the disk of its run's folder is looked at too.
+    Exit status 1 where the main job, from a base to GGUF files and their answers, cannot run.
+    """
+    from pipeline.console import results
+    from pipeline.setup.findings import FAILURE, OK, WARNING
+
+    findings = list(examine(config))
+    failed = any(finding.state == FAILURE for finding in findings)
+    if as_json:
+        rows = [finding.as_json() for finding in findings]
+        click.echo(json.dumps({"verdict": FAILURE if failed else OK, "findings": rows}, indent=1, ensure_ascii=False))
+        sys.exit(failed)
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", "state"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("found", "what to do"):
+        table.add_column(heading, overflow="fold")
+    styles = {OK: "green", WARNING: "yellow", FAILURE: "bold red"}
+    for finding in findings:
+        state = Text(finding.state, style=styles[finding.state])
+        table.add_row(Text(finding.subject), state, Text(finding.found), Text(finding.remedy))
+    results().print(table)
+    sys.exit(failed)
+
+
+def examine(config: Path | None) -> Iterator[Finding]:
+    """Look at everything that a run needs, in the order in which set-up brings it.
+
+    Args:
+        config: a pipeline.toml, or its folder; None: the one in this folder, if there is one.
+
+    Raises:
+        UserError: a configuration that was named cannot be read.
+    """
+    from pipeline.setup import gpu, libraries, machine, toolchain
+    from pipeline.setup.pins import load_pins
+
+    programs = toolchain.llamacpp_folder()
+    yield machine.python()
+    yield libraries.look()
+    yield from machine.compilers(needed=programs is None)
+    yield _llama_cpp(programs)
+    yield _packaged_base()
+    if toolchain.ollama_program() is None:
+        yield machine.go()
+    yield _ollama()
+    yield from _disks(config)
+    yield machine.memory()
+    torch = {package.name: package.version for package in libraries.this_environment().installed()}.get("torch")
+    yield from gpu.look(gpu.gpus(), libraries.locked_cuda(), torch)
+    if not toolchain.tokenizer_home(next(iter(load_pins().tokenizers.values()))).is_dir():
+        from pipeline.setup.findings import OK, Finding
+
+        yield Finding("tokenizers for the tests", OK, "not fetched: only `make test` needs them")
+
+
+def _llama_cpp(programs: Path | None) -> Finding:
+    import subprocess
+
+    from pipeline.setup.findings import FAILURE, OK, Finding
+    from pipeline.setup.pins import load_pins
+
+    pin = load_pins().llama_cpp
+    if programs is None:
+        return Finding("llama.cpp", FAILURE, f"{pin.version} is not built here", "run `pipeline setup`")
+    absent = [name for name in pin.later if not (programs / name).is_file()]
+    if absent:
+        return Finding("llama.cpp", FAILURE, f"{', '.join(absent)} not built yet", "run `pipeline setup`")
+    answer = subprocess.run([programs / "llama-server", "--version"], capture_output=True, text=True, check=False)
+    if answer.returncode:
+        words = f"llama-server does not start: {answer.stderr.strip()[:200] or answer.returncode}"
+        return Finding("llama.cpp", FAILURE, words, f"delete {programs.parent} and run `pipeline setup`")
+    return Finding("llama.cpp", OK, f"{pin.commit}, {programs}")
+
+
+def _packaged_base() -> Finding:
+    from pipeline.setup import toolchain
+    from pipeline.setup.findings import OK, WARNING, Finding
+
+    wheel = toolchain.packaged_base_wheel()
+    if wheel is None:
+        return Finding("packaged model", WARNING, "not fetched: the example cannot run", "run `pipeline setup`")
+    return Finding("packaged model", OK, str(wheel))
+
+
+def _ollama() -> Finding:
+    """The Ollama that `deploy` would take, by its own rule."""
+    from pipeline.errors import UserError
+    from pipeline.ollama.client import Client
+    from pipeline.ollama.server import find_ollama, program_version
+    from pipeline.ollama.target import usual_host
+    from pipeline.setup.findings import FAILURE, OK, WARNING, Finding
+
+    try:
+        with Client(usual_host()) as client:
+            return Finding("Ollama", OK, f"{client.version}, running at {client.host}")
+    except UserError:
+        pass  # none is running there: one is started for the run
+    try:
+        program = find_ollama()
+    except UserError as error:
+        return Finding("Ollama", FAILURE, str(error))
+    if program is None:
+        return Finding(
+            "Ollama",
+            WARNING,
+            "none: all the rest works, and `deploy` says what to type elsewhere",
+            "install Go and run `pipeline setup`, or install Ollama",
+        )
+    return Finding("Ollama", OK, f"{program_version(program)}, {program}, started for the run")
+
+
+def _disks(config: Path | None) -> Iterator[Finding]:
+    import os
+
+    from pipeline.resources import cache_folder
+    from pipeline.setup import libraries, machine
+    from pipeline.setup.command import plan
+
+    parts, _ = plan(dev=False, say_own=False)
+    needs = {cache_folder(): sum(part.space for part in parts if not part.done)}
+    yield from machine.space(needs, "set-up")
+    environment = libraries.this_environment()
+    missing = libraries.differences(libraries.locked(), environment, libraries.AUTO)
+    yield from machine.space({environment.prefix: libraries.space_for(missing)}, "set-up")
+    hub = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface") / "hub")
+    yield from machine.space({hub.expanduser(): 0}, "a model from a hub")
+    path = config or Path("pipeline.toml")
+    path = path / "pipeline.toml" if path.is_dir() else path
+    if config is not None or path.is_file():
+        from pipeline.config import load_config
+
+        settings, _ = load_config(path)
+        yield from machine.space({settings.run_folder: machine.LEAST_FOR_A_RUN}, "a run of the example's size")

@@ -1,0 +1,91 @@
+"""`make lock`: resolve requirements.lock anew, and the few packages that set-up itself stands on with it.
+
+    python -m pipeline.setup.lock
+
+What the project asks for stands in pyproject.toml; [tool.uv] there says how it is resolved, and is read here alone.
+"""
+
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from pipeline.errors import PipelineError, UserError
+from pipeline.processes import run
+from pipeline.resources import checkout
+from pipeline.setup.indexes import uv_environment
+from pipeline.setup.libraries import read_lock
+
+_BOOTSTRAP = ("packaging", "uv")
+_HEADER = """\
+# What set-up itself stands on, and all that pip installs: uv, which installs the rest, and what reads its markers.
+# `make lock` writes this file; its versions are those of requirements.lock.
+"""
+
+
+def lock(root: Path) -> list[str]:
+    """Write both locks of a checkout.
+
+    Returns:
+        What changed, a line a package: "certifi 2026.10.18 -> 2026.11.2".
+
+    Raises:
+        PipelineError: no versions fit together, or the network cannot be reached; nothing is changed then.
+    """
+    from uv import find_uv_bin
+
+    target, bootstrap = root / "requirements.lock", root / "third_party" / "bootstrap.lock"
+    before = target.read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(root / "pyproject.toml", folder)
+        command = [
+            *(find_uv_bin(), "pip", "compile", "pyproject.toml", "--quiet", "--upgrade", "--all-extras", "--universal"),
+            *("--python-version", "3.11", "--generate-hashes", "--no-annotate", "--no-emit-index-url"),
+            *("--no-emit-find-links", "--custom-compile-command", "make lock", "-o", "new.lock"),
+        ]
+        # The configuration is read for once: the checkout's own, which is the one in this folder.
+        variables = {**uv_environment(), "UV_NO_CONFIG": None, "UV_CONFIG_FILE": None, "XDG_CONFIG_HOME": folder}
+        run(command, "resolving requirements.lock", cwd=Path(folder), env=variables)
+        after = (Path(folder) / "new.lock").read_text(encoding="utf-8")
+    named = {pin.name: pin for pin in read_lock(after)}
+    first = "".join(re.sub(r" ; [^\\\n]*", " ", named[name].text, count=1) for name in _BOOTSTRAP)
+    target.write_text(after, encoding="utf-8")
+    bootstrap.write_text(_HEADER + first.replace("  \\", " \\"), encoding="utf-8")
+    return changes(before, after)
+
+
+def changes(before: str, after: str) -> list[str]:
+    """The packages whose versions differ between two locks, in words."""
+    versions: list[dict[str, list[str]]] = []
+    for text in (before, after):
+        found: dict[str, list[str]] = {}
+        for pin in read_lock(text):  # a package may have a version for older and one for newer Pythons
+            found.setdefault(pin.name, []).append(pin.version)
+        versions.append(found)
+    old, new = versions
+    return [
+        f"{name} {' and '.join(old.get(name, ['(new)']))} -> {' and '.join(new.get(name, ['(gone)']))}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+
+
+def main() -> int:
+    """The command: 0 done, else the error's status."""
+    root = checkout()
+    try:
+        if root is None:
+            raise UserError("the lock is made in a checkout, and this is an installed wheel")
+        found = lock(root)
+    except PipelineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    print("\n".join(found) or "nothing changed")
+    if found:
+        print("`make setup` installs it; run `make test`, and commit both locks with what changed")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
