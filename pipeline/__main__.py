@@ -6,25 +6,26 @@ import sys
 
 
 def main() -> None:
-    """Start the command line; where its own libraries are missing or broken, have `pipeline setup` mend them first."""
+    """Start the command line. Where its own libraries are missing or broken, `pipeline setup` mends them first."""
     try:
         from pipeline.cli import main as command_line
+
+        command_line()
     except Exception as error:
         if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "pipeline":
             raise  # a fault of this program
+        loaded = "command_line" in locals()
+        if loaded and not (isinstance(error, ImportError) and sys.argv[1:2] == ["setup"]):
+            raise
         if sys.argv[1:2] != ["setup"] or "PIPELINE_MENDED" in os.environ:
-            print(
-                f"error: the libraries of the command line cannot be loaded ({type(error).__name__}: {error}): run "
-                "`pipeline setup`",
-                file=sys.stderr,
-            )
+            words = f"the libraries of the command line cannot be loaded ({type(error).__name__}: {error})"
+            print(f"error: {words}: run `pipeline setup`", file=sys.stderr)
             sys.exit(1)
-        status = subprocess.run([sys.executable, "-m", "pipeline.setup.libraries"], check=False).returncode
-        if status:
+        mend = [sys.executable, "-m", "pipeline.setup.libraries"]
+        if status := subprocess.run(mend, check=False).returncode:
             sys.exit(status)
         environment = {**os.environ, "PIPELINE_MENDED": "1"}
         os.execve(sys.executable, [sys.executable, "-m", "pipeline", *sys.argv[1:]], environment)  # noqa: S606
-    command_line()
 
 
 if __name__ == "__main__":

@@ -81,8 +81,8 @@ class Commands(click.Group):
             click.echo(f"error: {what if full_disk(error) else error}", err=True)
             context.exit(2 if error.errno == errno.ENAMETOOLONG else 1)  # only who gives a command gives such a name
         except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] == "pipeline":
-                raise
+            if (error.name or "").partition(".")[0] == "pipeline" or context.invoked_subcommand == "setup":
+                raise  # a fault of this program; or what set-up itself mends
             click.echo(f"error: the library {error.name} is missing: run `pipeline setup`", err=True)
             context.exit(1)
 

@@ -148,16 +148,18 @@ def _disks(config: Path | None) -> Iterator[Finding]:
 
     parts, _ = plan(dev=False, say_own=False)
     needs = {cache_folder(): sum(part.space for part in parts if not part.done)}
-    yield from machine.space(needs, "set-up")
+    yield from machine.space(needs, "set-up", "disk of the cache")
     environment = libraries.this_environment()
     missing = libraries.differences(libraries.locked(), environment, libraries.AUTO)
-    yield from machine.space({environment.prefix: libraries.space_for(missing)}, "set-up")
+    yield from machine.space({environment.prefix: libraries.space_for(missing)}, "set-up", "disk of the libraries")
     hub = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface") / "hub")
-    yield from machine.space({hub.expanduser(): 0}, "a model from a hub")
+    yield from machine.space({hub.expanduser(): 0}, "a model from a hub", "disk of the hub")
     path = config or Path("pipeline.toml")
     path = path / "pipeline.toml" if path.is_dir() else path
     if config is not None or path.is_file():
         from pipeline.config import load_config
 
         settings, _ = load_config(path)
-        yield from machine.space({settings.run_folder: machine.LEAST_FOR_A_RUN}, "a run of the example's size")
+        yield from machine.space(
+            {settings.run_folder: machine.LEAST_FOR_A_RUN}, "a run of the example's size", "disk of the run"
+        )

@@ -25,8 +25,12 @@ def resource(name: str) -> Path:
 
 def checkout() -> Path | None:
     """The folder of the checkout that this program runs from; None where it is an installed wheel."""
-    root = _PACKAGE.parent
-    return root if (root / "pyproject.toml").is_file() and (root / "requirements.lock").is_file() else None
+    return _PACKAGE.parent if checkout_at(_PACKAGE.parent) else None
+
+
+def checkout_at(folder: Path) -> bool:
+    """Whether a folder is a checkout of this program."""
+    return all((folder / name).is_file() for name in ("pyproject.toml", "requirements.lock", "pipeline/__init__.py"))
 
 
 def expanded(path: str | Path, source: str) -> Path:

@@ -1,8 +1,9 @@
 """What the files of tests share: fixtures, and how the tests are shared out to processes."""
 
+import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +35,20 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("a small file system cannot be mounted here: a full disk was not tested")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture
+def without(tmp_path: Path) -> Callable[..., str]:
+    """A PATH on which everything is found but the programs named."""
+
+    def path(*names: str) -> str:
+        folder = tmp_path / f"path-without-{'-'.join(names)}"
+        folder.mkdir()
+        for place in reversed(os.environ["PATH"].split(os.pathsep)):
+            for program in Path(place).iterdir() if Path(place).is_dir() else ():
+                hidden = any(re.fullmatch(rf"{re.escape(name)}(-?[\d.]+)?", program.name) for name in names)
+                if not hidden and not (folder / program.name).is_symlink():
+                    (folder / program.name).symlink_to(program)
+        return str(folder)
+
+    return path

@@ -2,6 +2,7 @@
 
 import os
 import platform
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -36,16 +37,15 @@ def provenance() -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """The processor, its cores, the memory in bytes, and the names of the CUDA devices' driver if there is one."""
-    import psutil
-
+    """The system, its cores, the memory in bytes, and the GPUs that a program may use."""
     from pipeline.setup import gpu
+    from pipeline.setup.machine import memory_bytes
 
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "gpu": gpu.memory() is not None,
+        "memory_bytes": memory_bytes(),
+        "gpus": [asdict(card) for card in gpu.gpus().cards],
     }
 
 

@@ -5,9 +5,9 @@ Everything else that could change what is installed (constraints, overrides, dat
 user) is kept from it: the lock alone says what is installed.
 """
 
+import ast
 import os
 import re
-import shlex
 import subprocess
 import sys
 import tomllib
@@ -74,7 +74,10 @@ def _from_pip() -> dict[str, str]:
         section, _, name = key.rpartition(".")
         if section not in ("global", "install", ":env:"):
             continue
-        words = " ".join(shlex.split(value)).split()
+        try:
+            words = str(ast.literal_eval(value)).split()  # pip writes it as Python does
+        except (ValueError, SyntaxError):
+            continue
         if name == "no-index" and words in (["1"], ["true"], ["yes"]):
             found["UV_NO_INDEX"] = "1"
         elif variable := _OF_PIP.get(name):

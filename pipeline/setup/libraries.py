@@ -12,6 +12,7 @@ its CPU build.
 """
 
 import argparse
+import csv
 import json
 import os
 import re
@@ -19,7 +20,7 @@ import shutil
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -28,7 +29,7 @@ from urllib.request import url2pathname
 from pipeline.console import say, use_plain_text
 from pipeline.errors import PipelineError
 from pipeline.processes import disk_errors, exclusive, run
-from pipeline.resources import checkout, resource
+from pipeline.resources import checkout, checkout_at, resource
 from pipeline.setup import gpu, machine
 from pipeline.setup.findings import FAILURE, OK, WARNING, Finding, require
 from pipeline.setup.indexes import uv_environment
@@ -88,7 +89,7 @@ def applicable(lock: list[Requirement]) -> list[Requirement]:
 
 @dataclass(frozen=True)
 class Installed:
-    """A package in an environment: `finished` is whether its installation came to its end."""
+    """A package in an environment: `finished` is whether its installation came to its end and its files are there."""
 
     name: str
     version: str
@@ -115,7 +116,14 @@ class Environment:
                 name, _, version = info.name.removesuffix(".dist-info").partition("-")
                 # Installers write these two when everything else is in place.
                 finished = (info / "INSTALLER").is_file() and (info / "RECORD").is_file()
-                yield Installed(_normal(name), version, info, finished)
+                yield Installed(_normal(name), version, info, finished and not _lacks_files(info))
+
+
+def _lacks_files(info: Path) -> bool:
+    """Whether a file that a package's RECORD names is not there."""
+    with (info / "RECORD").open(encoding="utf-8", newline="") as record:
+        names = (row[0] for row in csv.reader(record) if row and not row[0].endswith(".pyc"))
+        return not all(os.path.lexists(os.path.join(info.parent, name)) for name in names)  # noqa: PTH118 (speed)
 
 
 def this_environment() -> Environment:
@@ -164,7 +172,7 @@ def look() -> Finding:
     absent = [name for name, version in wrong.items() if version is None]
     remedy = "run `pipeline setup`"
     if absent:
-        words = f"{len(absent)} missing: {_some(absent)}"
+        words = f"{len(absent)} missing or broken: {_some(absent)}"
         return Finding("libraries", FAILURE, words, remedy)
     if wrong:
         pins = {pin.name: pin.version for pin in applicable(locked())}
@@ -226,10 +234,13 @@ def bring_up_to_date(choice: str = AUTO) -> bool:
 def _bootstrap(environment: Environment) -> bool:
     """Have pip install what this module itself needs."""
     lock_file = resource("third_party/bootstrap.lock")
+    pins = read_lock(lock_file.read_text(encoding="utf-8"))
     there = {(package.name, package.version) for package in environment.installed() if package.finished}
-    if all((_normal(pin.name), pin.version) in there for pin in read_lock(lock_file.read_text(encoding="utf-8"))):
+    if all((_normal(pin.name), pin.version) in there for pin in pins):
         return False
-    options = ["--disable-pip-version-check", "--no-input", "install", "--quiet", "--no-deps", "--only-binary=:all:"]
+    _forget_halves(environment, [pin.name for pin in pins])
+    options = ["--disable-pip-version-check", "--no-input", "install", "--quiet", "--no-deps", "--force-reinstall"]
+    options.append("--only-binary=:all:")
     run(
         [environment.python, "-m", "pip", *options, "--require-hashes", "-r", lock_file],
         "fetching uv",
@@ -254,6 +265,10 @@ def install(lock_file: Path, environment: Environment, torch: str) -> None:
     """
     lock = read_lock(lock_file.read_text(encoding="utf-8"))
     variables = uv_environment()
+    wrong = differences(lock, environment, torch)
+    if "torch" not in wrong:  # the build that is there stays
+        _install("".join(pin.text for pin in lock if pin.name in wrong), environment, variables)
+        return
     chosen = None if torch == CUDA else _cpu_build_if_offered(lock, environment, variables, required=torch == CPU)
     rest = with_cpu_build(lock, chosen) if chosen is not None else with_ordinary_build(lock)
     _install(rest, environment, variables)
@@ -264,15 +279,26 @@ def install(lock_file: Path, environment: Environment, torch: str) -> None:
 
 def _install(text: str, environment: Environment, variables: dict[str, str | None]) -> None:
     """Install the packages of a lock, each only if a file with one of its hashes is to be had."""
-    wanted = {_normal(pin.name) for pin in read_lock(text)}
-    halves = [package for package in environment.installed() if not package.finished and package.name in wanted]
+    halves = _forget_halves(environment, [pin.name for pin in read_lock(text)])
     lock_file = environment.prefix / "requirements.installed.lock"
     with disk_errors(environment.prefix):
-        for package in halves:  # without a record of its files nothing can remove them: they are written over
-            shutil.rmtree(package.folder)
         lock_file.write_text(text, encoding="utf-8")
-    again = [word for package in halves for word in ("--reinstall-package", package.name)]
+    again = [word for name in halves for word in ("--reinstall-package", name)]
     _uv_install(["--require-hashes", "-r", str(lock_file), *again], environment, variables)
+
+
+def _forget_halves(environment: Environment, names: Iterable[str]) -> list[str]:
+    """Remove what tells that these packages are there, where that is not so: then their files are written over.
+
+    Returns:
+        The names of those that were broken.
+    """
+    wanted = {_normal(name) for name in names}
+    halves = [package for package in environment.installed() if not package.finished and package.name in wanted]
+    with disk_errors(environment.prefix):
+        for package in halves:
+            shutil.rmtree(package.folder)
+    return [package.name for package in halves]
 
 
 def _uv_install(what: list[str], environment: Environment, variables: dict[str, str | None]) -> None:
@@ -292,7 +318,9 @@ def _uv_install(what: list[str], environment: Environment, variables: dict[str, 
 
 _ANY_INDEX = ("--index-strategy", "unsafe-best-match")
 _WRONG_HASH = "a package is not the one that the lock names (wrong hash); it was not installed"
-_NOT_OFFERED = re.compile(r"no matching distribution|no solution found|was not found in the (provided )?package", re.I)
+_NOT_OFFERED = re.compile(
+    r"no matching distribution|there is no version of|was not found in the (provided )?package", re.I
+)
 _NO_INDEX = (
     "the package indexes and folders that pip and uv are configured for cannot be reached, or do not have a locked "
     "package"
@@ -300,19 +328,24 @@ _NO_INDEX = (
 
 
 def _program_is_missing(environment: Environment) -> bool:
-    """Whether this is a checkout, and its environment does not run this checkout."""
+    """Whether this is a checkout, and its environment does not run this checkout.
+
+    An environment that lies elsewhere may be another checkout's, which it then stays.
+    """
     root = checkout()
     if root is None:
         return False
     for package in environment.installed():
         if package.name == _THIS_PROGRAM and package.finished:
             try:
-                origin = json.loads((package.folder / "direct_url.json").read_text(encoding="utf-8"))
-            except (OSError, ValueError):
+                url = json.loads((package.folder / "direct_url.json").read_text(encoding="utf-8"))["url"]
+                entry = (package.folder / "entry_points.txt").read_text(encoding="utf-8")
+            except (OSError, ValueError, KeyError):
                 return True
-            here = url2pathname(urlsplit(origin.get("url", "")).path) == str(root)
-            entry = (package.folder / "entry_points.txt").read_text(encoding="utf-8")
-            return not (here and "pipeline.__main__:main" in entry and (environment.prefix / "bin/pipeline").is_file())
+            origin = Path(url2pathname(urlsplit(url).path))
+            if origin != root:
+                return environment.prefix.is_relative_to(root) or not checkout_at(origin)
+            return "pipeline.__main__:main" not in entry or not (environment.prefix / "bin" / "pipeline").is_file()
     return True
 
 
@@ -418,9 +451,10 @@ def main() -> int:
     """The command: 0 done, else the error's status."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.setup.libraries", description=__doc__.split("\n")[0])
     parser.add_argument("--torch", choices=(AUTO, CPU, CUDA), default=AUTO, help="which build of torch")
+    given = parser.parse_args()
     use_plain_text()  # rich may be replaced under this process
     try:
-        bring_up_to_date(parser.parse_args().torch)
+        bring_up_to_date(given.torch)
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status

@@ -76,12 +76,13 @@ def require_compilers() -> None:
     require(compilers(), "llama.cpp cannot be built here")
 
 
-def space(needs: Mapping[Path, float], what: str) -> Iterator[Finding]:
+def space(needs: Mapping[Path, float], what: str, subject: str = "disk") -> Iterator[Finding]:
     """The free space of every disk that something is to be written to.
 
     Args:
         needs: bytes that will be written, by folder. Folders on one disk are added up.
         what: what needs it, e.g. "set-up".
+        subject: what the findings are called.
     """
     totals: dict[int, tuple[list[Path], float]] = {}
     for folder, size in needs.items():
@@ -93,13 +94,13 @@ def space(needs: Mapping[Path, float], what: str) -> Iterator[Finding]:
         where = ", ".join(str(folder) for folder in folders)
         if free < size:
             yield Finding(
-                "disk",
+                subject,
                 FAILURE,
                 f"{where}: {what} needs about {size / GIB:.1f} GiB on this disk, {free / GIB:.1f} are free",
                 "free some space, or set PIPELINE_CACHE to a folder on another disk",
             )
         else:
-            yield Finding("disk", OK, f"{where}: {free / GIB:.1f} GiB free, {what} needs {size / GIB:.1f}")
+            yield Finding(subject, OK, f"{where}: {free / GIB:.1f} GiB free, {what} needs {size / GIB:.1f}")
 
 
 def require_space(needs: Mapping[Path, float]) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.quantizer import quantization_type
-from pipeline.resources import resource
-from pipeline.setup.libraries import applicable, read_lock
+from pipeline.setup import gpu, libraries
+from pipeline.setup.findings import OK, WARNING, Finding
+from pipeline.setup.machine import existing, memory_bytes
 from pipeline.verify.result import Claim, Result
 
 _DISK = Claim("machine.disk", "base", "the disk holds what every stage will write")
@@ -20,8 +20,7 @@ _MEMORY = Claim("machine.memory", "base", "the merge fits into the memory")
 _FLOAT32 = Claim("machine.float32", "base", "the model fits into the memory in float32, which the proof is computed in")
 _GPU = Claim("machine.gpu", "base", "the base fits into the GPU's memory")
 _VERSIONS = Claim("machine.versions", "base", "the libraries are those of requirements.lock")
-# Whose versions decide whether the pieces fit together.
-_LIBRARIES = ("unsloth", "unsloth-zoo", "torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "gguf")
+_TRAINING_GPU = "what training on a GPU needs is there"
 
 
 def check(config: Config, run_folder: Path, parameters: int, gpu_bytes: int | None) -> Iterator[Result]:
@@ -33,14 +32,12 @@ def check(config: Config, run_folder: Path, parameters: int, gpu_bytes: int | No
         parameters: weights of the base.
         gpu_bytes: memory of the CUDA device; None without one.
     """
-    import psutil
-
     needs = disk_needs(config, parameters)
     words = ", ".join(f"{what} {size / 1e9:.1f} GB" for what, size in needs.items())
-    free = shutil.disk_usage(_existing(run_folder)).free
+    free = shutil.disk_usage(existing(run_folder)).free
     yield _bytes(_DISK, sum(needs.values()), free, f"{words}; free some space, or choose another folder (run.folder)")
 
-    memory = psutil.virtual_memory().total
+    memory = memory_bytes()
     # In the stored type: the weights, one matrix more, and those of before they were dequantized.
     copies = 2.3 if config.train.load_in_4bit and config.merge.base != "16bit" else 1.3
     yield _bytes(_MEMORY, int(copies * 2 * parameters), memory, "take a smaller base or a larger machine")
@@ -55,7 +52,11 @@ def check(config: Config, run_folder: Path, parameters: int, gpu_bytes: int | No
         # The adapter's optimizer and the activations come on top.
         needed = config.train.bytes_per_weight * parameters + 2**30
         yield _bytes(_GPU, int(needed), gpu_bytes, "take a smaller base or a larger GPU")
-    yield _versions()
+    environment = libraries.this_environment()
+    torch = next((package.version for package in environment.installed() if package.name == "torch"), None)
+    for finding in gpu.look(gpu.gpus(), libraries.locked_cuda(), torch):
+        yield _judged(Claim(f"machine.{finding.subject.lower().replace(' ', '_')}", "base", _TRAINING_GPU), finding)
+    yield _judged(_VERSIONS, libraries.look())
 
 
 def disk_needs(config: Config, parameters: int) -> dict[str, int]:
@@ -93,22 +94,8 @@ def _bytes(claim: Claim, needed: int, there: int, remedy: str = "") -> Result:
     return claim.holds(needed <= there, words, f"{needed / 1e9:.2f} GB", f"at most {there / 1e9:.1f} GB")
 
 
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there."""
-    return next(path for path in (folder, *folder.parents) if path.exists())
-
-
-def _versions() -> Result:
-    """Other versions may work as well: they are named, and no reason to stop."""
-    locked = {pin.name: pin.version for pin in applicable(read_lock(resource("requirements.lock").read_text("utf-8")))}
-    differing = []
-    for name in _LIBRARIES:
-        try:
-            found = version(name).partition("+")[0]
-        except PackageNotFoundError:
-            return _VERSIONS.holds(False, f"{name} is not installed: run `pipeline setup`")
-        if found != locked.get(name, found):
-            differing.append(f"{name} is {found}, tested was {locked[name]}")
-    if differing:
-        return _VERSIONS.not_run("; ".join(differing))
-    return _VERSIONS.holds(True, figure=f"{len(_LIBRARIES)} as locked")
+def _judged(claim: Claim, finding: Finding) -> Result:
+    """What set-up and `pipeline doctor` would say of the machine, as a check."""
+    if finding.state == WARNING:
+        return claim.not_run(finding.sentence)
+    return claim.holds(finding.state == OK, finding.sentence, finding.found)

@@ -1,0 +1,99 @@
+"""The locks: complete, with hashes, for every Python; and what changes when they are made anew."""
+
+import hashlib
+import tomllib
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, requires
+from pathlib import Path
+
+import pytest
+from packaging.markers import Marker
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from pipeline.errors import PipelineError
+from pipeline.setup import libraries
+from pipeline.setup.pins import load_pins, pins
+
+ROOT = Path(__file__).parents[2]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+LOCK_TEXT = (ROOT / "requirements.lock").read_text()
+LOCK = libraries.read_lock(LOCK_TEXT)
+
+
+def environment_of(python: str) -> dict[str, str]:
+    return {
+        "python_full_version": f"{python}.0",
+        "python_version": python,
+        "sys_platform": "linux",
+        "extra": "",
+    }
+
+
+def wanted_requirements() -> list[Requirement]:
+    project = PYPROJECT["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    return [Requirement(text) for group in groups for text in group]
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
+def test_lock_satisfies_every_requirement_of_the_project(python: str) -> None:
+    place = environment_of(python)
+    locked = {canonicalize_name(pin.name): pin.version for pin in LOCK if Marker(pin.marker).evaluate(place)}
+    wrong = [
+        str(wanted)
+        for wanted in wanted_requirements()
+        if not wanted.specifier.contains(locked.get(canonicalize_name(wanted.name), "0"), prereleases=True)
+    ]
+    assert not wrong, f"requirements.lock is behind pyproject.toml; its second line says how it is made: {wrong}"
+
+
+def test_lock_is_complete_for_what_its_packages_require() -> None:
+    options = PYPROJECT["tool"]["uv"]
+    free = {canonicalize_name(Requirement(text).name) for text in options["override-dependencies"]}
+    absent = {canonicalize_name(name) for name in options["exclude-dependencies"]}
+    locked = {canonicalize_name(pin.name): pin.version for pin in libraries.applicable(LOCK)}
+    wrong = []
+    for name in locked:
+        try:
+            needs = [Requirement(text) for text in requires(name) or ()]
+        except PackageNotFoundError:
+            continue  # torch's CPU build is here, which needs no CUDA library
+        for need in needs:
+            wanted = canonicalize_name(need.name)
+            if wanted in free | absent or (need.marker and not need.marker.evaluate({"extra": ""})):
+                continue
+            if not need.specifier.contains(locked.get(wanted, "0"), prereleases=True):
+                wrong.append(f"{name} wants {need}, locked is {locked.get(wanted)}")
+    assert not wrong
+    assert not absent & set(locked)
+
+
+def test_lock_has_hashes_and_names_no_host() -> None:
+    assert all("--hash=sha256:" in pin.text for pin in LOCK)
+    assert "://" not in LOCK_TEXT
+    # Wheels for more than one Python and processor.
+    torch = next(pin for pin in LOCK if pin.name == "torch")
+    assert torch.text.count("--hash=") >= 8
+
+
+def test_lock_is_refused_where_it_has_nothing() -> None:
+    elsewhere = [replace(pin, marker="sys_platform == 'win32'") for pin in LOCK[:3]]
+    with pytest.raises(PipelineError, match=r"has nothing for Python 3\.\d+"):
+        libraries.applicable(elsewhere)
+
+
+def test_pins_and_code_name_no_host() -> None:
+    for path in [
+        ROOT / "third_party" / "pins.toml",
+        ROOT / "Makefile",
+        *(ROOT / "pipeline" / "setup").glob("*.py"),
+    ]:
+        assert "://" not in path.read_text(), path
+
+
+def test_pins_in_force_are_in_the_manifest_form() -> None:
+    known = pins()
+    assert known["llama.cpp"]["sha256"] == load_pins().llama_cpp.sha256
+    assert known["requirements.lock"]["sha256"] == hashlib.sha256(LOCK_TEXT.encode()).hexdigest()
+    assert set(known) == {"requirements.lock", "llama.cpp", "ollama", "packaged base"}

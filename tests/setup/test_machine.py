@@ -1,0 +1,55 @@
+"""Disks that are too full, a cache that cannot be written."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.packages import make_source
+
+from pipeline.errors import PipelineError, UserError
+from pipeline.processes import exclusive, run
+from pipeline.resources import cache_folder
+from pipeline.setup import machine, toolchain
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    machine.require_space({tmp_path: 1.0, tmp_path / "not" / "there": 1.0})
+    free = shutil.disk_usage(tmp_path).free
+    with pytest.raises(PipelineError, match=r"needs about [\d.,]+ GiB on this disk, [\d.]+ are free"):
+        # Each half would fit.
+        machine.require_space({tmp_path: 0.9 * free, tmp_path / "not" / "there": 0.9 * free})
+
+
+def test_disk_that_fills_while_unpacking_is_one_message(wheels: Path, tmp_path: Path) -> None:
+    make_source(wheels, {"vendor/tiny/keep/big": "x" * 1_000_000})
+    code = (
+        "import resource, sys; from pathlib import Path; from pipeline.setup.fetch import unpack\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        f"archive, tree = Path({str(wheels / 'tiny_tools-1.0.tar.gz')!r}), Path({str(tmp_path / 'tree')!r})\n"
+        "unpack(archive, tree, lambda path: path)\n"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert answer.stderr.splitlines()[-1].startswith("pipeline.errors.PipelineError: ")
+    assert "the disk is full; free some space" in answer.stderr.splitlines()[-1]
+
+
+def test_disk_that_fills_in_a_program_is_one_message(cache: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    code = "import sys; open('/dev/full', 'w').write('x' * 100_000)"
+    with pytest.raises(PipelineError, match="testing: the disk is full"):
+        run([sys.executable, "-c", code], "testing")
+
+
+def test_cache_that_cannot_be_written_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("PIPELINE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(PipelineError, match=r"PIPELINE_CACHE"), exclusive(toolchain.downloads() / "lock"):
+        pass
+    monkeypatch.setenv("PIPELINE_CACHE", "~no-such-user/cache")
+    with pytest.raises(UserError, match="PIPELINE_CACHE: ~no-such-user/cache: the home folder of this user"):
+        cache_folder()
