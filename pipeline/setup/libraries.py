@@ -109,14 +109,20 @@ class Environment:
         return self.prefix / "bin" / "python"
 
     def installed(self) -> Iterator[Installed]:
-        """Every package in it. One name twice is what a broken installation leaves."""
+        """Every package in it."""
         bases = {"base": str(self.prefix), "platbase": str(self.prefix)}
-        for folder in {sysconfig.get_path(kind, "venv", vars=bases) for kind in ("purelib", "platlib")}:
-            for info in Path(folder).glob("*.dist-info"):
-                name, _, version = info.name.removesuffix(".dist-info").partition("-")
-                # Installers write these two when everything else is in place.
-                finished = (info / "INSTALLER").is_file() and (info / "RECORD").is_file()
-                yield Installed(_normal(name), version, info, finished and not _lacks_files(info))
+        folders = {sysconfig.get_path(kind, "venv", vars=bases) for kind in ("purelib", "platlib")}
+        found = [(info, *_name_and_version(info)) for folder in folders for info in Path(folder).glob("*.dist-info")]
+        names = Counter(name for _, name, _ in found)
+        for info, name, version in found:
+            # Installers write these two when everything else is in place; one name twice is half of an upgrade.
+            finished = names[name] == 1 and (info / "INSTALLER").is_file() and (info / "RECORD").is_file()
+            yield Installed(name, version, info, finished and not _lacks_files(info))
+
+
+def _name_and_version(info: Path) -> tuple[str, str]:
+    name, _, version = info.name.removesuffix(".dist-info").partition("-")
+    return _normal(name), version
 
 
 def _lacks_files(info: Path) -> bool:
@@ -142,9 +148,7 @@ def differences(lock: list[Requirement], environment: Environment, torch: str) -
     Returns:
         For each name the version that is there instead; None where there is none, or one that is broken.
     """
-    there = list(environment.installed())
-    counts = Counter(package.name for package in there)
-    whole = {package.name: package.version for package in there if package.finished and counts[package.name] == 1}
+    whole = {package.name: package.version for package in environment.installed() if package.finished}
     pins = applicable(lock)
     cpu_build = next((f"{pin.version}+cpu" for pin in pins if pin.name == "torch"), None)
     has_cpu_build = cpu_build is not None and whole.get("torch") == cpu_build

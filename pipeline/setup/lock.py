@@ -46,7 +46,8 @@ def lock(root: Path) -> list[str]:
         ]
         # The configuration is read for once: the checkout's own, which is the one in this folder.
         variables = {**uv_environment(), "UV_NO_CONFIG": None, "UV_CONFIG_FILE": None, "XDG_CONFIG_HOME": folder}
-        run(command, "resolving requirements.lock", cwd=Path(folder), env=variables)
+        no_solution = (re.compile(r"cause: "), "no versions fit together; pyproject.toml says what is asked for")
+        run(command, "resolving requirements.lock", cwd=Path(folder), env=variables, explain=[no_solution])
         after = (Path(folder) / "new.lock").read_text(encoding="utf-8")
     named = {pin.name: pin for pin in read_lock(after)}
     first = "".join(re.sub(r" ; [^\\\n]*", " ", named[name].text, count=1) for name in _BOOTSTRAP)

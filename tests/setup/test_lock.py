@@ -1,6 +1,8 @@
 """The locks: complete, with hashes, for every Python; and what changes when they are made anew."""
 
 import hashlib
+import re
+import shutil
 import tomllib
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, requires
@@ -13,6 +15,7 @@ from packaging.utils import canonicalize_name
 
 from pipeline.errors import PipelineError
 from pipeline.setup import libraries
+from pipeline.setup.lock import changes, lock
 from pipeline.setup.pins import load_pins, pins
 
 ROOT = Path(__file__).parents[2]
@@ -97,3 +100,50 @@ def test_pins_in_force_are_in_the_manifest_form() -> None:
     assert known["llama.cpp"]["sha256"] == load_pins().llama_cpp.sha256
     assert known["requirements.lock"]["sha256"] == hashlib.sha256(LOCK_TEXT.encode()).hexdigest()
     assert set(known) == {"requirements.lock", "llama.cpp", "ollama", "packaged base"}
+
+
+def test_bootstrap_lock_is_of_the_versions_and_hashes_of_the_lock() -> None:
+    whole = {pin.name: pin for pin in LOCK}
+    first = libraries.read_lock((ROOT / "third_party" / "bootstrap.lock").read_text())
+    assert {pin.name for pin in first} == {"packaging", "uv"}
+    for pin in first:
+        assert pin.version == whole[pin.name].version
+        assert re.findall(r"sha256:\w+", pin.text) == re.findall(r"sha256:\w+", whole[pin.name].text)
+
+
+def test_what_changed_is_told_by_package() -> None:
+    before = "one==1.0 \\\n    --hash=sha256:0\ntwo==2.0 \\\n    --hash=sha256:0\nsame==1 \\\n    --hash=sha256:0\n"
+    after = "one==1.1 \\\n    --hash=sha256:1\nthree==3.0 \\\n    --hash=sha256:0\nsame==1 \\\n    --hash=sha256:0\n"
+    assert changes(before, after) == ["one 1.0 -> 1.1", "three (new) -> 3.0", "two 2.0 -> (gone)"]
+    assert changes(before, before) == []
+
+
+@pytest.mark.usefixtures("index")
+def test_lock_is_made_anew_and_says_what_changed(tmp_path: Path) -> None:
+    (tmp_path / "third_party").mkdir()
+    for name in ("pyproject.toml", "requirements.lock", "third_party/bootstrap.lock"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    older = LOCK_TEXT.replace("\nclick==", "\nclick==0.0.1+was.")
+    (tmp_path / "requirements.lock").write_text(older)
+    found = lock(tmp_path)
+    assert any(line.startswith("click 0.0.1+was.") for line in found)
+    text = (tmp_path / "requirements.lock").read_text()
+    assert "://" not in text
+    assert "make lock" in text.splitlines()[1]
+    made = {pin.name: pin.version for pin in libraries.read_lock(text)}
+    # What the project pins is as it was; all of it has hashes, and set-up's own first packages are of it.
+    assert made["unsloth"] == next(pin.version for pin in LOCK if pin.name == "unsloth")
+    assert all("--hash=sha256:" in pin.text for pin in libraries.read_lock(text))
+    for pin in libraries.read_lock((tmp_path / "third_party" / "bootstrap.lock").read_text()):
+        assert pin.version == made[pin.name]
+
+
+def test_lock_that_cannot_be_resolved_changes_nothing(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "requirements.lock").write_text("as it was")
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "x"\nversion = "1"\ndependencies = ["nowhere==1"]\n')
+    monkeypatch.setenv("UV_NO_INDEX", "1")
+    with pytest.raises(PipelineError, match=r"(?s)resolving requirements\.lock.*nowhere"):
+        lock(tmp_path)
+    assert (tmp_path / "requirements.lock").read_text() == "as it was"
