@@ -242,7 +242,7 @@ def status(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 @configured
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: values, sources and meanings.")
 def show_config(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Print the full configuration: every key, its value, its meaning, and where the value came from.
+    """Print every key of the configuration: its value, meaning, and where the value came from.
 
     What is printed is a pipeline.toml itself.
     """
