@@ -8,7 +8,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.14 pyth
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup all test lint lock clean
+.PHONY: help setup all test lint docs lock clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -23,11 +23,15 @@ test: lint ## set up, lint, and run all tests
 	@$(BIN)/pipeline setup --dev
 	@$(BIN)/python -m pytest --numprocesses 2 --no-loadscope-reorder
 
-lint: setup ## ruff, mypy, and the direction of the imports
+lint: setup ## ruff, mypy, the direction of the imports, and whether the documentation is what the code says
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+	@$(BIN)/python -m docs.generate --check
+
+docs: setup ## write the generated parts of the documentation anew
+	@$(BIN)/python -m docs.generate
 
 lock: setup ## resolve requirements.lock anew, and print what changed
 	@$(BIN)/python -m pipeline.setup.lock

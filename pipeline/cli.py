@@ -21,15 +21,24 @@ if TYPE_CHECKING:
 
 # Commands that stand in modules of their own: name -> (module, attribute, help in one line).
 _ELSEWHERE = {
-    "setup": ("pipeline.setup.command", "setup", "Install the locked packages and build llama.cpp and Ollama."),
+    "setup": (
+        "pipeline.setup.command",
+        "setup",
+        "Install the locked Python libraries, and build llama.cpp and Ollama.",
+    ),
     "doctor": ("pipeline.doctor", "doctor", "Show what this machine has and lacks, and what to do about it."),
-    "template": ("pipeline.ollama.commands", "template", "Show how a model's chat template reaches Ollama."),
-    "chat": ("pipeline.ollama.commands", "chat", "Talk to the result, in Ollama or at another rung."),
+    "init": ("pipeline.init", "init", "Write a pipeline.toml and sample rows to start from."),
+    "template": (
+        "pipeline.ollama.commands",
+        "template",
+        "Show how a model's chat template reaches Ollama, and prove it.",
+    ),
+    "chat": ("pipeline.ollama.commands", "chat", "Talk to the result: in Ollama, or at another rung."),
 }
 # The order of the help page is the order of the work.
 _ORDER = (
-    "setup", "doctor", "run", "status", "config", "preflight", "data", "train", "merge", "convert", "quantize",
-    "modelfile", "deploy", "evaluate", "verify", "report", "export", "template", "chat",
+    "setup", "doctor", "init", "run", "status", "config", "preflight", "data", "train", "merge", "convert",
+    "quantize", "modelfile", "deploy", "evaluate", "verify", "report", "export", "template", "chat",
 )  # fmt: skip
 
 
@@ -92,7 +101,8 @@ class Commands(click.Group):
 def main() -> None:
     """Fine-tune a language model with LoRA, and serve in Ollama exactly what was trained.
 
-    CONFIG is a pipeline.toml; without it, the one in this folder. Results are in the run's folder beside it.
+    A run is described by a pipeline.toml, which `pipeline init` writes; its results are in the run's folder beside it.
+
     Exit status: 0 done, 1 the run failed, 2 a mistake in what was given.
     """
 
@@ -102,7 +112,8 @@ def configured(command: Callable[..., None]) -> Callable[..., None]:
     command = click.option(
         "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value, e.g. train.epochs=2."
     )(command)
-    return click.argument("config", type=click.Path(path_type=Path), default="pipeline.toml")(command)
+    words = "A pipeline.toml, or its folder; without it, the one in this folder."
+    return click.argument("config", type=click.Path(path_type=Path), default="pipeline.toml", help=words)(command)
 
 
 def resolved(path: Path, overrides: Sequence[str]) -> tuple[Config, dict[str, str]]:
@@ -126,12 +137,15 @@ def _bring_up_to_date(config: Config, sources: dict[str, str], stages: Sequence[
     graph.run(config, sources, targets, force=force)
 
 
-@main.command()
+@main.command(epilog="Example: pipeline run my/pipeline.toml --set train.epochs=2 --until merge")
 @configured
 @click.option("--until", metavar="STAGE", help="Stop after this stage.")
 @click.option("--no-preflight", is_flag=True, help="Do not try the untouched base first.")
 def run(config: Path, overrides: tuple[str, ...], until: str | None, no_preflight: bool) -> None:
-    """Run every stage that is not up to date."""
+    """Run every stage that is not up to date.
+
+    After an interruption the same command goes on where it was. Exit status 1 if a stage or a check of `verify` failed.
+    """
     from pipeline.errors import UserError
     from pipeline.run import graph
 
@@ -165,11 +179,14 @@ def _say_where(config: Config) -> None:
     say(f"results: {page if page.exists() else config.run_folder}")
 
 
-@main.command()
+@main.command(epilog="Example: pipeline export my/pipeline.toml --quant q4_k_m --quant q8_0")
 @configured
 @click.option("--quant", multiple=True, metavar="TYPE", help="Quantization type; may be repeated.")
 def export(config: Path, overrides: tuple[str, ...], quant: tuple[str, ...]) -> None:
-    """Make the GGUF files and their Modelfiles from the trained adapter."""
+    """Make the GGUF files and their Modelfiles from the trained adapter.
+
+    The commands that create each model in an Ollama by hand are shown at the end.
+    """
     if quant:
         overrides = (*overrides, f"export.quant={json.dumps(list(quant))}")
     settings, sources = resolved(config, overrides)
@@ -183,12 +200,14 @@ def export(config: Path, overrides: tuple[str, ...], quant: tuple[str, ...]) -> 
             say(f"ollama create {name} -f {shlex.quote(str(modelfile))}")
 
 
-@main.command()
-@click.argument("config", type=click.Path(path_type=Path), default="pipeline.toml")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value.")
+@main.command(epilog="Example: pipeline status my/pipeline.toml")
+@configured
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Show every stage, its state and its main figures. CONFIG may also be a run's folder."""
+    """Show every stage, its state and its main figures.
+
+    A stage is fresh, stale (and why) or missing. CONFIG may also be a run's folder.
+    """
     from pipeline.run import graph
 
     if (config / "config.json").is_file():
@@ -220,15 +239,21 @@ def status(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     results().print(table)
 
 
-@main.command("config")
+@main.command("config", epilog="Example: pipeline config my/pipeline.toml --set model.base=my-model-folder")
 @configured
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: values, sources and meanings.")
 def show_config(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Print the full configuration, and where each value came from."""
+    """Print every key of the configuration: its value, meaning, and where the value came from.
+
+    What is printed is a pipeline.toml itself.
+    """
+    from pipeline.config import meanings
+
     settings, sources = resolved(config, overrides)
-    values = settings.model_dump(mode="json")
+    values, meaning = settings.model_dump(mode="json"), meanings()
     if as_json:
-        click.echo(json.dumps({"values": values, "sources": sources}, indent=1, ensure_ascii=False))
+        document = {"values": values, "sources": sources, "meanings": meaning}
+        click.echo(json.dumps(document, indent=1, ensure_ascii=False))
         return
     section = ""
     for key, place in sources.items():
@@ -238,7 +263,7 @@ def show_config(config: Path, overrides: tuple[str, ...], as_json: bool) -> None
             section = table
         value = values[table][name]
         line = f"# {name} = (not set)" if value is None else f"{name} = {_toml(value)}"
-        click.echo(f"{line:<48} # {place}")
+        click.echo(f"{line:<40} # {meaning[key]} [{place}]")
 
 
 def _toml(value: Any) -> str:
@@ -257,9 +282,11 @@ def _stage_command(stage: str, summary: str, extra: Sequence[click.Parameter] = 
         settings, sources = resolved(config, overrides)
         _bring_up_to_date(settings, sources, [stage], force)
 
-    return click.command(stage, help=f"{summary}\n\nWhat it needs from earlier stages is brought up to date first.")(
-        command
-    )
+    return click.command(
+        stage,
+        help=f"{summary}\n\nWhat it needs from earlier stages is brought up to date first.",
+        epilog=f"Example: pipeline {stage} my/pipeline.toml",
+    )(command)
 
 
 _SUMMARIES = {
@@ -276,7 +303,7 @@ for _stage, _summary in _SUMMARIES.items():
     main.add_command(_stage_command(_stage, _summary))
 
 
-@main.command()
+@main.command(epilog="Example: pipeline preflight my/pipeline.toml")
 @configured
 @click.option("--json", "as_json", is_flag=True, help="Print preflight.json.")
 def preflight(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
@@ -300,7 +327,7 @@ def _print_checks(content: dict[str, Any], as_json: bool) -> None:
         show(content)
 
 
-@main.command()
+@main.command(epilog="Example: pipeline deploy my/pipeline.toml --host 127.0.0.1:11434 --name my-model --dry-run")
 @configured
 @click.option("--host", metavar="ADDRESS", help="A running Ollama, e.g. 127.0.0.1:11434.")
 @click.option("--name", metavar="NAME", help="The model's name in Ollama.")
@@ -334,7 +361,7 @@ def deploy(
     _bring_up_to_date(settings, sources, ["deploy"], force)
 
 
-@main.command()
+@main.command(epilog="Example: pipeline verify --hf merged/ --gguf model-Q4_K_M.gguf")
 @configured
 @click.option("--hf", type=click.Path(path_type=Path), metavar="DIR", help="A Hugging Face folder, instead of CONFIG.")
 @click.option("--gguf", type=click.Path(path_type=Path), metavar="FILE", help="The GGUF file that was made from it.")
@@ -352,8 +379,8 @@ def verify(
 ) -> None:
     """Prove every stage against the one before it, and name the first broken one.
 
-    CONFIG is a pipeline.toml: what is needed is brought up to date first. It may also be a run's folder, which is taken
-    as it is. With --hf and --gguf an export of another program is verified, by the checks that need no more than that.
+    What is needed is brought up to date first. CONFIG may also be a run's folder, which is taken as it is. With --hf
+    and --gguf an export of another program is verified, by the checks that need no more than that.
 
     Exit status 1 if a check failed. A check that could not run is shown as such, never as passed.
     """

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from pipeline.errors import UserError
 from pipeline.resources import expanded
@@ -73,7 +74,7 @@ class Lora(Section):
     """The adapter."""
 
     r: int = Field(16, ge=1, le=1024, description="rank")
-    alpha: float | None = Field(None, gt=0, description="scaling numerator; default: the rank")
+    alpha: float | None = Field(None, gt=0, description="scaling numerator")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases are trained")
     target_modules: Literal["minimal", "attention", "all"] | Names = Field(
@@ -132,8 +133,8 @@ class Merge(Section):
 
     base: Literal["auto", "16bit", "dequantized"] = Field(
         "auto",
-        description="the base that the adapter is merged into: as it is stored, the 4-bit one dequantized, or (auto) "
-        "the one on which the held-out loss is lower",
+        description="the base to merge into: as it is stored, the 4-bit one dequantized, or (auto) whichever of them "
+        "gives the lower held-out loss",
     )
 
 
@@ -155,11 +156,13 @@ class Export(Section):
 class Ollama(Section):
     """How the result is served."""
 
-    name: str | None = Field(None, description="the model's name in Ollama; default: the folder of this file")
+    name: str | None = Field(None, description="the model's name in Ollama")
     system: str | None = Field(None, description="default system message")
     template: str = Field("auto", description="auto, go, native, or the path of a Go template")
-    parameters: dict[str, Any] = Field(default_factory=dict, description="PARAMETERs, e.g. temperature = 0")
-    host: str | None = Field(None, description="address of a running Ollama; default: the usual one, else an own one")
+    parameters: dict[str, Any] = Field(
+        default_factory=dict, description="Ollama's PARAMETERs, e.g. { temperature = 0 }"
+    )
+    host: str | None = Field(None, description="address of a running Ollama")
     license: str | None = Field(None, description="licence text or name")
     replace: bool = Field(False, description="replace a model of this name that this run did not make")
 
@@ -168,8 +171,8 @@ class Eval(Section):
     """How answers are judged."""
 
     metric: Literal["json", "text", "none"] = Field("text", description="json: equal objects; text: equal strings")
-    limit: int | None = Field(None, ge=1, description="ask only the first rows of the test data")
-    max_new_tokens: int = Field(256, ge=1, description="longest answer")
+    limit: int | None = Field(None, ge=1, description="how many test questions are asked, the first ones")
+    max_new_tokens: int = Field(256, ge=1, description="longest answer, in tokens")
 
 
 class Verify(Section):
@@ -184,12 +187,8 @@ class Verify(Section):
     divergence_999: float = Field(1e-3, gt=0, description="largest 99.9th percentile of it")
     same_top: float = Field(0.995, ge=0, le=1, description="least share of positions with the same likeliest token")
     lead: float = Field(0.01, gt=0, description="largest lead, in log probability, that a likeliest token may lose")
-    quantized_divergence: float | None = Field(
-        None, gt=0, description="largest mean KL divergence of a quantized file; default: by the bits of its type"
-    )
-    quantization_error: float | None = Field(
-        None, gt=0, description="largest relative error of a quantized tensor; default: by the bits of its type"
-    )
+    quantized_divergence: float | None = Field(None, gt=0, description="largest mean KL divergence of a quantized file")
+    quantization_error: float | None = Field(None, gt=0, description="largest relative error of a quantized tensor")
     fallback: float = Field(1.0, ge=0, le=1, description="largest share of parameters that fell back to another type")
     stopping_prompts: int = Field(8, ge=1, description="prompts that every server has to answer to the end")
     stopping: float = Field(0.8, ge=0, le=1, description="least share of answers that end by themselves")
@@ -288,7 +287,6 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict
         _assign(values, key, value, override)
         places |= dict.fromkeys(_dotted(value, key) if isinstance(value, dict) else [key], f"--set {override}")
 
-    _refuse_unknown(values, places, path)
     _refuse_unusable(values, places, path)
     for section, key in _PATHS:
         given = values.get(section, {}).get(key) if isinstance(values.get(section), dict) else None
@@ -361,18 +359,17 @@ def _anchored(config: Config, path: Path) -> Config:
     )
 
 
-def fields() -> Iterator[tuple[str, str, Any]]:
-    """Every key of the configuration: its dotted name, what it means, its default (None: `pipeline.defaults`)."""
+def fields() -> Iterator[tuple[str, FieldInfo]]:
+    """Every key of the configuration, dotted; a default of None is explained in `pipeline.defaults.RULES`."""
     for section, table in Config.model_fields.items():
-        annotation = table.annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, Section)):
-            continue
-        for key, field in annotation.model_fields.items():
-            yield (
-                f"{section}.{key}",
-                field.description or "",
-                ... if field.is_required() else field.get_default(call_default_factory=True),
-            )
+        if isinstance(table.annotation, type) and issubclass(table.annotation, Section):
+            for key, field in table.annotation.model_fields.items():
+                yield f"{section}.{key}", field
+
+
+def meanings() -> dict[str, str]:
+    """What each key of the configuration means, in a few words."""
+    return {key: field.description or "" for key, field in fields()}
 
 
 def _dotted(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -421,26 +418,6 @@ def _place(path: Path, text: str, dotted: str) -> str:
     return str(path)
 
 
-def _refuse_unknown(values: dict[str, Any], places: dict[str, str], path: Path) -> None:
-    known: dict[str, list[str]] = {}
-    for dotted, _, _ in fields():
-        section, key = dotted.split(".")
-        known.setdefault(section, []).append(key)
-    every = [f"{section}.{key}" for section, keys in known.items() for key in keys]
-    for section, table in values.items():
-        where = next((place for key, place in places.items() if key.split(".")[0] == section), str(path))
-        if section not in known:
-            raise UserError(f"{where}: [{section}]: unknown section; {_nearest(section, list(known))}")
-        if not isinstance(table, dict):
-            raise UserError(f"{where}: {section}: must be a table; write [{section}] and its keys below it")
-        for key in table:
-            if key not in known[section]:
-                place = next((at for name, at in places.items() if name.startswith(f"{section}.{key}")), where)
-                raise UserError(
-                    f"{place}: {section}.{key}: unknown key; {_nearest(f'{section}.{key}', every, known[section])}"
-                )
-
-
 def _refuse_unusable(values: dict[str, Any], places: dict[str, str], path: Path) -> None:
     """Refuse what no path, prompt or manifest can hold."""
     left: list[tuple[str, Any]] = list(values.items())
@@ -459,42 +436,53 @@ def _refuse_unusable(values: dict[str, Any], places: dict[str, str], path: Path)
             raise UserError(f"{places.get(key, path)}: {key}: {problem}")
 
 
-def _nearest(name: str, candidates: list[str], allowed: list[str] | None = None) -> str:
-    own = [candidate for candidate in candidates if candidate.split(".")[0] == name.split(".")[0]]
+def _nearest(name: str) -> str:
+    """What was most likely meant by an unknown section, or by an unknown key ("section.key")."""
+    section, _, key = name.partition(".")
+    candidates = [known for known, _ in fields()] if key else list(Config.model_fields)
+    own = [candidate for candidate in candidates if candidate.startswith(f"{section}.")]
     close = difflib.get_close_matches(name, own, 1, 0.6)
-    if not close:  # the right key in the wrong section
-        close = [candidate for candidate in candidates if candidate.split(".")[-1] == name.split(".")[-1]]
-    close = close or difflib.get_close_matches(name, candidates, 1, 0.6)
-    if close:
+    if key and not close:  # the right key in the wrong section
+        close = [candidate for candidate in candidates if candidate.endswith(f".{key}")]
+    if close := close or difflib.get_close_matches(name, candidates, 1, 0.6):
         return f"did you mean {close[0]}?"
-    return f"known are: {', '.join(allowed or candidates)}"
+    return f"known are: {', '.join(candidate.removeprefix(f'{section}.') for candidate in own or candidates)}"
+
+
+_EXAMPLES = {
+    "model": 'base = "smollm2-135m-instruct" (the packaged model), a hub id or a local folder',
+    "model.base": '"smollm2-135m-instruct" (the packaged model), a hub id or a local folder',
+    "data": 'train = "train.jsonl"',
+    "data.train": '"train.jsonl"',
+}
 
 
 def _explain(error: ValidationError, places: dict[str, str], path: Path) -> Iterator[str]:
+    """One message a key: where it stands, what is wrong with it, what is right."""
+    meaning = meanings()
     seen = set()
     for detail in error.errors(include_url=False):
         key = ".".join(str(part) for part in detail["loc"][:2])
-        if key in seen:  # one message a key, also where each arm of a union complains
+        if key in seen:  # each arm of a union complains
             continue
         seen.add(key)
         where = next((place for name, place in places.items() if name == key or name.startswith(f"{key}.")), path)
-        if detail["type"] == "value_error":  # its message names the key, which may be of any section
-            message = str(detail["ctx"]["error"])
-            where = next((places[word] for word in re.findall(r"[\w.]+", message) if word in places), where)
-            yield f"{where}: {message}"
-            continue
-        if detail["type"] == "missing":
-            example = {
-                "model": 'base = "smollm2-135m-instruct" (the packaged model), a hub id or a local folder',
-                "model.base": '"smollm2-135m-instruct" (the packaged model), a hub id or a local folder',
-                "data": 'train = "train.jsonl"',
-                "data.train": '"train.jsonl"',
-            }.get(key, "it")
-            yield f"{where}: {key}: must be given: {example}"
-        else:
-            given = detail.get("input")
-            meaning = next((text for name, text, _ in fields() if name == key), "")
-            yield f"{where}: {key} = {given!r}: {detail['msg'][0].lower()}{detail['msg'][1:]} ({meaning})"
+        match detail["type"]:
+            case "value_error":  # its message names the key, which may be of any section
+                message = str(detail["ctx"]["error"])
+                where = next((places[word] for word in re.findall(r"[\w.]+", message) if word in places), where)
+                yield f"{where}: {message}"
+            case "missing":
+                yield f"{where}: {key}: must be given: {_EXAMPLES.get(key, meaning.get(key))}"
+            case "extra_forbidden" if "." in key:
+                yield f"{where}: {key}: unknown key; {_nearest(key)}"
+            case "extra_forbidden":
+                yield f"{where}: [{key}]: unknown section; {_nearest(key)}"
+            case "model_type":
+                yield f"{where}: {key}: must be a table; write [{key}] and its keys below it"
+            case _:
+                given, words = detail.get("input"), detail["msg"]
+                yield f"{where}: {key} = {given!r}: {words[0].lower()}{words[1:]} ({meaning[key]})"
 
 
 def read_run(folder: Path) -> Config:

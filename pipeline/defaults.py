@@ -18,6 +18,34 @@ from pipeline.errors import UserError
 
 GIB = 2**30
 
+# What stands in for each key whose default is None: in words, for docs/configuration.md and for `pipeline config`.
+# What depends on the base and the machine is worked out by `resolve`; the same page shows that for some of both.
+RULES = {
+    "model.revision": "the hub's main branch",
+    "data.validation": "the rows that data.validation_fraction splits off",
+    "data.test": "none: no rung is asked",
+    "data.system": "none is added",
+    "lora.alpha": "equal to lora.r: a scaling of 1",
+    "train.epochs": "3, where train.steps is not given",
+    "train.steps": "as many as train.epochs takes",
+    "train.batch": "8 without a GPU; on one, by the memory that the weights leave",
+    "train.accumulation": "1 without a GPU; on one, what makes a step of 16 rows",
+    "train.learning_rate": "by the size of the base: the larger, the lower",
+    "train.optimizer": "adamw_torch without a GPU, adamw_8bit on one",
+    "train.eval_interval": "a tenth of the steps, or more where validating would take over an eighth of the time",
+    "train.save_interval": "a tenth of the steps; with train.early_stopping, train.eval_interval",
+    "train.early_stopping": "all steps are trained, and the last adapter is kept",
+    "train.max_length": "the smaller of 2048 and the base's context",
+    "train.gradient_checkpointing": "true on a GPU for a base of more than a billion parameters, else false",
+    "ollama.name": "the name of the folder of pipeline.toml",
+    "ollama.system": "data.system",
+    "ollama.host": "OLLAMA_HOST or the usual address if an Ollama answers there, else one of the run's own",
+    "ollama.license": "none",
+    "eval.limit": "all for a base of less than a billion parameters, else 100",
+    "verify.quantized_divergence": "by the bits of the type",
+    "verify.quantization_error": "by the bits of the type",
+}
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -52,18 +80,18 @@ def resolve(config: Config, given: dict[str, str], facts: Facts) -> tuple[Config
     _check(config, given)
     chosen: dict[str, tuple[Any, str]] = {}
 
-    def choose(key: str, value: Any, reason: str) -> None:
+    def choose(key: str, value: Any, reason: str = "") -> None:
         section, name = key.split(".")
         if getattr(getattr(config, section), name) is None:
-            chosen[key] = (value, f"default {reason}")
+            chosen[key] = (value, f"default {reason}" if reason else f"default: {RULES[key]}")
 
     size = facts.parameters
     large = f"for {size / 1e6:,.0f} M parameters" if size else "for a base of unknown size"
     machine = f"for a GPU with {facts.gpu_memory / GIB:.0f} GiB" if facts.gpu_memory else "for a machine without a GPU"
 
-    choose("lora.alpha", float(config.lora.r), "equal to lora.r: a scaling of 1")
+    choose("lora.alpha", float(config.lora.r))
     if config.train.steps is None:
-        choose("train.epochs", 3.0, "")
+        choose("train.epochs", 3.0)
     # Small models need, and stand, larger steps (the QLoRA paper, table 9, halves the rate for larger models).
     rate = 1e-3 if size and size < 500e6 else 4e-4 if size and size < 2e9 else 2e-4 if not size or size < 20e9 else 1e-4
     choose("train.learning_rate", rate, large)
@@ -77,7 +105,7 @@ def resolve(config: Config, given: dict[str, str], facts: Facts) -> tuple[Config
     choose("train.accumulation", accumulation, machine)
     choose("train.optimizer", "adamw_8bit" if facts.gpu_memory else "adamw_torch", machine)
     context = min(2048, facts.context or 2048)
-    choose("train.max_length", context, "the smaller of 2048 and the base's context")
+    choose("train.max_length", context)
     choose("train.gradient_checkpointing", bool(facts.gpu_memory) and (size or 8e9) > 1e9, machine)
     # The GGUF files are asked on the CPU, in llama-server and in Ollama, where a large model takes long to answer.
     choose("eval.limit", None if size and size < 1e9 else 100, large)
@@ -89,10 +117,10 @@ def resolve(config: Config, given: dict[str, str], facts: Facts) -> tuple[Config
     resolved = config.model_copy(
         update={section: getattr(config, section).model_copy(update=values) for section, values in update.items()}
     )
-    sources = {
-        key: given.get(key) or _given_table(key, given) or chosen.get(key, (None, "default"))[1].strip()
-        for key, _, _ in fields()
-    }
+    sources = {}
+    for key, _ in fields():
+        default = f"default: {RULES[key]}" if key in RULES else "default"
+        sources[key] = given.get(key) or _given_table(key, given) or chosen.get(key, (None, default))[1]
     return resolved, sources
 
 

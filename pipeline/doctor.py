@@ -18,14 +18,19 @@ if TYPE_CHECKING:
     from pipeline.setup.findings import Finding
 
 
-@click.command()
-@click.argument("config", type=click.Path(path_type=Path), required=False)
+@click.command(epilog="Example: pipeline doctor my/pipeline.toml --json")
+@click.argument(
+    "config",
+    type=click.Path(path_type=Path),
+    required=False,
+    help="A pipeline.toml, or its folder: its run's disk is looked at too. Without it, the one in this folder, if any.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(config: Path | None, as_json: bool) -> None:
     """Show what this machine has and lacks, and what to do about it.
 
-    With CONFIG, or with a pipeline.toml in this folder, the disk of its run's folder is looked at too.
-    Exit status 1 where the main job, from a base to GGUF files and their answers, cannot run.
+    Set-up and preflight ask the same questions. Exit status 1 where the main job, from a base to GGUF files and their
+    answers, cannot run.
     """
     from pipeline.console import results
     from pipeline.setup.findings import FAILURE, OK, WARNING

@@ -103,9 +103,11 @@ def test_config_prints_every_value_and_its_source(project: Path) -> None:
     assert result.exit_code == 0
     values = tomllib.loads(result.stdout)  # what is printed can be read again
     assert values["lora"]["r"] == 8
-    assert "# --set lora.r=8" in result.stdout
+    assert "r = 8                                    # rank [--set lora.r=8]" in result.stdout.splitlines()
     document = json.loads(invoke("config", project, "--json").stdout)
     assert document["sources"]["model.base"] == "pipeline.toml:2"
+    assert document["meanings"]["lora.r"] == "rank"
+    assert document["meanings"].keys() == document["sources"].keys()
 
 
 def test_status_of_a_run_that_has_not_started(project: Path) -> None:

@@ -9,8 +9,8 @@ from typing import get_args
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config import Config, Optimizer, load_config
-from pipeline.defaults import Facts, resolve
+from pipeline.config import Config, Optimizer, fields, load_config
+from pipeline.defaults import RULES, Facts, resolve
 from pipeline.errors import UserError
 
 MINIMAL = '[model]\nbase = "smollm2-135m-instruct"\n\n[data]\ntrain = "train.jsonl"\n'
@@ -52,6 +52,20 @@ def test_only_base_and_data_must_be_given(tmp_path: Path) -> None:
         (MINIMAL + "[lora]\nlearning_rate = 1\n", ["pipeline.toml:7", "did you mean train.learning_rate?"]),
         (MINIMAL + "[trian]\nepochs = 2\n", ["pipeline.toml:7: [trian]: unknown section", "did you mean train?"]),
         (MINIMAL + '[train]\nepochs = "many"\n', ["pipeline.toml:7: train.epochs = 'many'", "number"]),
+        (
+            "model = 3\n[train]\nepoch = 1\nsteps = 0\n",
+            [
+                "pipeline.toml:1: model: must be a table; write [model] and",
+                "pipeline.toml:3: train.epoch: unknown key; did you mean train.epochs?",
+                "pipeline.toml:4: train.steps = 0",
+                "data: must be given",
+            ],
+        ),
+        (MINIMAL + "[nothing.like.it]\nx = 1\n", ["pipeline.toml:7: [nothing]: unknown section; known are: model, "]),
+        (
+            MINIMAL + "[lora]\nnothing_like_it = 1\n",
+            ["pipeline.toml:7: lora.nothing_like_it: unknown key; known are: r, alpha, dropout"],
+        ),
         (MINIMAL + "[train]\nepochs = 0\n", ["pipeline.toml:7: train.epochs = 0", "greater than 0"]),
         (MINIMAL + "[train]\nepochs = 1\nsteps = 5\n", ["train.epochs and train.steps exclude each other"]),
         (MINIMAL + "[lora]\nr = 0\n", ["pipeline.toml:7: lora.r = 0", "greater than or equal to 1"]),
@@ -226,6 +240,18 @@ def test_defaults_follow_the_size_and_the_machine(tmp_path: Path) -> None:
     sixteen_bit, _ = resolve(config, given, Facts(8_000_000_000, 131072, 24 * 2**30))
     assert (large.train.batch, sixteen_bit.train.batch) == (4, 2)
     assert sixteen_bit.eval.limit == 300
+
+
+def test_every_key_is_explained(tmp_path: Path) -> None:
+    config, given = load_config(write(tmp_path, MINIMAL))
+    _, sources = resolve(config, given, Facts(135_000_000, 8192, None))
+    for key, field in fields():
+        assert field.description, key
+        without_default = not field.is_required() and field.get_default(call_default_factory=True) is None
+        assert without_default == (key in RULES), f"{key}: what stands in for it belongs into pipeline.defaults.RULES"
+        assert sources[key].startswith("default" if key not in given else "pipeline.toml:"), key
+    assert sources["lora.alpha"] == "default: equal to lora.r: a scaling of 1"
+    assert sources["data.system"] == "default: none is added"
 
 
 def test_given_values_are_never_replaced(tmp_path: Path) -> None:

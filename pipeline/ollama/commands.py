@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 Stream = Callable[[list[dict[str, Any]]], Iterator[str]]
 
 
-@click.command()
-@click.argument("model")
+@click.command(epilog="Example: pipeline template smollm2-135m-instruct")
+@click.argument("model", help="A model's folder, a packaged name, a hub id, a GGUF file or a .jinja file.")
 @click.option(
     "--way",
     default="auto",
@@ -35,9 +35,8 @@ Stream = Callable[[list[dict[str, Any]]], Iterator[str]]
 def template(model: str, way: str, as_json: bool) -> None:
     """Show how a model's chat template reaches Ollama, and prove it.
 
-    MODEL is a model's folder, a packaged name, a hub id, a GGUF file or a .jinja file. The template is tried on the
-    conformance suite in a real Ollama and llama.cpp: the way that is chosen, the TEMPLATE, and every conversation's
-    result are shown. Exit status 1 if no way is exact.
+    The template is tried on the conformance suite in a real Ollama and llama.cpp: the way that is chosen, the TEMPLATE,
+    and every conversation's result are shown. Exit status 1 if no way is exact.
     """
     from pipeline.ollama.rendering import choose
 
@@ -118,8 +117,13 @@ def _show(chosen: Choice) -> None:
         click.echo(REMEDY)
 
 
-@click.command()
-@click.argument("config", type=click.Path(path_type=Path), default="pipeline.toml")
+@click.command(epilog='Example: pipeline chat my/pipeline.toml -m "Close the garage door"')
+@click.argument(
+    "config",
+    type=click.Path(path_type=Path),
+    default="pipeline.toml",
+    help="The pipeline.toml of a run that is done, or its folder; without it, the one in this folder.",
+)
 @click.option(
     "--gguf",
     is_flag=False,
@@ -133,8 +137,7 @@ def _show(chosen: Choice) -> None:
 def chat(config: Path, gguf: str | None, adapter: bool, message: str | None, system: str | None) -> None:
     """Talk to the result: in Ollama, or at another rung.
 
-    CONFIG is a pipeline.toml whose run is done. Lines are asked one after the other; an empty line or end of file ends
-    the conversation.
+    Lines are asked one after the other; an empty line or end of file ends the conversation.
     """
     if adapter and gguf is not None:
         raise UserError("--gguf and --adapter exclude each other")

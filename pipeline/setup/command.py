@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 
 
-@click.command()
+@click.command(epilog="Example: pipeline setup --torch cuda")
 @click.option(
     "--torch",
     type=click.Choice(["auto", "cpu", "cuda"]),

@@ -50,7 +50,7 @@ def test_make_alone_prints_its_targets(tmp_path: Path) -> None:
     answer = make(tmp_path)
     assert answer.returncode == 0
     listed = re.findall(r"^  make (\w+)", answer.stdout, re.M)
-    assert listed == ["help", "setup", "all", "test", "lint", "lock", "clean"]
+    assert listed == ["help", "setup", "all", "test", "lint", "docs", "lock", "clean"]
     assert [path.name for path in tmp_path.iterdir()] == ["Makefile"]
 
 
