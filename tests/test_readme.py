@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from pipeline.cli import main
-from pipeline.run.graph import STAGES
+from pipeline.stages import NAMES, declared, summary
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN = "<!-- commands: written by tests/test_readme.py -->\n"
@@ -37,7 +37,10 @@ def test_table_of_commands_is_the_help() -> None:
 
 
 def test_every_stage_has_a_command() -> None:
-    assert set(STAGES) <= set(main.list_commands(click.Context(main)))
+    assert set(NAMES) <= set(main.list_commands(click.Context(main)))
+    for name in NAMES:
+        assert declared(name).name == name
+        assert declared(name).summary == summary(name)  # what the help page reads from the text
 
 
 def test_readme_names_only_commands_that_exist() -> None:

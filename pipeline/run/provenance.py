@@ -2,37 +2,35 @@
 
 import os
 import platform
+from collections.abc import Iterable
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-PACKAGES = (
-    "finetune-pipeline",
-    "unsloth",
-    "unsloth_zoo",
-    "torch",
-    "transformers",
-    "peft",
-    "trl",
-    "datasets",
-    "bitsandbytes",
-    "accelerate",
-    "tokenizers",
-    "safetensors",
-    "gguf",
-    "jinja2",
-    "ollama",
-)
 
+def provenance(libraries: Iterable[str]) -> dict[str, Any]:
+    """Versions, pins and machine as JSON values.
 
-def provenance() -> dict[str, Any]:
-    """Versions, pins and machine as JSON values."""
+    Args:
+        libraries: the packages whose versions are told, beside this program's own.
+    """
     from pipeline.setup.pins import pins
 
+    names = ("finetune-pipeline", *sorted(set(libraries)))
     return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: installed_version(name) for name in names}},
         "pins": pins(),
         "machine": machine(),
     }
+
+
+@cache
+def installed_version(library: str) -> str | None:
+    """The version of an installed package, or None without it."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
 
 
 def machine() -> dict[str, Any]:
@@ -59,10 +57,3 @@ def gpu_memory() -> int | None:
     answer = subprocess.run(query, capture_output=True, text=True, check=False)
     first = answer.stdout.split("\n")[0].strip()
     return int(first) * 2**20 if answer.returncode == 0 and first.isdigit() else None
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
