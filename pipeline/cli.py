@@ -109,13 +109,16 @@ def resolved(path: Path, overrides: Sequence[str]) -> tuple[Config, dict[str, st
     from pipeline.config import load_config
     from pipeline.defaults import Facts, resolve
     from pipeline.model.facts import facts
-    from pipeline.run.provenance import gpu_memory
+    from pipeline.run.folder import read_manifest
+    from pipeline.run.provenance import first_machine, gpu_memory
 
     if path.is_dir():
         path = path / "pipeline.toml"
     config, given = load_config(path, overrides)
     parameters, context = facts(config.model.base, config.model.revision)
-    return resolve(config, given, Facts(parameters, context, gpu_memory()))
+    first = first_machine(read_manifest(config.run_folder), config.model)
+    gpu = first["gpu_memory_bytes"] if first else gpu_memory()
+    return resolve(config, given, Facts(parameters, context, gpu, kept=first is not None))
 
 
 def _graph() -> Graph:

@@ -76,7 +76,7 @@ def _source(root: Path, name: str) -> Path | None:
 
 @cache
 def _read(path: Path, mtime_ns: int, size: int) -> tuple[str, tuple[str, ...]]:
-    """A source file's digest, and the names that it may import. Its time and size keep an old answer from being used."""
+    """A source file's digest, and the names that it may import; its time and size say whether an answer still holds."""
     tree = ast.parse(path.read_bytes())
     imports: list[str] = []
     _leave_what_runs(tree, imports)

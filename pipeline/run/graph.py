@@ -173,7 +173,7 @@ class Graph:
         """
         folder = config.run_folder
         with locked(folder):
-            from pipeline.run.provenance import provenance
+            from pipeline.run.provenance import keep_first_machine, provenance
 
             manifest = read_manifest(folder)
             wanted = self.with_needs(targets, config)
@@ -181,6 +181,7 @@ class Graph:
             manifest["config"] = {"values": config.model_dump(mode="json"), "sources": sources}
             made_with = provenance(library for stage in self.stages.values() for library in stage.libraries)
             manifest |= made_with | {"nodes": [str(node) for node in self.nodes(config)]}
+            keep_first_machine(manifest, config.model, made_with["machine"])
             write_whole(Layout(folder).config, config.model_dump_json(indent=1) + "\n")
             states = []
             skipped = 0

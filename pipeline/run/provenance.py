@@ -1,11 +1,16 @@
 """What a run was made with: versions of the packages, the pins of the programs, the machine."""
 
+from __future__ import annotations
+
 import os
 import platform
 from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.config import Model
 
 
 def provenance(libraries: Iterable[str]) -> dict[str, Any]:
@@ -34,15 +39,30 @@ def installed_version(library: str) -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """The processor, its cores, the memory in bytes, and the names of the CUDA devices' driver if there is one."""
+    """The processor, its cores, its memory and that of its GPU in bytes; None without a GPU."""
     import psutil
 
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
-        "gpu": gpu_memory() is not None,
+        "gpu_memory_bytes": gpu_memory(),
     }
+
+
+def first_machine(manifest: dict[str, Any], model: Model) -> dict[str, Any] | None:
+    """The machine on which a run's first stage was done for this base; None before that.
+
+    Defaults that depend on a machine stay those of this one: a run that goes on elsewhere is not trained again.
+    """
+    first = manifest.get("first_machine")
+    return first["machine"] if first and first["base"] == [model.base, model.revision] else None
+
+
+def keep_first_machine(manifest: dict[str, Any], model: Model, now: dict[str, Any]) -> None:
+    """Put this machine into the manifest of a run that has none for this base yet."""
+    if first_machine(manifest, model) is None:
+        manifest["first_machine"] = {"base": [model.base, model.revision], "machine": now}
 
 
 def gpu_memory() -> int | None:
