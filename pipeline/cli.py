@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import inspect
 import json
 import shlex
 import sys
@@ -13,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline import __version__
+from pipeline import __version__, stages
 from pipeline.errors import PipelineError, full_disk
+from pipeline.run.layout import Layout
 
 if TYPE_CHECKING:
     from pipeline.config import Config
+    from pipeline.run.graph import Graph
 
 # Commands that stand in modules of their own: name -> (module, attribute, help in one line).
 _ELSEWHERE = {
@@ -36,10 +39,7 @@ _ELSEWHERE = {
     "chat": ("pipeline.ollama.commands", "chat", "Talk to the result: in Ollama, or at another rung."),
 }
 # The order of the help page is the order of the work.
-_ORDER = (
-    "setup", "doctor", "init", "run", "status", "config", "preflight", "data", "train", "merge", "convert",
-    "quantize", "modelfile", "deploy", "evaluate", "verify", "report", "export", "template", "chat",
-)  # fmt: skip
+_ORDER = ("setup", "doctor", "init", "run", "status", "config", *stages.NAMES, "export", "template", "chat")
 
 
 class Commands(click.Group):
@@ -121,19 +121,29 @@ def resolved(path: Path, overrides: Sequence[str]) -> tuple[Config, dict[str, st
     from pipeline.config import load_config
     from pipeline.defaults import Facts, resolve
     from pipeline.model.facts import facts
+    from pipeline.run.folder import read_manifest
+    from pipeline.run.provenance import first_machine
     from pipeline.setup import gpu
 
     if path.is_dir():
         path = path / "pipeline.toml"
     config, given = load_config(path, overrides)
     parameters, context = facts(config.model.base, config.model.revision)
-    return resolve(config, given, Facts(parameters, context, gpu.memory()))
+    first = first_machine(read_manifest(config.run_folder), config.model)
+    memory = first["gpu_memory_bytes"] if first else gpu.memory()
+    return resolve(config, given, Facts(parameters, context, memory, kept=first is not None))
 
 
-def _bring_up_to_date(config: Config, sources: dict[str, str], stages: Sequence[str], force: bool = False) -> None:
-    from pipeline.run import graph
+def _graph() -> Graph:
+    """The program's own stages."""
+    from pipeline.run.graph import Graph
 
-    targets = [node for stage in stages for node in graph.nodes_of(stage, config)]
+    return Graph(stages.all_stages())
+
+
+def _bring_up_to_date(config: Config, sources: dict[str, str], names: Sequence[str], force: bool = False) -> None:
+    graph = _graph()
+    targets = [node for name in names for node in graph.nodes_of(name, config)]
     graph.run(config, sources, targets, force=force)
 
 
@@ -147,16 +157,14 @@ def run(config: Path, overrides: tuple[str, ...], until: str | None, no_prefligh
     After an interruption the same command goes on where it was. Exit status 1 if a stage or a check of `verify` failed.
     """
     from pipeline.errors import UserError
-    from pipeline.run import graph
 
-    if until is not None and until not in graph.STAGES:
-        raise UserError(f"--until {until}: no such stage; one of {', '.join(graph.STAGES)}")
+    if until is not None and until not in stages.NAMES:
+        raise UserError(f"--until {until}: no such stage; one of {', '.join(stages.NAMES)}")
     settings, sources = resolved(config, overrides)
-    last = graph.STAGES.index(until) if until else len(graph.STAGES) - 1
-    stages = [stage for stage in graph.STAGES[: last + 1] if not (no_preflight and stage == "preflight")]
-    _bring_up_to_date(settings, sources, stages)
+    names = stages.NAMES[: stages.NAMES.index(until) + 1] if until else stages.NAMES
+    _bring_up_to_date(settings, sources, [name for name in names if not (no_preflight and name == "preflight")])
     _say_where(settings)
-    if last >= graph.STAGES.index("verify"):
+    if "verify" in names:
         _say_proof(settings)
 
 
@@ -165,7 +173,7 @@ def _say_proof(config: Config) -> None:
     from pipeline.console import results, say
     from pipeline.verify.result import FAIL, NOT_RUN, PASS, require_passed, summary, table
 
-    content = json.loads((config.run_folder / "verify" / "verify.json").read_text(encoding="utf-8"))
+    content = json.loads(Layout(config.run_folder).verify_json.read_text(encoding="utf-8"))
     say(f"verify: {summary(content)}")
     if content["counts"][PASS] < len(content["checks"]):
         results().print(table(content, (FAIL, NOT_RUN)))
@@ -175,7 +183,7 @@ def _say_proof(config: Config) -> None:
 def _say_where(config: Config) -> None:
     from pipeline.console import say
 
-    page = config.run_folder / "report" / "report.html"
+    page = Layout(config.run_folder).report
     say(f"results: {page if page.exists() else config.run_folder}")
 
 
@@ -195,7 +203,7 @@ def export(config: Path, overrides: tuple[str, ...], quant: tuple[str, ...]) -> 
     from pipeline.ollama.target import names_of
 
     for kind, name in names_of(settings.ollama.name, settings.export.quant).items():
-        modelfile = settings.run_folder / "modelfile" / kind / "Modelfile"
+        modelfile = Layout(settings.run_folder).modelfile(kind)
         if modelfile.is_file():  # where none can carry the model, the stage has said so
             say(f"ollama create {name} -f {shlex.quote(str(modelfile))}")
 
@@ -208,15 +216,13 @@ def status(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 
     A stage is fresh, stale (and why) or missing. CONFIG may also be a run's folder.
     """
-    from pipeline.run import graph
-
-    if (config / "config.json").is_file():
+    if Layout(config).config.is_file():
         from pipeline.config import read_run
 
         settings = read_run(config.absolute())
     else:
         settings, _ = resolved(config, overrides)
-    rows = graph.status(settings)
+    rows = _graph().status(settings)
     if as_json:
         click.echo(json.dumps({"run": str(settings.run_folder), "stages": rows}, indent=1, ensure_ascii=False))
         return
@@ -233,7 +239,7 @@ def status(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
             row["state"] if row["reason"] is None or row["state"] == "missing" else f"{row['state']}: {row['reason']}",
             "" if seconds is None else duration(seconds),
             "" if seconds is None else peak_memory(row),
-            main_figures(row["stage"], row["figures"]),
+            main_figures(stages.declared(row["stage"].partition("/")[0]).figures, row["figures"]),
             style={"stale": "yellow", "missing": "dim"}.get(row["state"]),
         )
     results().print(table)
@@ -273,48 +279,37 @@ def _toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _stage_command(stage: str, summary: str, extra: Sequence[click.Parameter] = ()) -> click.Command:
-    """The command of one stage. What it needs from other stages is brought up to date first."""
+def stage_command(name: str, example: str) -> Callable[[Callable[..., None]], click.Command]:
+    """Make a function the command of a stage; its help is the stage's summary and the function's docstring."""
 
-    @configured
-    @click.option("--force", is_flag=True, help="Run it even when it is up to date.")
+    def decorate(function: Callable[..., None]) -> click.Command:
+        text = f"{stages.summary(name)}\n\n{inspect.cleandoc(function.__doc__ or '')}"
+        return main.command(name, help=text, epilog=f"Example: {example}")(configured(function))
+
+    return decorate
+
+
+force_option = click.option("--force", is_flag=True, help="Run it even when it is up to date.")
+
+
+def _plain_stage_command(name: str) -> None:
+    @stage_command(name, f"pipeline {name} my/pipeline.toml")
+    @force_option
     def command(config: Path, overrides: tuple[str, ...], force: bool) -> None:
+        """What it needs from earlier stages is brought up to date first."""
         settings, sources = resolved(config, overrides)
-        _bring_up_to_date(settings, sources, [stage], force)
-
-    return click.command(
-        stage,
-        help=f"{summary}\n\nWhat it needs from earlier stages is brought up to date first.",
-        epilog=f"Example: pipeline {stage} my/pipeline.toml",
-    )(command)
+        _bring_up_to_date(settings, sources, [name], force)
 
 
-_SUMMARIES = {
-    "data": "Check, split and render the conversations; account for every trained token.",
-    "train": "Train the LoRA adapter with Unsloth and TRL's SFTTrainer.",
-    "merge": "Merge the adapter into the 16-bit base.",
-    "convert": "Convert the merged model to a 16-bit GGUF with llama.cpp's own script.",
-    "quantize": "Quantize the GGUF with llama-quantize.",
-    "modelfile": "Write the Modelfile, with a template that renders the trained prompt.",
-    "evaluate": "Ask the test questions at every rung, from the base to Ollama.",
-    "report": "Write the run's page: report.html.",
-}
-for _stage, _summary in _SUMMARIES.items():
-    main.add_command(_stage_command(_stage, _summary))
-
-
-@main.command(epilog="Example: pipeline preflight my/pipeline.toml")
-@configured
+@stage_command("preflight", "pipeline preflight my/pipeline.toml")
 @click.option("--json", "as_json", is_flag=True, help="Print preflight.json.")
 def preflight(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Try the whole way with the untouched base, before anything is trained.
-
-    The base is converted, quantized, served and verified; disk, memory and versions are looked at, every time.
+    """The base is converted, quantized, served and verified; disk, memory and versions are looked at, every time.
     `pipeline run` does this first, once. Exit status 2 if something would fail.
     """
     settings, sources = resolved(config, overrides)
     _bring_up_to_date(settings, sources, ["preflight"], force=True)
-    content = json.loads((settings.run_folder / "preflight" / "preflight.json").read_text(encoding="utf-8"))
+    content = json.loads(Layout(settings.run_folder).preflight_json.read_text(encoding="utf-8"))
     _print_checks(content, as_json)
 
 
@@ -327,13 +322,12 @@ def _print_checks(content: dict[str, Any], as_json: bool) -> None:
         show(content)
 
 
-@main.command(epilog="Example: pipeline deploy my/pipeline.toml --host 127.0.0.1:11434 --name my-model --dry-run")
-@configured
+@stage_command("deploy", "pipeline deploy my/pipeline.toml --host 127.0.0.1:11434 --name my-model --dry-run")
 @click.option("--host", metavar="ADDRESS", help="A running Ollama, e.g. 127.0.0.1:11434.")
 @click.option("--name", metavar="NAME", help="The model's name in Ollama.")
 @click.option("--replace", is_flag=True, help="Replace a model of this name that this run did not make.")
 @click.option("--dry-run", is_flag=True, help="Show what would be sent to Ollama, and send nothing.")
-@click.option("--force", is_flag=True, help="Run it even when it is up to date.")
+@force_option
 def deploy(
     config: Path,
     overrides: tuple[str, ...],
@@ -343,10 +337,7 @@ def deploy(
     dry_run: bool,
     force: bool,
 ) -> None:
-    """Create the model in Ollama, prove it, and ask it test questions.
-
-    What it needs from earlier stages is brought up to date first.
-    """
+    """What it needs from earlier stages is brought up to date first."""
     given = {"host": host, "name": name}
     overrides = (*overrides, *(f"ollama.{key}={json.dumps(value)}" for key, value in given.items() if value))
     if replace:
@@ -361,8 +352,7 @@ def deploy(
     _bring_up_to_date(settings, sources, ["deploy"], force)
 
 
-@main.command(epilog="Example: pipeline verify --hf merged/ --gguf model-Q4_K_M.gguf")
-@configured
+@stage_command("verify", "pipeline verify --hf merged/ --gguf model-Q4_K_M.gguf")
 @click.option("--hf", type=click.Path(path_type=Path), metavar="DIR", help="A Hugging Face folder, instead of CONFIG.")
 @click.option("--gguf", type=click.Path(path_type=Path), metavar="FILE", help="The GGUF file that was made from it.")
 @click.option("--force", is_flag=True, help="Verify again, also where nothing has changed since.")
@@ -377,9 +367,7 @@ def verify(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Prove every stage against the one before it, and name the first broken one.
-
-    What is needed is brought up to date first. CONFIG may also be a run's folder, which is taken as it is. With --hf
+    """What is needed is brought up to date first. CONFIG may also be a run's folder, which is taken as it is. With --hf
     and --gguf an export of another program is verified, by the checks that need no more than that.
 
     Exit status 1 if a check failed. A check that could not run is shown as such, never as passed.
@@ -390,17 +378,21 @@ def verify(
     if (hf is None) != (gguf is None):
         raise UserError("--hf and --gguf belong together: the folder, and the GGUF file that was made from it")
     if hf is not None and gguf is not None:
-        content = verify_export(hf.absolute(), gguf.absolute(), overrides)
-    elif (config / "config.json").is_file():
-        content = verify_folder(config.absolute(), overrides)
+        content = verify_export(hf.absolute(), gguf.absolute(), stages.rungs(), overrides)
+    elif Layout(config).config.is_file():
+        content = verify_folder(config.absolute(), stages.rungs(), overrides)
     else:
         settings, sources = resolved(config, overrides)
         _bring_up_to_date(settings, sources, ["verify"], force)
-        content = json.loads((settings.run_folder / "verify" / "verify.json").read_text(encoding="utf-8"))
+        content = json.loads(Layout(settings.run_folder).verify_json.read_text(encoding="utf-8"))
     _print_checks(content, as_json)
     if content["verdict"] != "pass":
         context.exit(1)
 
+
+for _name in stages.NAMES:
+    if _name not in main.commands:  # those above have options of their own
+        _plain_stage_command(_name)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 
 from pipeline.errors import UserError
 from pipeline.resources import expanded
+from pipeline.run.layout import Layout
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 TARGET_MODULES = {
@@ -492,7 +493,7 @@ def read_run(folder: Path) -> Config:
         UserError: it is no run's folder.
     """
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        values = json.loads(Layout(folder).config.read_text(encoding="utf-8"))
         values["run"]["folder"] = str(folder)
         return Config.model_validate_json(json.dumps(values))
     except (OSError, ValueError, KeyError, TypeError):

@@ -55,11 +55,13 @@ class Facts:
         parameters: how many weights the base has; None when that could not be learned.
         context: the longest sequence that the base was made for, in tokens; None when unknown.
         gpu_memory: bytes of the CUDA device; None without one.
+        kept: this is the machine of the run's first stage, which need not be the one at hand.
     """
 
     parameters: int | None
     context: int | None
     gpu_memory: int | None
+    kept: bool = False
 
 
 def resolve(config: Config, given: dict[str, str], facts: Facts) -> tuple[Config, dict[str, str]]:
@@ -88,6 +90,8 @@ def resolve(config: Config, given: dict[str, str], facts: Facts) -> tuple[Config
     size = facts.parameters
     large = f"for {size / 1e6:,.0f} M parameters" if size else "for a base of unknown size"
     machine = f"for a GPU with {facts.gpu_memory / GIB:.0f} GiB" if facts.gpu_memory else "for a machine without a GPU"
+    if facts.kept:
+        machine += ", kept from this run's first stage"
 
     choose("lora.alpha", float(config.lora.r))
     if config.train.steps is None:

@@ -1,30 +1,17 @@
-"""Figures for a person: which of a stage's figures matter most, and how sizes, times and numbers are written."""
+"""Figures for a person: a stage's main ones on one line, and how sizes, times and numbers are written."""
 
+from collections.abc import Sequence
 from typing import Any
 
-# The manifest has every figure; these are shown.
-MAIN = {
-    "preflight": ("verdict", "pass", "not_run"),
-    "data": ("train_rows", "train_tokens", "train_share_trained", "validation_rows", "test_rows"),
-    "train": ("steps", "loss_last", "validation_loss_first", "validation_loss_last", "tokens_per_second", "device"),
-    "merge": ("modules_merged", "merged_into", "relative_change", "rounding_to_change", "stored", "bytes"),
-    "convert": ("type", "bytes", "tensors", "pre_tokenizer"),
-    "quantize": ("type", "bytes", "bits_per_weight", "fallback_share"),
-    "modelfile": ("way", "suite"),
-    "deploy": ("names", "ollama", "prompts", "reason"),
-    "verify": ("verdict", "pass", "fail", "not_run", "first_broken"),
-    "evaluate": ("exact_match", "asked", "seconds_per_answer"),
-}
 
-
-def main_figures(node: str, figures: dict[str, Any]) -> str:
-    """The main figures of a stage on one line.
+def main_figures(main: Sequence[str], figures: dict[str, Any]) -> str:
+    """The main figures of a stage on one line: the manifest has every figure, these are shown.
 
     Args:
-        node: the stage, or one variant of it.
-        figures: what the manifest has for it.
+        main: the names of those that tell most, as the stage's declaration has them.
+        figures: what the manifest has for the stage.
     """
-    names = [name for name in MAIN.get(node.partition("/")[0], tuple(figures)) if name in figures]
+    names = [name for name in main or figures if name in figures]
     names = names or [name for name, value in figures.items() if isinstance(value, int | float | str)]
     return ", ".join(f"{name.replace('_', ' ')} {written(name, figures[name])}" for name in names[:6])
 

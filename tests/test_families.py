@@ -16,7 +16,7 @@ from pipeline.prompt.cases import conversations
 from pipeline.prompt.conformance import COMPARED
 from pipeline.prompt.labels import tokenize_texts, training_texts
 from pipeline.prompt.template import ChatTemplate, TemplateRefused, render
-from pipeline.run.stage import Work
+from pipeline.run.stage import Task
 from pipeline.stages import deploy, modelfile
 from pipeline.verify import labels as label_check
 from pipeline.verify import prompt as prompt_check
@@ -57,13 +57,13 @@ def test_the_template_is_rendered_as_transformers_does(name: str) -> None:
 def test_served_as_trained(name: str) -> None:
     run = servers.family_run(name)
     config: dict[str, Any] = {"export": {"quant": ["q8_0"]}, "train": {"max_length": 64}}
-    work = small_models.make_work(run, "modelfile", "q8_0", **config)
-    figures = modelfile.main(work)
+    task = small_models.make_task(run, "modelfile", "q8_0", **config)
+    figures = modelfile.main(task)
     assert figures["way"] == WAYS[name], figures["reason"]
 
     tokenizer = tokenizer_of(name)
     template = ChatTemplate.from_tokenizer(tokenizer)
-    served, gguf = deploy._plan(run / "modelfile" / "q8_0")
+    served, gguf = deploy._plan(run / "modelfile" / "q8_0" / "create.json")
     client = servers.client()
     model = f"family-{name}:latest"
     digest = client.upload(gguf)
@@ -171,15 +171,15 @@ def test_a_model_with_another_tokenizer_is_caught(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(small_models.base_folder())
     template = ChatTemplate.from_tokenizer(tokenizer)
     other = tokenizer_of("qwen3")
-    work: Work = small_models.make_work(small_models.base_run(), "modelfile", "q4_k_m", train={"max_length": 64})
-    modelfile.main(work)
-    served, _ = deploy._plan(work.output)
+    task: Task = small_models.make_task(small_models.base_run(), "modelfile", "q4_k_m", train={"max_length": 64})
+    modelfile.main(task)
+    served, _ = deploy._plan(task.output / "create.json")
     client, name = servers.client(), "other:latest"
     client.create(name, {**served.body(), "files": {"m.gguf": client.upload(gguf)}})
     with pytest.raises(PipelineError, match="other token ids from position"):
         prove_prompts(client, name, template, other, gguf, conversations(), joins=True, system="")
     client.delete(name)
-    assert json.loads((work.output / "template.json").read_text())["way"] == "go"
+    assert json.loads((task.output / "template.json").read_text())["way"] == "go"
 
 
 def test_the_special_tokens_that_a_template_writes_are_tried_first() -> None:

@@ -1,11 +1,17 @@
 """How large a base is and how long its context, learned from headers alone: no weights are read or downloaded."""
 
+from __future__ import annotations
+
 import json
 import math
 import struct
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.resources import expanded
+
+if TYPE_CHECKING:
+    from pipeline.config import Model
 
 
 def facts(base: str, revision: str | None = None) -> tuple[int | None, int | None]:
@@ -68,9 +74,11 @@ def _context(config: dict[str, object]) -> int | None:
     return length if isinstance(length, int) else None
 
 
-def base_files(base: str, revision: str | None = None) -> list[Path]:
-    """The files of a base that decide what is trained: configuration, weights, tokenizer, chat template."""
+def base_files(model: Model) -> list[Path]:
+    """The files of a base that decide what is trained: configuration, weights, tokenizer, chat template, run code."""
     from pipeline.model.base import resolve_base
 
-    folder = resolve_base(base, revision)
-    return sorted(path for path in folder.iterdir() if path.suffix in {".json", ".safetensors", ".jinja", ".model"})
+    folder = resolve_base(model.base, model.revision)
+    kinds = {".json", ".safetensors", ".jinja", ".model"}
+    found = [path for path in folder.iterdir() if path.suffix in kinds]
+    return sorted(found + (list(folder.rglob("*.py")) if model.trust_remote_code else []))

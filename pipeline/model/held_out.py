@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from pipeline.data.sources import read_rows
 from pipeline.model.predict import predict
 from pipeline.prompt.labels import IGNORED
+from pipeline.run.layout import Layout
 
 Rows = Sequence[tuple[list[int], list[int]]]  # token ids and labels
+RowLoss = tuple[float, int]  # summed over the trained tokens of a row, in nats, and how many these are
 
 
-def read_held_out(data: Path, limit: int | None) -> tuple[str, list[tuple[list[int], list[int]]]]:
-    """The rows of a run that were held out, cut to a number of tokens; the training rows where there are none.
+def read_held_out(layout: Layout, limit: int | None = None) -> tuple[str, list[tuple[list[int], list[int]]]]:
+    """The rows of a run that were held out; the training rows where there are none.
 
     Args:
-        data: what the data stage left.
-        limit: longest row.
+        layout: the run.
+        limit: where a row is cut, in tokens; None for nowhere.
 
     Returns:
         Where the rows are from, "" if there are none, and the rows.
     """
     for name in ("validation", "train"):
-        path = data / f"{name}.tokens.jsonl"
+        path = layout.tokens(name)
         if path.is_file() and (rows := list(read_rows(path))):
             return f"{name} rows", [(row["input_ids"][:limit], row["labels"][:limit]) for row in rows]
     return "", []
@@ -66,21 +67,29 @@ def loss_of(logits: Any, ids: Sequence[int], places: Sequence[int]) -> float:
     return float((log_sum - chosen).sum())
 
 
-def held_out_loss(model: Any, rows: Rows, update: Callable[[float], None]) -> float:
-    """A model's mean loss over the trained tokens of rows; NaN if they have none.
+def held_out_losses(model: Any, rows: Rows, update: Callable[[float], None]) -> list[RowLoss]:
+    """A model's loss on each row.
 
     Args:
         model: a transformers causal language model.
         rows: token ids and labels.
         update: called with the number of rows that are done.
     """
-    total, trained = 0.0, 0
+    losses = []
     left = iter(rows)
     batches = predict(model, [ids for ids, _ in rows])
     for number, logits in enumerate(itertools.chain.from_iterable(batches), 1):
         ids, labels = next(left)
         places = trained_places(labels)
-        total += loss_of(logits, ids, places)
-        trained += len(places)
+        losses.append((loss_of(logits, ids, places), len(places)))
         update(number)
+    return losses
+
+
+def mean_loss(losses: Iterable[RowLoss]) -> float:
+    """The mean over the trained tokens of rows, in nats; NaN if they have none."""
+    total, trained = 0.0, 0
+    for loss, places in losses:
+        total += loss
+        trained += places
     return total / trained if trained else float("nan")

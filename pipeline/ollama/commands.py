@@ -174,20 +174,21 @@ def _rung(path: Path, gguf: str | None, adapter: bool) -> Iterator[tuple[Stream,
             yield ask, ""
         return
     from pipeline.config import load_config
+    from pipeline.run.layout import Layout
 
     config, _ = load_config(path / "pipeline.toml" if path.is_dir() else path)
     run = config.run_folder
+    layout = Layout(run)
     if gguf == "":
-        kind = config.export.quant[0]
-        file = run / "quantize" / kind / f"model-{kind}.gguf"
+        file = layout.quantized(config.export.quant[0])
         with _llama_server(_made(file, "quantize")) as ask:
             yield ask, config.served_system
     elif adapter:
-        yield _adapter(config, _made(run / "train" / "adapter", "train")), config.served_system
+        yield _adapter(config, _made(layout.adapter, "train")), config.served_system
     else:
         from pipeline.ollama.serving import deployed
 
-        _made(run / "deploy" / "deploy.json", "deploy")
+        _made(layout.deployment, "deploy")
         with deployed(run) as served:
             if served is None:
                 raise UserError(f"{run}: the model is not in Ollama; `pipeline chat --gguf` asks its file")

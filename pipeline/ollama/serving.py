@@ -11,6 +11,7 @@ from pipeline.llamacpp.server import LlamaServer
 from pipeline.ollama.client import Client
 from pipeline.ollama.server import OllamaServer
 from pipeline.prompt.guard import guarded
+from pipeline.run.layout import Layout
 
 
 @contextmanager
@@ -27,7 +28,7 @@ def deployed(run: Path, log: Path | None = None) -> Iterator[tuple[Client, str] 
     Raises:
         PipelineError: the model that was deployed is not there any more, or is another one.
     """
-    record = json.loads((run / "deploy" / "deploy.json").read_text(encoding="utf-8"))
+    record = json.loads(Layout(run).deployment.read_text(encoding="utf-8"))
     if not record["deployed"]:
         yield None
         return

@@ -15,9 +15,7 @@ from pipeline.ollama.client import Client, canonical, check_name, normal_host
 from pipeline.ollama.server import DEFAULT_HOST, OllamaServer, find_ollama
 from pipeline.resources import sha256_of
 from pipeline.run.folder import write_whole
-
-STORE = "ollama"  # folder in the run: the models of a server of our own
-PUBLISHED = "ollama-published.json"  # file in the run: the digests that it gave, or was about to give, each name
+from pipeline.run.layout import Layout
 
 
 def names_of(name: str | None, types: Sequence[str]) -> dict[str, str]:
@@ -75,13 +73,13 @@ def server(host: str | None, store: Path, log: Path) -> Iterator[tuple[Client, b
         yield client, True, own.log
 
 
-def refuse_taken(client: Client, name: str, deployed: Path, *, replace: bool) -> None:
+def refuse_taken(client: Client, name: str, layout: Layout, *, replace: bool) -> None:
     """A model of this name that another made is not replaced unless that is asked for.
 
     Args:
         client: the server.
         name: the name with its tag.
-        deployed: the folder in which an earlier deployment of this run left its outputs.
+        layout: the run, which may have been deployed before.
         replace: it is asked for.
 
     Raises:
@@ -90,9 +88,9 @@ def refuse_taken(client: Client, name: str, deployed: Path, *, replace: bool) ->
     digest = client.digest(name)
     before: dict[str, Any] = {}
     with suppress(OSError, ValueError):  # nothing was deployed from this run yet
-        before = json.loads((deployed / "deploy.json").read_text(encoding="utf-8"))
+        before = json.loads(layout.deployment.read_text(encoding="utf-8"))
     ours = [model["digest"] for model in before.get("models", ()) if canonical(model["name"]) == canonical(name)]
-    ours += _published(deployed.parent).get(canonical(name), [])
+    ours += _published(layout).get(canonical(name), [])
     if digest is not None and digest not in ours and not replace:
         raise UserError(
             f"ollama.name: a model {name!r} is at {client.host} already, and this run did not make it; choose "
@@ -100,22 +98,22 @@ def refuse_taken(client: Client, name: str, deployed: Path, *, replace: bool) ->
         )
 
 
-def remember(run: Path, digests: Mapping[str, str]) -> None:
+def remember(layout: Layout, digests: Mapping[str, str]) -> None:
     """Write down what is about to be published, so that after a crash the run knows its own models.
 
     Args:
-        run: the run's folder.
+        layout: the run.
         digests: name -> digest.
     """
-    published = _published(run)
+    published = _published(layout)
     for name, digest in digests.items():
         published[canonical(name)] = sorted({*published.get(canonical(name), []), digest})
-    write_whole(run / PUBLISHED, json.dumps(published, indent=1) + "\n")
+    write_whole(layout.published, json.dumps(published, indent=1) + "\n")
 
 
-def _published(run: Path) -> dict[str, list[str]]:
+def _published(layout: Layout) -> dict[str, list[str]]:
     try:
-        return dict(json.loads((run / PUBLISHED).read_text(encoding="utf-8")))
+        return dict(json.loads(layout.published.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return {}
 

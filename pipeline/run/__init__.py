@@ -1,1 +1,1 @@
-"""What all stages share: a run's folder and its layout, what a stage is, and the graph that runs the stale ones."""
+"""A run: its folder, its stages and what each was made from, and the running of those that are not up to date."""

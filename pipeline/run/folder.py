@@ -11,8 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import PipelineError, UserError
 from pipeline.resources import sha256_of
-
-MANIFEST = "manifest.json"
+from pipeline.run.layout import Layout
 
 
 class _File(BaseModel):
@@ -55,7 +54,7 @@ def locked(run: Path) -> Iterator[None]:
     try:
         run.mkdir(parents=True, exist_ok=True)
         if any(not path.name.startswith(".") for path in run.iterdir()) and not holder.exists():
-            if not (run / MANIFEST).exists():
+            if not Layout(run).manifest.exists():
                 raise UserError(
                     f"run.folder: {run}: is not empty and was made by no run, which would replace what is in it: "
                     "choose another folder"
@@ -91,7 +90,7 @@ def read_manifest(run: Path) -> dict[str, Any]:
     Raises:
         PipelineError: the file is there and cannot be understood.
     """
-    path = run / MANIFEST
+    path = Layout(run).manifest
     remedy = "choose another folder with run.folder, and every stage runs there"
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -108,7 +107,7 @@ def read_manifest(run: Path) -> dict[str, Any]:
 
 def write_manifest(run: Path, manifest: dict[str, Any]) -> None:
     """Replace the manifest."""
-    write_whole(run / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False, default=str) + "\n")
+    write_whole(Layout(run).manifest, json.dumps(manifest, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
 def record_files(folder: Path, run: Path) -> dict[str, dict[str, Any]]:

@@ -1,10 +1,11 @@
-"""The process in which one stage runs: `python -m pipeline.run.worker RUN STAGE VARIANT`.
+"""The process in which one stage runs: `python -m pipeline.run.worker RUN PACKAGES MODULE STAGE VARIANT`.
 
 A process of its own gives each stage its peak memory, its memory back, and libraries that no other stage has patched.
 What libraries print goes to the stage's log; the terminal is for what `pipeline.console` says.
 """
 
 import ctypes
+import importlib
 import json
 import os
 import shutil
@@ -17,34 +18,50 @@ from pipeline import console
 from pipeline.config import Config
 from pipeline.errors import PipelineError, full_disk
 from pipeline.run.folder import write_whole
-from pipeline.run.graph import PARENT, PARTIAL, stage_module
-from pipeline.run.stage import Work
+from pipeline.run.graph import PARENT, Node
+from pipeline.run.layout import Layout
+from pipeline.run.stage import Stage, Task
 
 
-def main(run: Path, stage: str, variant: str) -> int:
-    """Run one stage and leave its result, or its error, in the partial folder."""
+def main(run: Path, packages: str, module: str, name: str, variant: str) -> int:
+    """Run one stage and leave its result, or its error, in the partial folder.
+
+    Args:
+        run: the run's folder.
+        packages: the folder in which the top-level package of the module lies.
+        module: the module with the stage's declaration.
+        name: the stage's name.
+        variant: which of its variants.
+    """
     _end_with_parent()
-    name = f"{stage}__{variant}" if variant else stage
-    partial = run / PARTIAL / name
-    log = run / "logs" / f"{name}.log"
+    node, layout = Node(name, variant), Layout(run)
+    partial, log = layout.partial(name, variant), layout.log(name, variant)
     _quiet(log)
-    config = Config.model_validate_json((run / "config.json").read_text(encoding="utf-8"))
-    work = Work(config, run, partial / "output", variant, partial / "scratch", stage)
+    config = Config.model_validate_json(layout.config.read_text(encoding="utf-8"))
     try:
-        figures = stage_module(stage).main(work)
-        result = {"figures": figures, "warnings": work.warnings, "commands": work.commands}
+        stage = _declared(packages, module, name)
+        task = Task(stage, config, run, partial / "output", variant, partial / "scratch")
+        figures = stage.run(task)
+        result = {"figures": figures, "warnings": task.warnings, "commands": task.commands}
         status = 0
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except PipelineError as error:
-        result, status = {"error": f"{name.replace('__', '/')}: {error}"}, error.exit_status
+        result, status = {"error": f"{node}: {error}"}, error.exit_status
     except Exception as error:
         if full_disk(error):  # what was half written is in the way of everything, and of saying so
             shutil.rmtree(partial / "output", ignore_errors=True)
         traceback.print_exc()
-        result, status = {"error": f"{name.replace('__', '/')}: {_explain(error, run)}; the log is {log}"}, 1
+        result, status = {"error": f"{node}: {_explain(error, run)}; the log is {log}"}, 1
     write_whole(partial / "result.json", json.dumps(result, default=str))
     return status
+
+
+def _declared(packages: str, module: str, name: str) -> Stage:
+    if packages not in sys.path:
+        sys.path.append(packages)
+    values = vars(importlib.import_module(module)).values()
+    return next(value for value in values if isinstance(value, Stage) and value.name == name)
 
 
 def _explain(error: Exception, run: Path) -> str:
@@ -75,4 +92,4 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3]))
+    sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))

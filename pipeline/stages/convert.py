@@ -11,16 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import console
-from pipeline.config import Config
 from pipeline.errors import PipelineError
 from pipeline.llamacpp import converter
 from pipeline.llamacpp.gguf_file import GGUFInfo, check
 from pipeline.llamacpp.programs import require_space
-from pipeline.resources import resource
-from pipeline.run.stage import Work
-
-NEEDS = ("merge",)
-CONFIG = ("export.outtype", "model.base")
+from pipeline.run.stage import Stage, Task
 
 # Said for every model that transformers 5 saved: "default" is its name for no scaling, and that is what is written.
 _HARMLESS = ("Unknown RoPE type: default",)
@@ -30,23 +25,18 @@ _COMPUTED = re.compile(r"^(blk\.\d+\.)?rope_(freqs|factors_long|factors_short)\.
 _LEFT_OUT = ("vision_config", "audio_config", "num_nextn_predict_layers", "mtp_num_hidden_layers")
 
 
-def inputs(_: Config) -> list[Path]:
-    """The pin of the converter."""
-    return [resource("third_party/pins.toml")]
-
-
-def main(work: Work) -> dict[str, Any]:
+def main(task: Task) -> dict[str, Any]:
     """Write and check `model-f16.gguf` or `model-bf16.gguf`."""
-    merged = work.folder("merge") / "model"
+    merged = task.layout.merged_model
     weights = stored_weights(merged)
-    asked = work.config.export.outtype
+    asked = task.config.export.outtype
     outtype = sixteen_bit_type(weights) if asked == "auto" else asked
-    target = work.output / f"model-{outtype}.gguf"
-    require_space(work.output, 2 * parameter_count(merged, weights), "the 16-bit GGUF")
-    convert(work, merged, target, outtype)
+    target = task.new(task.layout.converted(outtype))
+    require_space(task.output, 2 * parameter_count(merged, weights), "the 16-bit GGUF")
+    convert(task, merged, target, outtype)
 
     info = check(target)
-    check_against(info, merged, weights, work)
+    check_against(info, merged, weights, task)
     return {
         "file": target.name,
         "bytes": info.size,
@@ -62,10 +52,10 @@ def main(work: Work) -> dict[str, Any]:
     }
 
 
-def convert(work: Work, model: Path, target: Path, outtype: str) -> None:
+def convert(task: Task, model: Path, target: Path, outtype: str) -> None:
     """Run the pinned converter, with a bar and its warnings."""
-    arguments = converter.command(model, target, outtype, f"{Path(work.config.model.base).name}-tuned")
-    work.command(arguments)
+    arguments = converter.command(model, target, outtype, f"{Path(task.config.model.base).name}-tuned")
+    task.command(arguments)
     with console.progress("writing the GGUF", 100, "%") as update:
 
         def read(line: str) -> None:
@@ -76,7 +66,7 @@ def convert(work: Work, model: Path, target: Path, outtype: str) -> None:
             if line.startswith("WARNING:") and line.count(":") > 1:
                 message = line.split(":", 2)[2].strip(" *")
                 if message and message not in _HARMLESS:
-                    work.warn(f"llama.cpp's converter: {message}")
+                    task.warn(f"llama.cpp's converter: {message}")
 
         converter.convert(arguments, target.parent, read)
 
@@ -115,7 +105,7 @@ def parameter_count(folder: Path, weights: dict[str, tuple[tuple[int, ...], str]
     )
 
 
-def check_against(info: GGUFInfo, merged: Path, weights: dict[str, tuple[tuple[int, ...], str]], work: Work) -> None:
+def check_against(info: GGUFInfo, merged: Path, weights: dict[str, tuple[tuple[int, ...], str]], task: Task) -> None:
     """Compare a GGUF with the Hugging Face folder that it was made from.
 
     Raises:
@@ -131,7 +121,7 @@ def check_against(info: GGUFInfo, merged: Path, weights: dict[str, tuple[tuple[i
         message = f"{info.path.name} holds {found:,} parameters, the merged model {expected:,}"
         if not any(config.get(part) for part in _LEFT_OUT):
             raise PipelineError(f"{message}: the converter lost or invented some")
-        work.warn(f"{message}: a text GGUF leaves out the other parts of this model")
+        task.warn(f"{message}: a text GGUF leaves out the other parts of this model")
 
     tokenizer = saved_tokenizer(merged)
     kind = info.metadata["tokenizer.ggml.model"]
@@ -173,3 +163,16 @@ def _elements(shape: tuple[int, ...]) -> int:
     for extent in shape:
         count *= extent
     return count
+
+
+STAGE = Stage(
+    name="convert",
+    summary="Convert the merged model to a 16-bit GGUF with llama.cpp's own script.",
+    run=main,
+    needs=("merge",),
+    settings=("export.outtype", "model.base"),
+    libraries=("torch", "transformers", "tokenizers", "safetensors", "numpy"),
+    programs=("llama.cpp",),
+    figures=("type", "bytes", "tensors", "pre_tokenizer"),
+    rung=True,
+)

@@ -18,7 +18,7 @@ from pipeline.data.checks import NEAR, check_expected, drop_duplicates, find_lea
 from pipeline.data.formats import Conversation, read_conversations
 from pipeline.errors import UserError
 from pipeline.model.base import resolve_base
-from pipeline.model.facts import context_of
+from pipeline.model.facts import base_files, context_of
 from pipeline.prompt.labels import (
     IGNORED,
     Tokenized,
@@ -30,29 +30,23 @@ from pipeline.prompt.labels import (
 )
 from pipeline.prompt.lengths import check_room, fit
 from pipeline.prompt.tokenizer import load_tokenizer
-from pipeline.run.stage import Work
+from pipeline.run.stage import Stage, Task
 
 if TYPE_CHECKING:
     from pipeline.config import Config
-
-NEEDS = ()
-CONFIG = ("data", "model.base", "model.revision", "train.max_length", "train.seed", "eval.metric", "eval.limit")
 
 BATCH = 1000  # rows tokenized in one call: enough for the tokenizer's threads, little memory
 EXAMPLES = 3  # rows shown in the summary
 
 
-def inputs(config: Config) -> list[Path]:
+def files(config: Config, _: str) -> list[Path]:
     """The user's data files, and what of the base makes tokens of them."""
-    from pipeline.model.facts import base_files
-
     data = config.data
     given = [path for path in (data.train, data.validation, data.test) if path is not None]
-    base = base_files(config.model.base, config.model.revision)
-    return [*given, *(path for path in base if path.suffix != ".safetensors")]
+    return [*given, *(path for path in base_files(config.model) if path.suffix != ".safetensors")]
 
 
-def main(work: Work) -> dict[str, Any]:
+def main(task: Task) -> dict[str, Any]:
     """Write {train,validation,test}.jsonl, {train,validation}.tokens.jsonl and summary.json.
 
     A set that was not given is an empty file.
@@ -60,16 +54,16 @@ def main(work: Work) -> dict[str, Any]:
     Returns:
         The figures of the summary: rows, tokens, trained tokens, lengths in tokens, what was left out.
     """
-    data, seed = work.config.data, work.config.train.seed
-    given = _read(work, data.train)
+    data, seed = task.config.data, task.config.train.seed
+    given = _read(task, data.train)
     train = drop_duplicates(given)
     duplicates = len(given) - len(train)
     if data.validation is not None:
-        validation = _read(work, data.validation)
+        validation = _read(task, data.validation)
     else:
         train, validation = split(train, data.validation_fraction, seed)
-    test = _read(work, data.test) if data.test is not None else []
-    check_expected(test, work.config.eval.metric)
+    test = _read(task, data.test) if data.test is not None else []
+    check_expected(test, task.config.eval.metric)
     if with_tools := sum(bool(row.tools) for row in test):
         assert data.test is not None
         if with_tools == len(test):
@@ -77,36 +71,36 @@ def main(work: Work) -> dict[str, Any]:
                 f"data.test: every row of {data.test} has tools, and calls of tools are not judged: add rows without, "
                 "or leave data.test out"
             )
-        work.warn(f"{data.test.name}: {with_tools:,} of {len(test):,} rows have tools; `evaluate` leaves them out")
+        task.warn(f"{data.test.name}: {with_tools:,} of {len(test):,} rows have tools; `evaluate` leaves them out")
     if duplicates:
-        work.warn(f"{data.train.name}: {duplicates:,} of {len(given):,} rows repeat another; each is trained once")
+        task.warn(f"{data.train.name}: {duplicates:,} of {len(given):,} rows repeat another; each is trained once")
     leaks = {}
     for name, held_out in (("validation", validation if data.validation else []), ("test", test)):
         if found := find_leaks(train, held_out):
             leak = max(found, key=lambda leak: leak.similarity)
-            work.warn(
+            task.warn(
                 f"{len(found):,} of {len(held_out):,} {name} rows ask what a training row asks "
                 f"(word pairs at least {NEAR:.0%} the same), so their score flatters; "
                 f"e.g. {leak.held_out} and {leak.train}"
             )
         leaks[name] = len(found)
 
-    model = work.config.model
+    model = task.config.model
     base = resolve_base(model.base, model.revision)
     tokenizer, changes = load_tokenizer(base, trust_remote_code=model.trust_remote_code)
     if changes:
-        work.warn(f"the tokenizer is trained as llama.cpp will read texts: {'; '.join(changes)}")
-    asked = [row for row in test if not row.tools][: work.config.eval.limit]
+        task.warn(f"the tokenizer is trained as llama.cpp will read texts: {'; '.join(changes)}")
+    asked = [row for row in test if not row.tools][: task.config.eval.limit]
     check_room(tokenizer, asked, context_of(base))
     figures: dict[str, Any] = {"test_rows": len(test), "duplicates_dropped": duplicates}
     figures |= {f"{name}_leaks": count for name, count in leaks.items()}
     summary: dict[str, Any] = {}
-    _write(work.output / "test.jsonl", (row.as_row() for row in test))
+    _write(task.new(task.layout.rows("test")), (row.as_row() for row in test))
     for name, rows in (("train", train), ("validation", validation)):
-        kept, tokenized, cut, dropped = _tokenize(work, tokenizer, name, rows)
-        _write(work.output / f"{name}.jsonl", (row.as_row() for row in kept))
+        kept, tokenized, cut, dropped = _tokenize(task, tokenizer, name, rows)
+        _write(task.new(task.layout.rows(name)), (row.as_row() for row in kept))
         _write(
-            work.output / f"{name}.tokens.jsonl",
+            task.new(task.layout.tokens(name)),
             ({"input_ids": row.input_ids, "labels": row.labels} for row in tokenized),
         )
         figures |= {f"{name}_{key}": value for key, value in _figures(tokenizer, kept, tokenized).items()}
@@ -115,7 +109,7 @@ def main(work: Work) -> dict[str, Any]:
     if not figures["train_rows"]:
         raise UserError(f"{data.train}: no row is left to train on; see the warnings above")
     text = json.dumps(figures | summary, ensure_ascii=False, indent=2)
-    (work.output / "summary.json").write_text(text + "\n", encoding="utf-8")
+    task.new(task.layout.data_summary).write_text(text + "\n", encoding="utf-8")
     return figures
 
 
@@ -130,21 +124,21 @@ def split(rows: Sequence[Conversation], fraction: float, seed: int) -> tuple[lis
     )
 
 
-def _read(work: Work, path: Path) -> list[Conversation]:
-    rows = read_conversations(path, work.config.data.format, work.config.data.system)
+def _read(task: Task, path: Path) -> list[Conversation]:
+    rows = read_conversations(path, task.config.data.format, task.config.data.system)
     if cut := sum(row.cut for row in rows):
-        work.warn(f"{path.name}: {cut:,} messages after a row's last answer were left off: nothing answers them")
+        task.warn(f"{path.name}: {cut:,} messages after a row's last answer were left off: nothing answers them")
     return rows
 
 
 def _tokenize(
-    work: Work, tokenizer: Any, name: str, rows: Sequence[Conversation]
+    task: Task, tokenizer: Any, name: str, rows: Sequence[Conversation]
 ) -> tuple[list[Conversation], list[Tokenized], int, int]:
     """The rows that are kept, their sequences, and how many sequences were cut and dropped for their
     length."""
     limit, on_overlong = (
-        work.config.train.max_length or tokenizer.model_max_length,
-        work.config.data.on_overlong,
+        task.config.train.max_length or tokenizer.model_max_length,
+        task.config.data.on_overlong,
     )
     kept: list[Conversation] = []
     sequences: list[Tokenized] = []
@@ -171,9 +165,9 @@ def _tokenize(
             done(start + len(batch))
     if dropped or cut:
         what = f"{dropped:,} were dropped" if dropped else f"{cut:,} were cut, their ends are not trained"
-        work.warn(f"{name}: of {len(sequences) + dropped:,} sequences {what} (longer than {limit:,} tokens)")
+        task.warn(f"{name}: of {len(sequences) + dropped:,} sequences {what} (longer than {limit:,} tokens)")
     if merged:
-        work.warn(
+        task.warn(
             f"{name}: {merged:,} answers begin with characters that the tokenizer joins to the prompt's end "
             "(most likely white space); that token is not trained, since the server cannot send it"
         )
@@ -216,3 +210,15 @@ def _example(tokenizer: Any, row: Tokenized) -> dict[str, Any]:
 def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     with path.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
+
+
+STAGE = Stage(
+    name="data",
+    summary="Check, split and render the conversations; account for every trained token.",
+    run=main,
+    settings=("data", "model", "train.max_length", "train.seed", "eval.metric", "eval.limit"),
+    files=files,
+    libraries=("transformers", "tokenizers", "jinja2"),
+    figures=("train_rows", "train_tokens", "train_share_trained", "validation_rows", "test_rows"),
+    rung=True,
+)

@@ -20,51 +20,41 @@ from typing import TYPE_CHECKING, Any
 from pipeline import console
 from pipeline.data.sources import read_rows
 from pipeline.errors import PipelineError, UserError
-from pipeline.ollama.target import STORE, local_store, names_of, refuse_taken, remember, server, usual_host
-from pipeline.run.stage import Work
+from pipeline.ollama.target import local_store, names_of, refuse_taken, remember, server, usual_host
+from pipeline.run.layout import Layout
+from pipeline.run.stage import Stage, Task
 
 if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.ollama.client import Client
     from pipeline.ollama.modelfile import ServedModel
 
-NEEDS = ("data", "merge", "quantize", "modelfile")
-CONFIG = (
-    "ollama.name",
-    "ollama.host",
-    "ollama.replace",
-    "export.quant",
-    "eval.metric",
-    "eval.max_new_tokens",
-    "verify.stopping",
-)
-
 QUESTIONS = 5
 
 
-def main(work: Work) -> dict[str, Any]:
+def main(task: Task) -> dict[str, Any]:
     """Deploy every GGUF file of the run; write deploy.json."""
-    config = work.config.ollama
-    names = names_of(config.name, work.config.export.quant)
-    with server(config.host, work.run / STORE, work.output / "ollama.log") as found:
+    config = task.config.ollama
+    names = names_of(config.name, task.config.export.quant)
+    with server(config.host, task.layout.ollama_models, task.output / "ollama.log") as found:
         if isinstance(found, str):
-            return _not_deployed(work, found)
+            return _not_deployed(task, found)
         client, own, log = found
 
         def refuse() -> None:
             for name in names.values() if not own else ():
-                refuse_taken(client, name, work.folder("deploy"), replace=config.replace)
+                refuse_taken(client, name, task.layout, replace=config.replace)
 
         refuse()
-        store = work.run / STORE if own else local_store(client)
-        proof = _proof_name(work.run)
+        store = task.layout.ollama_models if own else local_store(client)
+        proof = _proof_name(task.run)
         _remove(client, proof)  # what a deployment left that was killed
         try:
             models = [
-                _prove(work, client, log, store, variant, f"{proof}:{variant}", name) for variant, name in names.items()
+                _prove(task, client, log, store, variant, f"{proof}:{variant}", name) for variant, name in names.items()
             ]
             refuse()  # proving takes minutes: another may have made one since
-            remember(work.run, {model["name"]: model["digest"] for model in models})
+            remember(task.layout, {model["name"]: model["digest"] for model in models})
             for model in models:
                 _publish(client, f"{proof}:{model['variant']}", model["name"], model["digest"])
         finally:
@@ -73,11 +63,11 @@ def main(work: Work) -> dict[str, Any]:
             "deployed": True,
             "host": None if own else client.host,
             "own_server": own,
-            "models_folder": STORE if own else None,
+            "models_folder": task.layout.ollama_models.name if own else None,
             "version": client.version,
             "models": models,
         }
-    _write(work, record)
+    _write(task, record)
     return {
         "deployed": True,
         "own_server": own,
@@ -101,7 +91,7 @@ def plan(config: Config, run: Path) -> list[str]:
     from pipeline.ollama.client import Client, canonical
     from pipeline.ollama.server import find_ollama
 
-    lines = []
+    lines, layout = [], Layout(run)
     host = config.ollama.host or usual_host()
     try:
         with Client(host) as client:
@@ -112,12 +102,14 @@ def plan(config: Config, run: Path) -> list[str]:
             raise
         there = set()
         program = find_ollama()
-        lines.append(f"server: one of our own ({program}), models in {run / STORE}" if program else f"none: {error}")
+        lines.append(
+            f"server: one of our own ({program}), models in {layout.ollama_models}" if program else f"none: {error}"
+        )
     for kind, name in names_of(config.ollama.name, config.export.quant).items():
-        folder = run / "modelfile" / kind
-        if not (folder / "create.json").is_file():
-            raise UserError(f"{folder}: has no create.json; run the stage modelfile first")
-        served, gguf = _plan(folder)
+        request = layout.create_request(kind)
+        if not request.is_file():
+            raise UserError(f"{request}: not there yet; run `pipeline modelfile` first")
+        served, gguf = _plan(request)
         way = "TEMPLATE" if served.template else "the GGUF's own Jinja"
         taken = ", which is there already" if canonical(name) in there else ""
         lines.append(f"create: {name}{taken}, from {gguf} ({gguf.stat().st_size:,} bytes), rendered by {way}")
@@ -127,13 +119,13 @@ def plan(config: Config, run: Path) -> list[str]:
     return lines
 
 
-def _plan(folder: Path) -> tuple[ServedModel, Path]:
+def _plan(request: Path) -> tuple[ServedModel, Path]:
     """What `create.json` says, and the GGUF file that it names."""
     from pipeline.ollama.modelfile import ServedModel
 
-    record = json.loads((folder / "create.json").read_text(encoding="utf-8"))
+    record = json.loads(request.read_text(encoding="utf-8"))
     if record["adapter"]:
-        raise UserError(f"{folder / 'create.json'}: names an adapter; deploy sends whole models: merge it first")
+        raise UserError(f"{request}: names an adapter; deploy sends whole models: merge it first")
     body = record["request"]
     served = ServedModel(
         gguf=record["gguf"],
@@ -144,19 +136,22 @@ def _plan(folder: Path) -> tuple[ServedModel, Path]:
         licenses=tuple(body.get("license", ())),
         requires=body.get("requires", ""),
     )
-    return served, (folder / served.gguf).resolve()
+    return served, (request.parent / served.gguf).resolve()
 
 
-def _not_deployed(work: Work, reason: str) -> dict[str, Any]:
+def _not_deployed(task: Task, reason: str) -> dict[str, Any]:
     commands = []
-    for kind, name in names_of(work.config.ollama.name, work.config.export.quant).items():
-        folder = work.folder("modelfile", kind)
-        if (folder / "Modelfile").is_file():
-            commands += [f"cd {shlex.quote(str(folder))} && ollama create {name} -f Modelfile", f"ollama run {name}"]
+    for kind, name in names_of(task.config.ollama.name, task.config.export.quant).items():
+        modelfile = task.layout.modelfile(kind)
+        if modelfile.is_file():
+            commands += [
+                f"cd {shlex.quote(str(modelfile.parent))} && ollama create {name} -f Modelfile",
+                f"ollama run {name}",
+            ]
         else:
             commands.append(f"pipeline deploy  # no Modelfile can carry {name}")
-    _write(work, {"deployed": False, "reason": reason, "commands": commands})
-    work.warn(f"not deployed: {reason}. Where there is one, type:\n  " + "\n  ".join(commands))
+    _write(task, {"deployed": False, "reason": reason, "commands": commands})
+    task.warn(f"not deployed: {reason}. Where there is one, type:\n  " + "\n  ".join(commands))
     return {"deployed": False, "reason": reason, "commands": commands}
 
 
@@ -166,7 +161,7 @@ def _proof_name(run: Path) -> str:
 
 
 def _prove(
-    work: Work, client: Client, log: Path | None, store: Path | None, variant: str, proof_name: str, name: str
+    task: Task, client: Client, log: Path | None, store: Path | None, variant: str, proof_name: str, name: str
 ) -> dict[str, Any]:
     """Make a model under its proof's name, and prove it; `name` is what it will be called."""
     from pipeline.llamacpp.gguf_file import inspect
@@ -175,9 +170,9 @@ def _prove(
     from pipeline.prompt.template import ChatTemplate
     from pipeline.prompt.tokenizer import saved_tokenizer
 
-    served, gguf = _plan(work.folder("modelfile", variant))
+    served, gguf = _plan(task.layout.create_request(variant))
     started = time.monotonic()
-    model = work.folder("merge") / "model"
+    model = task.layout.merged_model
     tokenizer = saved_tokenizer(model)
     template = ChatTemplate.from_tokenizer(tokenizer, str(model))
     _create(client, proof_name, served, gguf, store)
@@ -197,8 +192,8 @@ def _prove(
     console.say(f"  {name}: prompts {proof.report.summary}; {proof.token_equal} with equal token ids")
     for reason in dict.fromkeys(proof.other_ids.values()):
         cases = [case for case, why in proof.other_ids.items() if why == reason]
-        work.warn(f"other token ids are served for texts of some kinds: {reason} ({', '.join(cases)})")
-    answers, first_answer = _ask(work, client, proof_name)
+        task.warn(f"other token ids are served for texts of some kinds: {reason} ({', '.join(cases)})")
+    answers, first_answer = _ask(task, client, proof_name)
     way = "go" if served.template else "native"
     selected = _selected(log, proof_name, way)
     client.unload(proof_name)  # the next one needs the memory
@@ -249,7 +244,7 @@ def _publish(client: Client, proof_name: str, name: str, digest: str) -> None:
         )
 
 
-def _ask(work: Work, client: Client, name: str) -> tuple[list[dict[str, Any]], float | None]:
+def _ask(task: Task, client: Client, name: str) -> tuple[list[dict[str, Any]], float | None]:
     """Ask questions of the test rows.
 
     Returns:
@@ -258,10 +253,10 @@ def _ask(work: Work, client: Client, name: str) -> tuple[list[dict[str, Any]], f
     from pipeline.data.metric import score
     from pipeline.prompt.conformance import for_ollama
 
-    rows = _rows(work.folder("data"))
-    metric, limit = work.config.eval.metric, work.config.eval.max_new_tokens
+    rows = _rows(task.layout)
+    metric, limit = task.config.eval.metric, task.config.eval.max_new_tokens
     if not rows:
-        work.warn("nothing was asked: no row of the data ends with a question and its answer")
+        task.warn("nothing was asked: no row of the data ends with a question and its answer")
     answers = []
     first: float | None = None
     for row in rows[:QUESTIONS]:
@@ -283,7 +278,7 @@ def _ask(work: Work, client: Client, name: str) -> tuple[list[dict[str, Any]], f
             }
         )
         console.say(f"  asked: {_short(question[-1]['content'])}\n  said:  {_short(answer['content'])}")
-    stopped, least = sum(answer["stopped"] for answer in answers), work.config.verify.stopping
+    stopped, least = sum(answer["stopped"] for answer in answers), task.config.verify.stopping
     if stopped < least * len(answers):
         raise PipelineError(
             f"the model does not stop by itself: {stopped} of {len(answers)} answers ended within {limit} tokens, and "
@@ -293,10 +288,10 @@ def _ask(work: Work, client: Client, name: str) -> tuple[list[dict[str, Any]], f
     return answers, first
 
 
-def _rows(folder: Path) -> list[dict[str, Any]]:
+def _rows(layout: Layout) -> list[dict[str, Any]]:
     """Rows with a question and an answer: of the test data, else of what else there is."""
     for name in ("test", "validation", "train"):
-        path = folder / f"{name}.jsonl"
+        path = layout.rows(name)
         if path.is_file():
             rows = list(itertools.islice(read_rows(path), 4 * QUESTIONS))
             rows = [row for row in rows if [m["role"] for m in row["messages"][-2:]] == ["user", "assistant"]]
@@ -343,6 +338,25 @@ def _remove(client: Client, proof: str) -> None:
         console.warn(f"{proof} could not be removed from Ollama: {error}")
 
 
-def _write(work: Work, record: dict[str, Any]) -> None:
+def _write(task: Task, record: dict[str, Any]) -> None:
     text = json.dumps(record, ensure_ascii=False, indent=2)
-    (work.output / "deploy.json").write_text(text + "\n", encoding="utf-8")
+    task.new(task.layout.deployment).write_text(text + "\n", encoding="utf-8")
+
+
+STAGE = Stage(
+    name="deploy",
+    summary="Create the model in Ollama, prove it, and ask it test questions.",
+    run=main,
+    needs=("data", "merge", "quantize", "modelfile"),
+    reads={"data": ("test.jsonl", "validation.jsonl", "train.jsonl")},
+    settings=(
+        *("ollama.name", "ollama.host", "export.quant"),
+        *("eval.metric", "eval.max_new_tokens", "verify.stopping"),
+    ),
+    indifferent_to=("ollama.replace",),  # a permission
+    libraries=("transformers", "tokenizers", "jinja2"),
+    programs=("ollama",),
+    figures=("names", "ollama", "prompts", "reason"),
+    rung=True,
+    unfinished=unfinished,
+)

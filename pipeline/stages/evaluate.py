@@ -18,25 +18,24 @@ from pipeline.config import Config
 from pipeline.console import progress
 from pipeline.data.metric import score
 from pipeline.data.sources import read_rows
-from pipeline.run.stage import Work
+from pipeline.model.facts import base_files
+from pipeline.run.stage import Stage, Task
 from pipeline.verify.rungs import ADAPTER, ADAPTER_16BIT, BASE, GGUF_16BIT, MERGED, OLLAMA, rungs
 from pipeline.verify.statistics import wilson_interval
 
-CONFIG = ("eval", "model")
-READS = {"data": ("test.jsonl",)}
-
 TABLE = "table"
+_ON_THE_BASE = (BASE, ADAPTER, ADAPTER_16BIT)
 
 
 def variants(config: Config) -> tuple[str, ...]:
-    """The rungs in the order of the work, then the table that joins them; none without test data."""
+    """The rungs in the order of the task, then the table that joins them; none without test data."""
     if config.data.test is None:
         return ()
     return (*rungs(config.export.quant, trained_on_4bit=config.train.load_in_4bit), TABLE)
 
 
-def NEEDS(variant: str) -> tuple[str, ...]:
-    """What a rung reads."""
+def needs(variant: str) -> tuple[str, ...]:
+    """What a rung reads of other stages."""
     stages = {
         BASE: (),
         ADAPTER: ("train",),
@@ -49,26 +48,39 @@ def NEEDS(variant: str) -> tuple[str, ...]:
     return ("data", *stages.get(variant, ("merge", f"quantize/{variant}")))
 
 
-def main(work: Work) -> dict[str, Any]:
+def settings(variant: str) -> tuple[str, ...]:
+    """What a rung reads of the configuration."""
+    if variant == TABLE:
+        return ("eval.metric", "eval.limit", "export.quant", "train.load_in_4bit")
+    base = ("model",) if variant in _ON_THE_BASE else ()
+    return ("eval", *base, *(("train.load_in_4bit",) if variant == ADAPTER else ()))
+
+
+def files(config: Config, variant: str) -> list[Path]:
+    """The base's files, where a rung reads it."""
+    return base_files(config.model) if variant in _ON_THE_BASE else []
+
+
+def main(task: Task) -> dict[str, Any]:
     """Ask one rung, or join the rungs to evaluation.json."""
-    if work.variant == TABLE:
-        return _table(work)
-    rows = read_questions(work.folder("data") / "test.jsonl", work.config.eval.limit)
+    if task.variant == TABLE:
+        return _table(task)
+    rows = read_questions(task.layout.rows("test"), task.config.eval.limit)
     started = time.monotonic()
-    with _rung(work, rows) as answer_all:
+    with _rung(task, rows) as answer_all:
         if answer_all is None:
             return {"asked": 0, "why": "not deployed"}
-        with progress(f"asking {work.variant}", len(rows), "questions") as update:
+        with progress(f"asking {task.variant}", len(rows), "questions") as update:
             answers = answer_all(update)
     seconds = time.monotonic() - started
     results = [
-        {"expected": expected, "answer": answer, "correct": _correct(work.config, answer, expected)}
+        {"expected": expected, "answer": answer, "correct": _correct(task.config, answer, expected)}
         for (_, expected), answer in zip(rows, answers, strict=True)
     ]
-    with (work.output / "answers.jsonl").open("w", encoding="utf-8") as file:
+    with task.new(task.layout.answers(task.variant)).open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
     figures: dict[str, Any] = {"asked": len(rows), "seconds_per_answer": seconds / len(rows)}
-    if work.config.eval.metric != "none":
+    if task.config.eval.metric != "none":
         correct = sum(bool(result["correct"]) for result in results)
         low, high = wilson_interval(correct, len(rows))
         figures |= {"exact_match": correct / len(rows), "correct": correct, "interval_95": [low, high]}
@@ -95,16 +107,16 @@ Question = list[dict[str, Any]]
 
 
 @contextmanager
-def _rung(work: Work, rows: list[tuple[Question, str]]) -> Iterator[Answerer | None]:
+def _rung(task: Task, rows: list[tuple[Question, str]]) -> Iterator[Answerer | None]:
     """What answers the rows' questions at this rung; None where the model is not there to be asked."""
-    questions, limit = [question for question, _ in rows], work.config.eval.max_new_tokens
-    if work.variant in (BASE, ADAPTER, ADAPTER_16BIT, MERGED):
-        yield _transformers(work, rows)
-    elif work.variant == OLLAMA:
+    questions, limit = [question for question, _ in rows], task.config.eval.max_new_tokens
+    if task.variant in (BASE, ADAPTER, ADAPTER_16BIT, MERGED):
+        yield _transformers(task, rows)
+    elif task.variant == OLLAMA:
         from pipeline.ollama.serving import deployed
         from pipeline.prompt.conformance import for_ollama
 
-        with deployed(work.run) as served:
+        with deployed(task.run) as served:
             if served is None:
                 yield None
                 return
@@ -118,13 +130,11 @@ def _rung(work: Work, rows: list[tuple[Question, str]]) -> Iterator[Answerer | N
     else:
         from pipeline.ollama.serving import llama_server
 
-        if work.variant == GGUF_16BIT:
-            (model,) = work.folder("convert").glob("*.gguf")
-        else:
-            model = work.folder("quantize", work.variant) / f"model-{work.variant}.gguf"
-        context = context_for(work.folder("merge") / "model", questions, limit)
+        layout = task.layout
+        model = layout.gguf_16bit() if task.variant == GGUF_16BIT else layout.quantized(task.variant)
+        context = context_for(layout.merged_model, questions, limit)
         with llama_server(model, context) as server:
-            work.command(server.command)
+            task.command(server.command)
             # As Ollama asks: what a question shares with the last one is not computed again. Computed again it would
             # be rounded otherwise, and near ties would fall to another side than in Ollama.
             yield partial(_one_by_one, lambda messages: server.chat(messages, limit, cache_prompt=True), questions)
@@ -157,18 +167,18 @@ def _one_by_one(
     return answers
 
 
-def _transformers(work: Work, rows: list[tuple[Question, str]]) -> Answerer:
+def _transformers(task: Task, rows: list[tuple[Question, str]]) -> Answerer:
     from pipeline.model.generate import answer_in_batches, answers, load_adapter, load_base, load_merged
 
-    settings, limit = work.config.model, work.config.eval.max_new_tokens
+    settings, limit = task.config.model, task.config.eval.max_new_tokens
     questions, expected = [question for question, _ in rows], [answer for _, answer in rows]
-    if work.variant == BASE:  # it knows none of the expected answers
+    if task.variant == BASE:  # it knows none of the expected answers
         return partial(answer_in_batches, *load_base(settings), questions, limit)
-    if work.variant == MERGED:
-        model, tokenizer = load_merged(work.folder("merge") / "model")
+    if task.variant == MERGED:
+        model, tokenizer = load_merged(task.layout.merged_model)
     else:
-        in_4bit = work.variant == ADAPTER and work.config.train.load_in_4bit
-        model, tokenizer = load_adapter(settings, work.folder("train") / "adapter", in_4bit=in_4bit)
+        in_4bit = task.variant == ADAPTER and task.config.train.load_in_4bit
+        model, tokenizer = load_adapter(settings, task.layout.adapter, in_4bit=in_4bit)
     return partial(answers, model, tokenizer, questions, expected, limit)
 
 
@@ -176,13 +186,13 @@ def _correct(config: Config, answer: str, expected: str) -> bool | None:
     return None if config.eval.metric == "none" else score(config.eval.metric, answer, expected)
 
 
-def _table(work: Work) -> dict[str, Any]:
-    questions = read_questions(work.folder("data") / "test.jsonl", work.config.eval.limit)
+def _table(task: Task) -> dict[str, Any]:
+    questions = read_questions(task.layout.rows("test"), task.config.eval.limit)
     asked: dict[str, list[dict[str, Any]]] = {}
-    for variant in variants(work.config):
-        path = work.folder("evaluate", variant) / "answers.jsonl"
-        if variant != TABLE and path.is_file():
-            asked[variant] = list(read_rows(path))
+    config = task.config
+    for rung in rungs(config.export.quant, trained_on_4bit=config.train.load_in_4bit):
+        if (path := task.layout.answers(rung)).is_file():
+            asked[rung] = list(read_rows(path))
     rows = [
         {
             "messages": messages,
@@ -193,7 +203,7 @@ def _table(work: Work) -> dict[str, Any]:
         for place, (messages, expected) in enumerate(questions)
     ]
     scores: dict[str, Any] = {}
-    if work.config.eval.metric != "none":
+    if task.config.eval.metric != "none":
         for rung, results in asked.items():
             correct = sum(bool(result["correct"]) for result in results)
             scores[rung] = {
@@ -202,8 +212,23 @@ def _table(work: Work) -> dict[str, Any]:
                 "asked": len(results),
                 "interval_95": wilson_interval(correct, len(results)),
             }
-    document = {"metric": work.config.eval.metric, "rungs": scores, "rows": rows}
-    (work.output / "evaluation.json").write_text(
-        json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    document = {"metric": task.config.eval.metric, "rungs": scores, "rows": rows}
+    text = json.dumps(document, indent=1, ensure_ascii=False)
+    task.new(task.layout.evaluation).write_text(text + "\n", encoding="utf-8")
     return {rung: values["exact_match"] for rung, values in scores.items()}
+
+
+STAGE = Stage(
+    name="evaluate",
+    summary="Ask the test questions at every rung, from the base to Ollama.",
+    run=main,
+    needs=needs,
+    reads={"data": ("test.jsonl",), "train": ("adapter/*", "!adapter/README.md"), "deploy": ("deploy.json",)},
+    settings=settings,
+    files=files,
+    libraries=("torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers"),
+    programs=("llama.cpp", "ollama"),
+    variants=variants,
+    figures=("exact_match", "asked", "seconds_per_answer"),
+    rung=True,
+)

@@ -13,26 +13,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config
 from pipeline.console import progress
 from pipeline.errors import PipelineError
-from pipeline.model.held_out import first_tokens, held_out_loss, read_held_out, trained_places
+from pipeline.model.facts import base_files
+from pipeline.model.held_out import first_tokens, held_out_losses, mean_loss, read_held_out, trained_places
 from pipeline.model.nf4 import dequantize_base, restore_base
-from pipeline.run.stage import Work
+from pipeline.run.stage import Stage, Task
 
-NEEDS = ("data", "train")
-READS = {"data": ("train.tokens.jsonl", "validation.tokens.jsonl")}
-CONFIG = ("model", "merge", "train.load_in_4bit", "train.max_length", "verify.tokens")
-
-
-def inputs(config: Config) -> list[Path]:
-    """The base's files."""
-    from pipeline.model.facts import base_files
-
-    return base_files(config.model.base, config.model.revision)
+# Held-out tokens on which the two bases are compared: the difference of their losses is settled long before.
+HELD_OUT_TOKENS = 5000
 
 
-def main(work: Work) -> dict[str, Any]:
+def main(task: Task) -> dict[str, Any]:
     """Write the merged model, with the tokenizer and the chat template that were trained."""
     import torch
     from peft import PeftModel
@@ -41,18 +33,18 @@ def main(work: Work) -> dict[str, Any]:
 
     from pipeline.model.base import resolve_base
 
-    base = resolve_base(work.config.model.base, work.config.model.revision)
-    adapter = work.folder("train") / "adapter"
+    base = resolve_base(task.config.model.base, task.config.model.revision)
+    adapter = task.layout.adapter
     stored = stored_type(base)
     with progress("loading the base", None):
         model = AutoModelForCausalLM.from_pretrained(
-            base, dtype=_arithmetic(base, stored), trust_remote_code=work.config.model.trust_remote_code
+            base, dtype=_arithmetic(base, stored), trust_remote_code=task.config.model.trust_remote_code
         )
     arithmetic = str(model.dtype).removeprefix("torch.")
     generation = model.generation_config
     model = PeftModel.from_pretrained(model, adapter).eval()
     _refuse_partial(model, adapter)
-    merged_into = _choose_base(work, model)
+    merged_into = _choose_base(task, model)
 
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     change, size = 0.0, 0.0
@@ -77,7 +69,7 @@ def main(work: Work) -> dict[str, Any]:
     model.config.dtype = stored
     model.generation_config = generation
 
-    output = work.output / "model"
+    output = task.new(task.layout.merged_model)
     with progress("saving", None):
         model.save_pretrained(output, max_shard_size="4GB")
     _copy_tokenizer(adapter, base, output)
@@ -93,39 +85,41 @@ def main(work: Work) -> dict[str, Any]:
     }
 
 
-def _choose_base(work: Work, model: Any) -> dict[str, Any]:
+def _choose_base(task: Task, model: Any) -> dict[str, Any]:
     """Leave those weights under the adapter that it is to be merged into; write base.json.
 
     Args:
-        work: the stage's task.
+        task: the stage's task.
         model: the PEFT model on the base as it is stored.
 
     Returns:
-        "taken" ("16bit" or "dequantized"), "losses" (nats for each trained token; empty where nothing was measured)
-        and "why".
+        "taken" ("16bit" or "dequantized") and "why"; "losses" (nats for each trained token; empty where nothing was
+        measured) and, of each row for `verify`, "row_losses".
     """
-    wanted, trained_on_4bit = work.config.merge.base, work.config.train.load_in_4bit
-    where, rows = read_held_out(work.folder("data"), work.config.train.max_length)
-    rows = first_tokens(rows, work.config.verify.tokens)
+    wanted, trained_on_4bit = task.config.merge.base, task.config.train.load_in_4bit
+    where, rows = read_held_out(task.layout)
+    rows = first_tokens(rows, HELD_OUT_TOKENS)
     measurable = any(trained_places(labels) for _, labels in rows)
 
-    def loss(of: str) -> float:
-        with progress(f"held-out loss, {of}", len(rows), "rows") as update:
-            return held_out_loss(model, rows, update)
+    losses: dict[str, float] = {}
+    chosen: dict[str, Any] = {"taken": "16bit", "losses": losses, "rows": where, "row_losses": {}}
 
-    chosen: dict[str, Any] = {"taken": "16bit", "losses": {}, "rows": where}
+    def measure(name: str, what: str) -> None:
+        with progress(f"held-out loss, {what}", len(rows), "rows") as update:
+            chosen["row_losses"][name] = held_out_losses(model, rows, update)
+        losses[name] = mean_loss(chosen["row_losses"][name])
+
     if not trained_on_4bit:
         chosen["why"] = "the adapter was trained on the 16-bit base"
     else:
-        losses = chosen["losses"]
         if measurable:
             with model.disable_adapter():
-                losses["base"] = loss("base")
-            losses["16bit"] = loss("adapter on 16-bit")
+                measure("base", "base")
+            measure("16bit", "adapter on 16-bit")
         with progress("dequantizing", None):
             before = dequantize_base(model)
         if measurable:
-            losses["dequantized"] = loss("adapter on 4-bit")
+            measure("dequantized", "adapter on 4-bit")
         if wanted != "auto":
             chosen |= {"taken": wanted, "why": "merge.base says so"}
         elif not measurable:
@@ -135,7 +129,7 @@ def _choose_base(work: Work, model: Any) -> dict[str, Any]:
             chosen |= {"taken": better, "why": "its held-out loss is lower"}
         if chosen["taken"] == "16bit":
             restore_base(model, before)
-    (work.output / "base.json").write_text(json.dumps(chosen, indent=1) + "\n", encoding="utf-8")
+    task.new(task.layout.merge_base).write_text(json.dumps(chosen, indent=1) + "\n", encoding="utf-8")
     return chosen
 
 
@@ -209,3 +203,20 @@ def _copy_tokenizer(adapter: Path, base: Path, output: Path) -> None:
     config = json.loads((output / "config.json").read_text(encoding="utf-8"))
     if "quantization_config" in config:
         raise PipelineError(f"{output}: the merged model is quantized; the base must be a 16-bit one")
+
+
+STAGE = Stage(
+    name="merge",
+    summary="Merge the adapter into the 16-bit base.",
+    run=main,
+    needs=("data", "train"),
+    reads={
+        "data": ("train.tokens.jsonl", "validation.tokens.jsonl"),
+        "train": ("adapter/*", "!adapter/README.md"),
+    },
+    settings=("model", "merge", "train.load_in_4bit"),
+    files=lambda config, _: base_files(config.model),
+    libraries=("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors"),
+    figures=("modules_merged", "merged_into", "relative_change", "rounding_to_change", "stored", "bytes"),
+    rung=True,
+)

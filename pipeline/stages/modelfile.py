@@ -19,42 +19,23 @@ from pipeline.ollama.parameters import parameters
 from pipeline.ollama.rendering import choose, explain, refusal
 from pipeline.prompt.template import ChatTemplate
 from pipeline.resources import resource
-from pipeline.run.stage import Work
+from pipeline.run.stage import Stage, Task
 
 if TYPE_CHECKING:
     from pipeline.config import Config
 
-CONFIG = (
-    "ollama.system",
-    "ollama.template",
-    "ollama.parameters",
-    "ollama.license",
-    "data.system",
-)
-READS = {"data": ("summary.json",)}
 
-
-def NEEDS(variant: str) -> tuple[str, ...]:
-    """The length of the trained rows, the merged model's tokenizer, and the one GGUF file."""
-    return ("data", "merge", f"quantize/{variant}" if variant else "quantize")
-
-
-def variants(config: "Config") -> tuple[str, ...]:
-    """One node for every GGUF file."""
-    return config.export.quant
-
-
-def inputs(config: "Config") -> list[Path]:
+def files(config: "Config", _: str) -> list[Path]:
     """The Modelfile's template, and the user's own Go template, if there is one."""
     own = [] if config.ollama.template in ("auto", "go", "native") else [Path(config.ollama.template)]
     return [resource("templates/Modelfile.j2"), *own]
 
 
-def main(work: Work) -> dict[str, Any]:
+def main(task: Task) -> dict[str, Any]:
     """Choose, check, write."""
-    config = work.config
-    model = work.folder("merge") / "model"
-    gguf = work.folder("quantize", work.variant) / f"model-{work.variant}.gguf"
+    config = task.config
+    model = task.layout.merged_model
+    gguf = task.layout.quantized(task.variant)
     template = ChatTemplate.from_folder(model)
     carried = inspect(gguf).metadata.get("tokenizer.chat_template")
     if carried != template.source:
@@ -66,12 +47,12 @@ def main(work: Work) -> dict[str, Any]:
     if choice.way == "refused":
         raise refusal(choice)
     for warning in choice.warnings:
-        work.warn(warning)
-    longest = json.loads((work.folder("data") / "summary.json").read_text(encoding="utf-8"))["train_longest"]
-    final = work.run / "modelfile" / work.variant
+        task.warn(warning)
+    longest = json.loads(task.layout.data_summary.read_text(encoding="utf-8"))["train_longest"]
+    final = task.layout.modelfile(task.variant).parent
     if choice.jinja is not None:
-        require_space(work.output, gguf.stat().st_size, "the GGUF file with its chat template guarded")
-        write_with_template(gguf, work.output / gguf.name, choice.jinja)
+        require_space(task.output, gguf.stat().st_size, "the GGUF file with its chat template guarded")
+        write_with_template(gguf, task.output / gguf.name, choice.jinja)
         path = gguf.name
     else:
         path = Path(os.path.relpath(gguf, final)).as_posix()
@@ -84,13 +65,13 @@ def main(work: Work) -> dict[str, Any]:
         requires=choice.requires or "",
     )
     if served.parameters["num_ctx"] < longest:
-        work.warn(
+        task.warn(
             f"num_ctx is {served.parameters['num_ctx']:,}, and the longest row it was trained on has {longest:,} "
             "tokens: of such a conversation Ollama leaves out the earlier messages without a word"
         )
-    not_written = write(served, work.output)
+    not_written = write(served, task.output)
     if not_written:
-        work.warn(f"{not_written}. `pipeline deploy` sends it through the JSON API, which carries everything")
+        task.warn(f"{not_written}. `pipeline deploy` sends it through the JSON API, which carries everything")
     reports = {
         way: {
             "summary": report.summary,
@@ -100,7 +81,9 @@ def main(work: Work) -> dict[str, Any]:
         for way, report in choice.reports.items()
     }
     record = {"way": choice.way, "reason": choice.reason, "suite": reports}
-    (work.output / "template.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    task.new(task.layout.template_choice(task.variant)).write_text(
+        json.dumps(record, indent=2) + "\n", encoding="utf-8"
+    )
     return {
         "way": choice.way,
         "reason": choice.reason,
@@ -109,3 +92,20 @@ def main(work: Work) -> dict[str, Any]:
         "modelfile": not not_written,
         "suite": {way: report.summary for way, report in choice.reports.items()},
     }
+
+
+STAGE = Stage(
+    name="modelfile",
+    summary="Write the Modelfile, with a template that renders the trained prompt.",
+    run=main,
+    # The length of the trained rows, the merged model's tokenizer, and the one GGUF file.
+    needs=lambda variant: ("data", "merge", f"quantize/{variant}"),
+    reads={"data": ("summary.json",)},
+    settings=("ollama.system", "ollama.template", "ollama.parameters", "ollama.license", "data.system"),
+    files=files,
+    libraries=("transformers", "tokenizers", "jinja2"),
+    programs=("llama.cpp", "ollama"),
+    variants=lambda config: config.export.quant,
+    figures=("way", "suite"),
+    rung=True,
+)

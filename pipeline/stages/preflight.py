@@ -11,33 +11,42 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.resources import resource
-from pipeline.run.stage import Work
+from pipeline.model.facts import base_files
+from pipeline.run.stage import Stage, Task
+from pipeline.stages import rungs
 from pipeline.verify.preflight import failures, preflight
 from pipeline.verify.result import FAIL, NOT_RUN, write
 
-NEEDS = ()
-# Without export.quant: a type that is asked for later is judged by quantize and verify.
-CONFIG = ("model", "train.load_in_4bit", "ollama.name", "ollama.host", "ollama.replace", "ollama.template")
 
-
-def inputs(config: Config) -> list[Path]:
-    """The base's files, the user's own Go template, if there is one, and the pin of the programs."""
-    from pipeline.model.facts import base_files
-
+def files(config: Config, _: str) -> list[Path]:
+    """The base's files, and the user's own Go template, if there is one."""
     own = [] if config.ollama.template in ("auto", "go", "native") else [Path(config.ollama.template)]
-    return [*base_files(config.model.base, config.model.revision), *own, resource("third_party/pins.toml")]
+    return [*base_files(config.model), *own]
 
 
-def main(work: Work) -> dict[str, Any]:
+def main(task: Task) -> dict[str, Any]:
     """Write preflight.json."""
-    with tempfile.TemporaryDirectory(dir=work.scratch) as scratch:  # gigabytes, of use to nobody after a failure
-        content = preflight(work.config, work.run, Path(scratch))
+    with tempfile.TemporaryDirectory(dir=task.scratch) as scratch:  # gigabytes, of use to nobody after a failure
+        content = preflight(task.config, task.run, Path(scratch), rungs())
     if content["verdict"] == FAIL:
         lines = "\n  ".join(failures(content))
         raise UserError(f"this base cannot go the whole way:\n  {lines}\n`--no-preflight` runs the stages anyway")
     for row in content["checks"]:
         if row["verdict"] == NOT_RUN:
-            work.warn(f"{row['id']}: not judged: {row['words']}")
-    write(work.output / "preflight.json", content)
+            task.warn(f"{row['id']}: not judged: {row['words']}")
+    write(task.new(task.layout.preflight_json), content)
     return {"verdict": content["verdict"], **{name.replace(" ", "_"): n for name, n in content["counts"].items()}}
+
+
+STAGE = Stage(
+    name="preflight",
+    summary="Try the whole way with the untouched base, before anything is trained.",
+    run=main,
+    settings=("model", "train.load_in_4bit", "ollama.name", "ollama.host", "ollama.template"),
+    # A type or a threshold that is asked for later is judged by quantize and verify; replacing is a permission.
+    indifferent_to=("export.quant", "merge.base", "verify", "ollama.replace"),
+    files=files,
+    libraries=("torch", "transformers", "tokenizers", "safetensors", "jinja2"),
+    programs=("llama.cpp", "ollama"),
+    figures=("verdict", "pass", "not_run"),
+)

@@ -13,14 +13,10 @@ from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.gguf_file import GGUFInfo, check, inspect
 from pipeline.llamacpp.programs import failure, installed, program, require_space, run
 from pipeline.llamacpp.quantizer import QuantizationType, quantization_type
-from pipeline.resources import resource
-from pipeline.run.stage import Work
+from pipeline.run.stage import Stage, Task
 
 if TYPE_CHECKING:
     from pipeline.config import Config
-
-NEEDS = ("convert",)
-CONFIG = ()
 
 _NO_IMPORTANCE_MATRIX = (
     "export.quant: {} needs an importance matrix, which this program does not compute: take a larger type, e.g. "
@@ -41,20 +37,15 @@ def variants(config: "Config") -> tuple[str, ...]:
     return names
 
 
-def inputs(_: "Config") -> list[Path]:
-    """The pin of the programs."""
-    return [resource("third_party/pins.toml")]
-
-
-def main(work: Work) -> dict[str, Any]:
+def main(task: Task) -> dict[str, Any]:
     """Write and check `model-<type>.gguf`."""
-    source = sixteen_bit_file(work.folder("convert"))
-    wanted = quantization_type(work.variant)
-    target = work.output / f"model-{work.variant}.gguf"
+    source = task.layout.gguf_16bit()
+    wanted = quantization_type(task.variant)
+    target = task.new(task.layout.quantized(task.variant))
     whole = inspect(source)
     bits = max(wanted.promised_bits or 16.0, 4.5)
-    require_space(work.output, int(whole.parameter_count * bits / 8), f"{wanted.name}")
-    fallbacks = quantize(work, source, target, wanted, len(whole.tensors))
+    require_space(task.output, int(whole.parameter_count * bits / 8), f"{wanted.name}")
+    fallbacks = quantize(task, source, target, wanted, len(whole.tensors))
 
     info = check(target)
     check_against(info, whole, wanted)
@@ -75,7 +66,7 @@ def main(work: Work) -> dict[str, Any]:
     }
     if fallen:
         promise = f" instead of about {wanted.promised_bits:.2f}" if wanted.promised_bits else ""
-        work.warn(
+        task.warn(
             f"{wanted.name}: {len(fallen)} of {len(info.tensors)} tensors ({figures['fallback_share']:.0%} of the "
             f"parameters) fell back to another type, because their rows ({', '.join(sorted(set(fallen.values())))}) "
             f"are no multiple of its block: {info.bits_per_weight:.2f} bits per weight{promise}"
@@ -83,21 +74,8 @@ def main(work: Work) -> dict[str, Any]:
     return figures
 
 
-def sixteen_bit_file(folder: Path) -> Path:
-    """The one GGUF that `convert` left.
-
-    Raises:
-        PipelineError: there is none, or more than one.
-    """
-    files = sorted(folder.glob("*.gguf"))
-    if len(files) != 1:
-        found = ", ".join(file.name for file in files) or "none"
-        raise PipelineError(f"{folder} should hold one GGUF file and holds {found}: run `pipeline convert` again")
-    return files[0]
-
-
 def quantize(
-    work: Work, source: Path, target: Path, wanted: QuantizationType, tensors: int
+    task: Task, source: Path, target: Path, wanted: QuantizationType, tensors: int
 ) -> list[tuple[str, str, str, str, str]]:
     """Run llama-quantize.
 
@@ -106,7 +84,7 @@ def quantize(
         meant and the one that was taken.
     """
     arguments: list[str | Path] = [program("llama-quantize"), source, target, wanted.name]
-    work.command(arguments)
+    task.command(arguments)
     output: list[str] = []
     fallbacks: list[tuple[str, str, str, str, str]] = []
     with console.progress(f"quantizing to {wanted.name}", tensors, "tensors") as update:
@@ -122,7 +100,7 @@ def quantize(
                 name, rows, block, meant, taken = match.groups()
                 fallbacks.append((name, rows, block, meant, taken or ""))
             elif re.search(r"\bwarning\b", line, re.IGNORECASE) and "required fallback" not in line:
-                work.warn(f"llama-quantize: {line.strip()}")
+                task.warn(f"llama-quantize: {line.strip()}")
 
         status = run(arguments, on_line=read)
     if status:
@@ -161,3 +139,15 @@ def check_against(info: GGUFInfo, source: GGUFInfo, wanted: QuantizationType) ->
     ]
     if changed:
         raise PipelineError(f"{info.path.name}: metadata changed by quantizing: {', '.join(sorted(changed))}")
+
+
+STAGE = Stage(
+    name="quantize",
+    summary="Quantize the GGUF with llama-quantize.",
+    run=main,
+    needs=("convert",),
+    programs=("llama.cpp",),
+    variants=variants,
+    figures=("type", "bytes", "bits_per_weight", "fallback_share"),
+    rung=True,
+)

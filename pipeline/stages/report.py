@@ -14,32 +14,25 @@ from pipeline.figures import duration, main_figures, peak_memory, size, written
 from pipeline.plots import ladder
 from pipeline.resources import resource
 from pipeline.run.folder import read_manifest
-from pipeline.run.stage import Work
+from pipeline.run.stage import EVERY_RUNG, Stage, Task
+from pipeline.stages import declared
 from pipeline.verify.rungs import GGUF_16BIT
-
-NEEDS = ("data", "train", "merge", "convert", "quantize", "modelfile", "deploy", "evaluate", "verify")
-CONFIG = ("model", "lora", "export", "ollama.name", "eval.metric")
 
 EXAMPLES = 8
 
 
-def inputs(config: Config) -> list[Path]:
-    """The page's template."""
-    return [resource("templates/report.html.j2")]
-
-
-def main(work: Work) -> dict[str, Any]:
+def main(task: Task) -> dict[str, Any]:
     """Write report.html."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    manifest = read_manifest(work.run)
+    manifest = read_manifest(task.run)
     # A type that the configuration no longer names is kept, and is no part of the result.
     stages = {name: record for name, record in manifest["stages"].items() if name in manifest["nodes"]}
-    evaluation = _read(work.folder("evaluate", "table") / "evaluation.json")
-    deployed = _read(work.folder("deploy") / "deploy.json")
-    loss_svg = (work.folder("train") / "loss.svg").read_text(encoding="utf-8")
-    proof = _read(work.folder("verify") / "verify.json")
+    evaluation = _read(task.layout.evaluation)
+    deployed = _read(task.layout.deployment)
+    loss_svg = task.layout.loss_curve.read_text(encoding="utf-8")
+    proof = _read(task.layout.verify_json)
     served = deployed["models"][0]["name"] if deployed.get("deployed") else None
     scores = [
         {"rung": rung, "exact_match": score["exact_match"], "interval": score["interval_95"]}
@@ -49,19 +42,19 @@ def main(work: Work) -> dict[str, Any]:
     environment = Environment(undefined=StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(resource("templates/report.html.j2").read_text(encoding="utf-8"))
     page = template.render(
-        name=work.config.ollama.name,
-        base=work.config.model.base,
-        lora=work.config.lora,
-        types=work.config.export.quant,
+        name=task.config.ollama.name,
+        base=task.config.model.base,
+        lora=task.config.lora,
+        types=task.config.export.quant,
         served=served,
-        cards=_cards(work.config, stages, evaluation),
+        cards=_cards(task.config, stages, evaluation),
         scores=scores,
         asked=len(evaluation.get("rows", ())),
-        metric=work.config.eval.metric,
+        metric=task.config.eval.metric,
         proof=_proof(proof),
         # Drawn by our own code from numbers: the only markup that is not escaped.
         loss_svg=Markup(loss_svg[loss_svg.index("<svg") :]),  # noqa: S704
-        ladder_svg=Markup(_ladder(work, evaluation, proof)),  # noqa: S704
+        ladder_svg=Markup(_ladder(task, evaluation, proof)),  # noqa: S704
         examples=_examples(evaluation),
         files=_files(stages),
         stages=[_stage(name, record) for name, record in stages.items()],
@@ -69,7 +62,7 @@ def main(work: Work) -> dict[str, Any]:
         made_with=_made_with(manifest),
         configuration=_configuration(manifest),
     )
-    (work.output / "report.html").write_text(page, encoding="utf-8")
+    task.new(task.layout.report).write_text(page, encoding="utf-8")
     return {"bytes": len(page.encode())}
 
 
@@ -93,7 +86,7 @@ def _proof(proof: dict[str, Any]) -> dict[str, Any]:
     return proof | {"checks": checks} if proof else {}
 
 
-def _ladder(work: Work, evaluation: dict[str, Any], proof: dict[str, Any]) -> str:
+def _ladder(task: Task, evaluation: dict[str, Any], proof: dict[str, Any]) -> str:
     """The chart of right answers and divergences as SVG; nothing where no answers were judged."""
     rungs = evaluation.get("rungs", {})
     if not rungs:
@@ -103,7 +96,7 @@ def _ladder(work: Work, evaluation: dict[str, Any], proof: dict[str, Any]) -> st
         GGUF_16BIT if name == "convert" else name.rpartition("/")[2]: mean
         for name, mean in proof.get("divergences", {}).items()
     }
-    path = work.output / "ladder.svg"
+    path = task.new(task.layout.ladder)
     ladder(answers, divergences, path)
     svg = path.read_text(encoding="utf-8")
     return svg[svg.index("<svg") :]
@@ -170,7 +163,7 @@ def _stage(name: str, record: dict[str, Any]) -> dict[str, str]:
         "name": name,
         "time": duration(record["seconds"]),
         "memory": peak_memory(record),
-        "figures": main_figures(name, record["figures"]),
+        "figures": main_figures(declared(name.partition("/")[0]).figures, record["figures"]),
     }
 
 
@@ -192,3 +185,13 @@ def _configuration(manifest: dict[str, Any]) -> list[tuple[str, Any, str]]:
         section, name = key.split(".")
         rows.append((key, json.dumps(values[section][name], ensure_ascii=False), source))
     return rows
+
+
+STAGE = Stage(
+    name="report",
+    summary="Write the run's page: report.html.",
+    run=main,
+    needs=(EVERY_RUNG, "verify"),
+    settings=("model.base", "lora", "export.quant", "ollama.name", "eval.metric"),
+    files=lambda config, _: [resource("templates/report.html.j2")],
+)

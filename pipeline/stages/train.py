@@ -19,27 +19,17 @@ from pipeline.config import Config
 from pipeline.console import progress
 from pipeline.data.sources import read_rows
 from pipeline.errors import PipelineError, UserError
+from pipeline.model.facts import base_files
 from pipeline.run.folder import write_whole
-from pipeline.run.stage import Work
-
-NEEDS = ("data",)
-READS = {"data": ("train.tokens.jsonl", "validation.tokens.jsonl")}
-CONFIG = ("model", "lora", "train")
+from pipeline.run.stage import Stage, Task
 
 # A checkpoint that was being written when the process was killed has no such file, and is not resumed from.
 COMPLETE = "complete"
 
 
-def inputs(config: Config) -> list[Path]:
-    """The base's files."""
-    from pipeline.model.facts import base_files
-
-    return base_files(config.model.base, config.model.revision)
-
-
-def main(work: Work) -> dict[str, Any]:
+def main(task: Task) -> dict[str, Any]:
     """Train, or go on with an interrupted training; leave the adapter, the losses and the batches."""
-    _prepare_environment(work)
+    _prepare_environment(task)
     import unsloth  # noqa: F401, I001  (first: it patches what is imported after it)
     import torch
     from transformers import set_seed
@@ -48,10 +38,10 @@ def main(work: Work) -> dict[str, Any]:
     from pipeline.model.base import resolve_base
     from pipeline.prompt.tokenizer import load_tokenizer
 
-    config, settings = work.config, work.config.train
+    config, settings = task.config, task.config.train
     folder = resolve_base(config.model.base, config.model.revision)
-    train_rows = _read_rows(work.folder("data") / "train.tokens.jsonl")
-    validation_rows = _read_rows(work.folder("data") / "validation.tokens.jsonl")
+    train_rows = _read_rows(task.layout.tokens("train"))
+    validation_rows = _read_rows(task.layout.tokens("validation"))
     if settings.early_stopping and not validation_rows:
         raise UserError("train.early_stopping needs validation data: give data.validation or data.validation_fraction")
 
@@ -84,22 +74,22 @@ def main(work: Work) -> dict[str, Any]:
     )
     trained, total = _count_parameters(model)
 
-    checkpoint = _last_checkpoint(work.scratch)
-    _prepare_tracker(work, new=checkpoint is None)
+    checkpoint = _last_checkpoint(task.scratch)
+    _prepare_tracker(task, new=checkpoint is None)
     if settings.packing and not cuda:
-        work.warn("train.packing: Unsloth packs on a GPU only; here every row is a sequence of its own")
+        task.warn("train.packing: Unsloth packs on a GPU only; here every row is a sequence of its own")
     packing = settings.packing and cuda
-    trainer = _trainer(model, tokenizer, train_rows, validation_rows, checkpoint is not None, packing, work)
+    trainer = _trainer(model, tokenizer, train_rows, validation_rows, checkpoint is not None, packing, task)
     if packing and not trainer.args.packing:
-        work.warn("train.packing: Unsloth cannot pack this model; every row is a sequence of its own")
+        task.warn("train.packing: Unsloth cannot pack this model; every row is a sequence of its own")
     # TRL rounds the adapter on a 4-bit base to bfloat16; small updates would be lost in it, and so in a checkpoint.
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if checkpoint:
-        work.event("resume", checkpoint=checkpoint.name)
+        task.event("resume", checkpoint=checkpoint.name)
     with progress("training", trainer.args.max_steps, "steps") as update:
-        trainer.add_callback(_reporter(update, work))
+        trainer.add_callback(_reporter(update, task))
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     history = _history(trainer.state.log_history)
@@ -108,7 +98,7 @@ def main(work: Work) -> dict[str, Any]:
         raise PipelineError("the training loss is not finite; try a smaller train.learning_rate")
     if max(losses) == 0:
         raise PipelineError("the training loss is 0 from the start: no token is trained; look at data/summary.json")
-    _save(trainer.model, tokenizer, history, work)
+    _save(trainer.model, tokenizer, history, task)
 
     validation = [row["eval_loss"] for row in history if "eval_loss" in row]
     seconds = result.metrics["train_runtime"]
@@ -130,21 +120,21 @@ def main(work: Work) -> dict[str, Any]:
     }
 
 
-def _prepare_environment(work: Work) -> None:
+def _prepare_environment(task: Task) -> None:
     """Keep what Unsloth writes inside the run's folder, and what it would fetch at home."""
-    os.environ["UNSLOTH_COMPILE_LOCATION"] = str(work.scratch / "unsloth_compiled_cache")
+    os.environ["UNSLOTH_COMPILE_LOCATION"] = str(task.scratch / "unsloth_compiled_cache")
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    os.chdir(work.scratch)
+    os.chdir(task.scratch)
 
 
-def _prepare_tracker(work: Work, *, new: bool) -> None:
+def _prepare_tracker(task: Task, *, new: bool) -> None:
     """Have an experiment tracker write beside the run's logs, where nothing is deleted, unless it was told where."""
-    folder = work.run / "logs" / "tracker"
+    folder = task.layout.tracker
     if new:  # this training replaces the last one
         shutil.rmtree(folder, ignore_errors=True)
-    if work.config.train.report_to != "none":
+    if task.config.train.report_to != "none":
         folder.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder))
         os.environ.setdefault("WANDB_DIR", str(folder))
@@ -204,7 +194,7 @@ def _trainer(
     validation_rows: list[Any],
     resuming: bool,
     packing: bool,
-    work: Work,
+    task: Task,
 ) -> Any:
     import torch
     from datasets import Dataset
@@ -212,10 +202,10 @@ def _trainer(
     from trl import SFTConfig, SFTTrainer
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    settings = work.config.train
+    settings = task.config.train
     cuda = torch.cuda.is_available()
     arguments = SFTConfig(
-        output_dir=str(work.scratch / "checkpoints"),
+        output_dir=str(task.scratch / "checkpoints"),
         per_device_train_batch_size=settings.batch,
         per_device_eval_batch_size=4 * (settings.batch or 1),  # no gradients: there is room for more
         gradient_accumulation_steps=settings.accumulation,
@@ -262,7 +252,7 @@ def _trainer(
             if folder.is_dir() and not control.should_training_stop:
                 (folder / COMPLETE).touch()
 
-    batches = work.scratch / "batches.jsonl"
+    batches = task.scratch / "batches.jsonl"
 
     class RecordingTrainer(SFTTrainer):
         """SFTTrainer that writes down every batch it trains on."""
@@ -294,7 +284,7 @@ def _trainer(
             *([EarlyStoppingCallback(settings.early_stopping)] if settings.early_stopping else []),
         ],
     )
-    steps, evaluate, save = schedule(len(trainer.train_dataset), len(validation_rows), work.config)
+    steps, evaluate, save = schedule(len(trainer.train_dataset), len(validation_rows), task.config)
     trainer.args.max_steps, trainer.args.eval_steps, trainer.args.save_steps = steps, evaluate, save
     trainer.args.warmup_steps = math.ceil(steps * settings.warmup)
     return trainer
@@ -314,7 +304,7 @@ def conversations_of(batch: Any) -> tuple[list[list[int]], list[list[int]]]:
     return [ids[part] for part in cut], [labels[part] for part in cut]
 
 
-def _reporter(update: Any, work: Work) -> Any:
+def _reporter(update: Any, task: Task) -> Any:
     from transformers import TrainerCallback
 
     class Reporter(TrainerCallback):
@@ -324,7 +314,7 @@ def _reporter(update: Any, work: Work) -> Any:
             update(state.global_step)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            work.event("log", step=state.global_step, **(logs or {}))
+            task.event("log", step=state.global_step, **(logs or {}))
 
     return Reporter()
 
@@ -362,18 +352,37 @@ def _epoch(trainer: Any) -> float:
     return float(trainer.state.global_step / trainer.state.epoch) if trainer.state.epoch else 1.0
 
 
-def _save(model: Any, tokenizer: Any, history: list[dict[str, float]], work: Work) -> None:
+def _save(model: Any, tokenizer: Any, history: list[dict[str, float]], task: Task) -> None:
     from pipeline.model.card import write_model_card
     from pipeline.plots import loss_curve
 
-    adapter = work.output / "adapter"
+    adapter = task.new(task.layout.adapter)
     for configuration in model.peft_config.values():
-        configuration.base_model_name_or_path = work.config.model.base
-        configuration.revision = work.config.model.revision
+        configuration.base_model_name_or_path = task.config.model.base
+        configuration.revision = task.config.model.revision
     # Embeddings are not trained; without this PEFT asks the hub whether they were.
     model.save_pretrained(adapter, save_embedding_layers=False)
     tokenizer.save_pretrained(adapter)
-    write_model_card(adapter / "README.md", work.config, history)
-    shutil.copy(work.scratch / "batches.jsonl", work.output / "batches.jsonl")
-    (work.output / "history.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
-    loss_curve(history, work.output / "loss.svg")
+    write_model_card(adapter / "README.md", task.config, history)
+    shutil.copy(task.scratch / "batches.jsonl", task.new(task.layout.batches))
+    task.new(task.layout.history).write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
+    loss_curve(history, task.new(task.layout.loss_curve))
+
+
+STAGE = Stage(
+    name="train",
+    summary="Train the LoRA adapter with Unsloth and TRL's SFTTrainer.",
+    run=main,
+    needs=("data",),
+    reads={"data": ("train.tokens.jsonl", "validation.tokens.jsonl")},
+    settings=("model", "lora", "train"),
+    # Who looks on, and how much of an interrupted training is lost.
+    indifferent_to=("train.report_to", "train.save_interval"),
+    files=lambda config, _: base_files(config.model),
+    libraries=(
+        *("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate"),
+        *("datasets", "tokenizers", "safetensors"),
+    ),
+    figures=("steps", "loss_last", "validation_loss_first", "validation_loss_last", "tokens_per_second", "device"),
+    rung=True,
+)

@@ -6,30 +6,21 @@ ran this ends with status 1.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from pipeline import console
-from pipeline.config import Config
-from pipeline.resources import resource
-from pipeline.run.stage import Work
+from pipeline.model.facts import base_files
+from pipeline.run.stage import EVERY_RUNG, Stage, Task
+from pipeline.stages import rungs
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.chain import verify
 from pipeline.verify.result import FAIL, explain, write
 
-NEEDS = ("data", "train", "merge", "convert", "quantize", "modelfile", "deploy", "evaluate")
-CONFIG = ("verify", "model", "export", "ollama.parameters", "ollama.system", "data.system", "eval")
 
-
-def inputs(_: Config) -> list[Path]:
-    """The pin of the programs."""
-    return [resource("third_party/pins.toml")]
-
-
-def main(work: Work) -> dict[str, Any]:
+def main(task: Task) -> dict[str, Any]:
     """Write verify.json."""
-    content = verify(Artefacts.of_run(work.run, work.config, work.scratch))
-    write(work.output / "verify.json", content)
+    content = verify(Artefacts.of_run(task.run, task.config, task.scratch), rungs())
+    write(task.new(task.layout.verify_json), content)
     if content["verdict"] == FAIL:
         console.say(f"  {explain(content)}")
     return {
@@ -38,3 +29,29 @@ def main(work: Work) -> dict[str, Any]:
         "first_broken": content["first_broken"] and content["first_broken"]["id"],
         "divergence": content.get("divergences", {}).get("convert"),
     }
+
+
+STAGE = Stage(
+    name="verify",
+    summary="Prove every stage against the one before it, and name the first broken one.",
+    run=main,
+    needs=(EVERY_RUNG,),
+    settings=(
+        *("verify", "model", "export.quant", "train.load_in_4bit", "train.max_length"),
+        *("data.test", "data.on_overlong", "data.system", "ollama.parameters", "ollama.system", "eval"),
+    ),
+    files=lambda config, _: base_files(config.model),
+    libraries=(
+        "torch",
+        "transformers",
+        "peft",
+        "bitsandbytes",
+        "tokenizers",
+        "safetensors",
+        "scipy",
+        "numpy",
+        "jinja2",
+    ),
+    programs=("llama.cpp", "ollama"),
+    figures=("verdict", "pass", "fail", "not_run", "first_broken"),
+)

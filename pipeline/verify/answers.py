@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.sources import read_rows
+from pipeline.run.layout import Layout
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import Claim, Result
 from pipeline.verify.rungs import ADAPTER, BASE, GGUF_16BIT, MERGED, OLLAMA, rungs
@@ -34,7 +35,7 @@ def _answers(artefacts: Artefacts) -> Iterator[Result]:
         yield learned.not_run("eval.metric is none")
         return
     every = rungs(list(artefacts.quantized), trained_on_4bit=artefacts.trained_on_4bit)
-    correct = {rung: marks for rung in every if (marks := _marks(artefacts.run / "evaluate" / rung / "answers.jsonl"))}
+    correct = {rung: marks for rung in every if (marks := _marks(Layout(artefacts.run).answers(rung)))}
     artefacts.shared["answers"] = {rung: _score(marks) for rung, marks in correct.items()}
     if len(correct) < 2:
         yield learned.not_run("`evaluate` has not asked two rungs")
@@ -112,7 +113,7 @@ def _losses(artefacts: Artefacts) -> Iterator[Result]:
             words = f"{before}: {losses[before]:.4f}, {after}: {losses[after]:.4f}"
             yield claim.at_most(losses[after] - losses[before], tolerance, words)
         else:
-            yield claim.not_run(f"the loss of {after if before in losses else before} was not measured")
+            yield claim.not_run(f"the loss of {after if before in losses else before} was not measured on these rows")
     if artefacts.without_metric:
         yield Claim("answers.loss", "deploy", "Ollama has the held-out loss of its file").not_run(
             "Ollama gives no probabilities of a given text; it was sent the file that is judged above"

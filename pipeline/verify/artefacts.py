@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Verify
 from pipeline.data.sources import read_rows
-from pipeline.errors import UserError
+from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.gguf_file import GGUFInfo, inspect
-from pipeline.model.held_out import first_tokens, read_held_out
+from pipeline.model.held_out import RowLoss, first_tokens, mean_loss, read_held_out
 from pipeline.prompt.tokenizer import saved_tokenizer
+from pipeline.run.layout import Layout
 from pipeline.verify.reconvert import reconvert, stored_outtype, unquantized_type
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ class Artefacts:
         run, config: the run's folder and its configuration; None for an export.
         trained_on_4bit: whether the adapter was trained on the base in NF4.
         merged_into: "16bit" or "dequantized".
-        merge_losses: the held-out loss of the base and of the adapter on both, as `merge` measured them.
+        merge_row_losses: the loss on each held-out row (summed, trained tokens) of the base and of the adapter on both,
+            as `merge` measured them.
     """
 
     settings: Verify
@@ -54,7 +56,7 @@ class Artefacts:
     config: Config | None = None
     trained_on_4bit: bool = False
     merged_into: str = "16bit"
-    merge_losses: dict[str, float] = field(default_factory=dict)
+    merge_row_losses: dict[str, list[RowLoss]] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
@@ -66,32 +68,29 @@ class Artefacts:
         """
         from pipeline.model.base import resolve_base
 
-        model = run / "merge" / "model"
+        layout = Layout(run)
+        model = layout.merged_model
         if not (model / "config.json").is_file():
-            raise UserError(f"{run}: has no merged model (merge/model): run `pipeline run` first")
-        files = sorted((run / "convert").glob("*.gguf"))
-        types = [path.parent.name for path in sorted((run / "quantize").glob("*/*.gguf"))]
+            raise UserError(f"{run}: has no merged model ({model.relative_to(run)}): run `pipeline run` first")
         # In the order of the configuration; a type that it no longer names is not part of the run.
-        quantized = {
-            kind: run / "quantize" / kind / f"model-{kind}.gguf" for kind in config.export.quant if kind in types
-        }
-        merged = run / "merge" / "base.json"
-        merge: dict[str, Any] = {"taken": "16bit", "losses": {}}
+        quantized = {kind: path for kind in config.export.quant if (path := layout.quantized(kind)).is_file()}
+        merged = layout.merge_base
+        merge: dict[str, Any] = {"taken": "16bit"}
         if merged.is_file():
             merge = json.loads(merged.read_text(encoding="utf-8"))
         return Artefacts(
             settings=config.verify,
             model=model,
-            sixteen_bit=files[0] if files else None,
+            sixteen_bit=_if_there(layout),
             quantized=quantized,
             scratch=scratch,
             base=resolve_base(config.model.base, config.model.revision),
-            adapter=run / "train" / "adapter",
+            adapter=layout.adapter,
             run=run,
             config=config,
             trained_on_4bit=config.train.load_in_4bit,
             merged_into=merge["taken"],
-            merge_losses=merge["losses"],
+            merge_row_losses=merge.get("row_losses", {}),
         )
 
     @staticmethod
@@ -154,7 +153,7 @@ class Artefacts:
         """Rows of (ids, labels) that the model was not trained on, and where they are from; labels may be empty."""
         limit = self.config.train.max_length if self.config is not None else 2048
         if self.run is not None:
-            where, rows = read_held_out(self.run / "data", limit)
+            where, rows = read_held_out(Layout(self.run), limit)
             if rows:
                 return where, rows
         return "the conformance suite", [(ids[:limit], []) for ids in self.suite_ids]
@@ -179,15 +178,34 @@ class Artefacts:
         return first_tokens(self.held_out[1], self.settings.tokens)
 
     @cached_property
+    def merge_losses(self) -> dict[str, float]:
+        """What `merge` measured, over those of its rows that are compared here: nats for each trained token."""
+        compared = len(self.compared_rows())
+        return {name: mean_loss(losses[:compared]) for name, losses in self.merge_row_losses.items()}
+
+    @property
+    def merge_measured_all(self) -> bool:
+        """Whether `merge` has measured every row that is compared here."""
+        return all(len(losses) >= len(self.compared_rows()) for losses in self.merge_row_losses.values())
+
+    @cached_property
     def questions(self) -> list[list[dict[str, Any]]]:
         """Conversations that end where the assistant speaks: of the test data, else of what else there is."""
         if self.run is not None:
             for name in ("test", "validation", "train"):
-                path = self.run / "data" / f"{name}.jsonl"
+                path = Layout(self.run).rows(name)
                 if path.is_file() and (rows := [row["messages"] for row in read_rows(path)]):
                     return [row[:-1] for row in rows if row[-1]["role"] == "assistant" and len(row) > 1]
         asked = ("Hi", "What is the capital of France?", "Name three colours.", "2 + 2?", "Say yes or no.")
         return [[{"role": "user", "content": text}] for text in asked]
+
+
+def _if_there(layout: Layout) -> Path | None:
+    """The 16-bit GGUF file, if there is exactly one."""
+    try:
+        return layout.gguf_16bit()
+    except PipelineError:
+        return None
 
 
 def _type_of_name(path: Path) -> str:

@@ -78,8 +78,14 @@ def run_checks(artefacts: Artefacts, names: Sequence[str] = tuple(CHECKS)) -> li
     return results
 
 
-def verify(artefacts: Artefacts, names: Sequence[str] = tuple(CHECKS)) -> dict[str, Any]:
-    """verify.json of a artefacts: verdicts, and the ladders of losses, divergences and answers for the report."""
+def verify(artefacts: Artefacts, rungs: Sequence[str], names: Sequence[str] = tuple(CHECKS)) -> dict[str, Any]:
+    """verify.json: verdicts, and the ladders of losses, divergences and answers for the report.
+
+    Args:
+        artefacts: what is judged.
+        rungs: the stages whose outputs that are, in the order of the work.
+        names: the checks.
+    """
     results = run_checks(artefacts, names)
     kept = ("losses", "divergences", "quantized", "answers", "mcnemar", "seconds")
-    return document(results, **{key: artefacts.shared[key] for key in kept if key in artefacts.shared})
+    return document(results, rungs, **{key: artefacts.shared[key] for key in kept if key in artefacts.shared})

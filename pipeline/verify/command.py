@@ -11,12 +11,13 @@ from typing import Any
 from pipeline.errors import UserError
 
 
-def verify_export(hf: Path, gguf: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def verify_export(hf: Path, gguf: Path, rungs: Sequence[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """verify.json of a Hugging Face folder and the GGUF file that was made from it.
 
     Args:
         hf: the folder.
         gguf: the file.
+        rungs: the stages whose outputs are judged, in the order of the work.
         overrides: "verify.key=value" strings.
 
     Raises:
@@ -28,16 +29,17 @@ def verify_export(hf: Path, gguf: Path, overrides: Sequence[str] = ()) -> dict[s
 
     with tempfile.TemporaryDirectory(prefix="pipeline-verify-") as scratch:
         artefacts = Artefacts.of_export(hf.absolute(), gguf.absolute(), _settings({}, overrides), Path(scratch))
-        return run(artefacts, EXPORT_CHECKS)
+        return run(artefacts, rungs, EXPORT_CHECKS)
 
 
-def verify_folder(run_folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def verify_folder(run_folder: Path, rungs: Sequence[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """verify.json of a run's folder as it is; it is written there too. The run may have been moved.
 
     Raises:
         UserError: there is no merged model in it, or an override is none.
     """
     from pipeline.config import read_run
+    from pipeline.run.layout import Layout
     from pipeline.verify.artefacts import Artefacts
     from pipeline.verify.chain import verify as run
     from pipeline.verify.result import write
@@ -45,9 +47,10 @@ def verify_folder(run_folder: Path, overrides: Sequence[str] = ()) -> dict[str, 
     settings = read_run(run_folder)
     settings = settings.model_copy(update={"verify": _settings(settings.verify.model_dump(), overrides)})
     with tempfile.TemporaryDirectory(prefix=".verify-", dir=run_folder) as scratch:  # as large as the model
-        content = run(Artefacts.of_run(run_folder, settings, Path(scratch)))
-    (run_folder / "verify").mkdir(exist_ok=True)
-    write(run_folder / "verify" / "verify.json", content)
+        content = run(Artefacts.of_run(run_folder, settings, Path(scratch)), rungs)
+    target = Layout(run_folder).verify_json
+    target.parent.mkdir(exist_ok=True)
+    write(target, content)
     return content
 
 

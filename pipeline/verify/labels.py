@@ -23,6 +23,7 @@ from pipeline.prompt.labels import (
     training_texts,
 )
 from pipeline.prompt.tokenizer import saved_tokenizer
+from pipeline.run.layout import Layout
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import Claim, Result
 
@@ -66,12 +67,12 @@ def check(artefacts: Artefacts) -> Iterator[Result]:
     if artefacts.run is None or artefacts.adapter is None:
         yield from (claim.not_run("this export has no record of its training") for claim in CLAIMS)
         return
-    path = artefacts.run / "train" / "batches.jsonl"
+    path = Layout(artefacts.run).batches
     if not path.is_file():
         yield from (claim.not_run(f"{path} is missing") for claim in CLAIMS)
         return
     tokenizer = saved_tokenizer(artefacts.adapter)
-    known = _known(tokenizer, artefacts.run / "data" / "train.jsonl")
+    known = _known(tokenizer, Layout(artefacts.run).rows("train"))
     truncates = artefacts.config is not None and artefacts.config.data.on_overlong == "truncate"
     longest = artefacts.config.train.max_length if artefacts.config is not None and truncates else None
     faults = _Faults()

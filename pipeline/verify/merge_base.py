@@ -1,6 +1,6 @@
 """merge base: an adapter that was trained on 4-bit weights was merged into those weights that it fits.
 
-The merge stage has measured the held-out loss on both, on these rows, before it chose; taking it again would cost as
+The merge stage has measured the held-out loss on both before it chose; taking it again would cost as
 much as all other checks. That the merged model is what was measured shows in its own loss (`answers`).
 """
 
@@ -24,13 +24,14 @@ def check(artefacts: Artefacts) -> Iterator[Result]:
     elif not losses:
         yield _CLAIM.not_run("there are no held-out answers")
     else:
-        artefacts.shared.setdefault("losses", {}).update(
-            {
-                "base": losses["base"],
-                "adapter on 4-bit": losses["dequantized"],
-                "adapter on 16-bit": losses["16bit"],
-            }
-        )
+        if artefacts.merge_measured_all:  # else they say nothing beside losses that were taken on more rows
+            artefacts.shared.setdefault("losses", {}).update(
+                {
+                    "base": losses["base"],
+                    "adapter on 4-bit": losses["dequantized"],
+                    "adapter on 16-bit": losses["16bit"],
+                }
+            )
         other = "dequantized" if taken == "16bit" else "16bit"
         words = (
             f'merged into "{taken}" the held-out loss is {losses[taken]:.4f}, into "{other}" {losses[other]:.4f}; '

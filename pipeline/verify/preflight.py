@@ -7,7 +7,7 @@ conversations. What the machine and the server must have for the run is counted 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,9 +21,10 @@ from pipeline.model.facts import facts
 from pipeline.ollama.client import Client
 from pipeline.ollama.rendering import choose, refusal
 from pipeline.ollama.server import OllamaServer, find_ollama
-from pipeline.ollama.target import STORE, names_of, refuse_taken, server
+from pipeline.ollama.target import names_of, refuse_taken, server
 from pipeline.prompt.template import ChatTemplate
 from pipeline.prompt.tokenizer import load_tokenizer
+from pipeline.run.layout import Layout
 from pipeline.setup import gpu
 from pipeline.verify import logits, machine, prompt, quantization, tokenizer, toolchain, weights
 from pipeline.verify.artefacts import Artefacts
@@ -38,13 +39,14 @@ _TARGET = Claim("preflight.target", "deploy", "there is an Ollama to deploy to, 
 _SERVED = Claim("preflight.served", "deploy", "Ollama loads the quantized base and answers")
 
 
-def preflight(config: Config, run_folder: Path, scratch: Path) -> dict[str, Any]:
+def preflight(config: Config, run_folder: Path, scratch: Path, rungs: Sequence[str]) -> dict[str, Any]:
     """preflight.json: the verdicts in the order of the work, in the form of verify.json.
 
     Args:
         config: the resolved configuration.
         run_folder: where the run's files will be.
         scratch: an empty folder for the files that are made on the way.
+        rungs: the stages whose outputs are judged, in the order of the work.
 
     Raises:
         UserError: there is no such base.
@@ -64,7 +66,7 @@ def preflight(config: Config, run_folder: Path, scratch: Path) -> dict[str, Any]
     if not any(result.verdict == FAIL for result in results if result.rung == "convert"):
         results += _judge(artefacts)
         results += _run("preflight.served", "deploy", partial(_serve, artefacts, scratch))
-    return document(results)
+    return document(results, rungs)
 
 
 def _run(name: str, rung: str, check: Callable[[], Iterator[Result]]) -> list[Result]:
@@ -121,13 +123,13 @@ def _template(config: Config, base: Path) -> Iterator[Result]:
 
 def _target(config: Config, run_folder: Path, scratch: Path) -> Iterator[Result]:
     names = names_of(config.ollama.name, config.export.quant)
-    with server(config.ollama.host, run_folder / STORE, scratch / "target.log") as found:
+    with server(config.ollama.host, Layout(run_folder).ollama_models, scratch / "target.log") as found:
         if isinstance(found, str):  # which is no failure of a run
             yield _TARGET.not_run(f"{found}: the run will end before deploying")
             return
         client, own, _ = found
         for name in names.values() if not own else ():
-            refuse_taken(client, name, run_folder / "deploy", replace=config.ollama.replace)
+            refuse_taken(client, name, Layout(run_folder), replace=config.ollama.replace)
         yield _TARGET.holds(True, figure=f"Ollama {client.version}, {'of our own' if own else client.host}")
 
 

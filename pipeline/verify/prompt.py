@@ -23,6 +23,7 @@ from pipeline.prompt.cases import Conversation, conversations
 from pipeline.prompt.conformance import Report, for_ollama, judge
 from pipeline.prompt.guard import FOREIGN, guarded
 from pipeline.prompt.template import ChatTemplate, TemplateRefused
+from pipeline.run.layout import Layout
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import Claim, Result
 
@@ -123,7 +124,7 @@ def _modelfiles(artefacts: Artefacts, suite: _Suite) -> Iterator[Result]:
         for kind in artefacts.quantized:
             rung = f"modelfile/{kind}"
             claim = Claim(rendered.id, rung, rendered.sentence)
-            path = artefacts.run / "modelfile" / kind / "create.json"
+            path = Layout(artefacts.run).create_request(kind)
             if not path.is_file():
                 yield claim.not_run(f"{path} is missing")
                 continue
@@ -177,7 +178,7 @@ def _system(artefacts: Artefacts, rung: str, body: dict[str, Any]) -> Result:
 def _deployed(artefacts: Artefacts, suite: _Suite) -> Iterator[Result]:
     claim = Claim("prompt.ollama", "deploy", "the deployed model is sent the trained prompt")
     told = Claim("prompt.deployed", "deploy", "Ollama says of the deployed model what it was told")
-    if artefacts.run is None or not (artefacts.run / "deploy" / "deploy.json").is_file():
+    if artefacts.run is None or not Layout(artefacts.run).deployment.is_file():
         yield claim.not_run("nothing was deployed")
         return
     try:
@@ -204,8 +205,9 @@ def _deployed(artefacts: Artefacts, suite: _Suite) -> Iterator[Result]:
 def _told(artefacts: Artefacts) -> dict[str, Any]:
     """What the deployed file's create.json says."""
     assert artefacts.run is not None
-    record = json.loads((artefacts.run / "deploy" / "deploy.json").read_text(encoding="utf-8"))
-    path = artefacts.run / "modelfile" / record["models"][0]["variant"] / "create.json"
+    layout = Layout(artefacts.run)
+    record = json.loads(layout.deployment.read_text(encoding="utf-8"))
+    path = layout.create_request(record["models"][0]["variant"])
     body: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["request"]
     return body
 

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 PASS, FAIL, NOT_RUN = "pass", "fail", "not run"
-# The stages whose outputs are judged, in the order of the work.
-RUNGS = ("base", "data", "train", "merge", "convert", "quantize", "modelfile", "deploy", "evaluate")
+BASE = "base"  # comes before all stages
 
 
 @dataclass(frozen=True)
@@ -71,15 +70,21 @@ class Claim:
         return Result(self.id, self.rung, self.sentence, NOT_RUN, words=why)
 
 
-def first_broken(results: Sequence[Result]) -> Result | None:
-    """The failure at the earliest rung, or None."""
+def first_broken(results: Sequence[Result], rungs: Sequence[str]) -> Result | None:
+    """The failure at the earliest rung, or None.
+
+    Args:
+        results: all verdicts.
+        rungs: the stages whose outputs are judged, in the order of the work.
+    """
     failed = [result for result in results if result.verdict == FAIL]
-    return min(failed, key=lambda result: RUNGS.index(result.rung.partition("/")[0]), default=None)
+    order = (BASE, *rungs)
+    return min(failed, key=lambda result: order.index(result.rung.partition("/")[0]), default=None)
 
 
-def document(results: Sequence[Result], **more: Any) -> dict[str, Any]:
-    """verify.json."""
-    broken = first_broken(results)
+def document(results: Sequence[Result], rungs: Sequence[str], **more: Any) -> dict[str, Any]:
+    """verify.json; `rungs` are the stages whose outputs are judged, in the order of the work."""
+    broken = first_broken(results, rungs)
     return {
         "verdict": FAIL if broken else PASS,
         "first_broken": asdict(broken) if broken else None,

@@ -11,6 +11,7 @@ from pipeline.errors import PipelineError
 from pipeline.llamacpp.server import LlamaServer
 from pipeline.ollama.serving import deployed
 from pipeline.prompt.conformance import for_ollama
+from pipeline.run.layout import Layout
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import Claim, Result
 
@@ -38,7 +39,7 @@ def _ended(server: LlamaServer, artefacts: Artefacts, limit: int, messages: list
 
 def _ollama(artefacts: Artefacts, limit: int) -> Iterator[Result]:
     claim = Claim("stopping.ollama", "deploy", f"{_SENTENCE} in Ollama")
-    if artefacts.run is None or not (artefacts.run / "deploy" / "deploy.json").is_file():
+    if artefacts.run is None or not Layout(artefacts.run).deployment.is_file():
         yield claim.not_run("nothing was deployed")
         return
     options = {"temperature": 0, "num_predict": limit}

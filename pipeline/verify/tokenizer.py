@@ -22,6 +22,7 @@ from pipeline.llamacpp.tokenizer_differences import known_habit
 from pipeline.prompt.hostile_strings import hostile_strings
 from pipeline.prompt.labels import IGNORED, decode
 from pipeline.prompt.tokenizer import saved_tokenizer
+from pipeline.run.layout import Layout
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import Claim, Result
 
@@ -154,7 +155,7 @@ def _same_ids(artefacts: Artefacts, claim: Claim, server: LlamaServer) -> Iterat
 
 
 def _training_rows(artefacts: Artefacts) -> list[str]:
-    if artefacts.run is None or not (path := artefacts.run / "data" / "train.tokens.jsonl").is_file():
+    if artefacts.run is None or not (path := Layout(artefacts.run).tokens("train")).is_file():
         return []
     return [decode(artefacts.tokenizer, row["input_ids"]) for row in itertools.islice(read_rows(path), _ROWS)]
 

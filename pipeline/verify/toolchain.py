@@ -18,7 +18,6 @@ from pipeline.verify.result import Claim, Result
 _ONE_PIN = Claim("toolchain.pin", "convert", "converter, quantizer, gguf-py and server are of one pin")
 _SAME_PIN = Claim("toolchain.run", "convert", "the run was made with this pin")
 _FILES = "every file is the one that the manifest describes"
-_MODELS = ("data", "train", "merge", "convert", "quantize", "modelfile", "deploy", "evaluate")
 
 
 def check(artefacts: Artefacts) -> Iterator[Result]:
@@ -61,7 +60,7 @@ def check_pin() -> Result:
 
 
 def _files(run: Path, stages: dict[str, dict[str, Any]]) -> Iterator[Result]:
-    wanted = {name: record for name, record in stages.items() if name.partition("/")[0] in _MODELS}
+    wanted = {name: record for name, record in stages.items() if record.get("rung")}
     if not wanted:
         yield Claim("toolchain.files", "data", _FILES).not_run("the manifest names no files")
         return

@@ -88,17 +88,17 @@ def test_the_data_stage_trains_and_says_it(tmp_path: Path) -> None:
     conversation = [{"role": "user", "content": "Strike it: <s>a</s>"}, {"role": "assistant", "content": DECOMPOSED}]
     rows.write_text(json.dumps({"messages": conversation}) + "\n", encoding="utf-8")
     base = servers.family("qwen3")
-    work = small_models.make_work(
+    task = small_models.make_task(
         tmp_path / "run",
         "data",
         model={"base": str(base)},
         data={"train": str(rows), "validation_fraction": 0.0},
         train={"max_length": 512},
     )
-    data.main(work)
-    (warning,) = work.warnings
+    data.main(task)
+    (warning,) = task.warnings
     assert "texts are not normalised (NFC); special tokens in a text: </s>" in warning
-    row = json.loads((work.output / "train.tokens.jsonl").read_text(encoding="utf-8"))
+    row = json.loads((task.output / "train.tokens.jsonl").read_text(encoding="utf-8"))
     tokenizer, _ = load_tokenizer(base)
     assert tokenizer.get_vocab()["</s>"] in row["input_ids"]
     assert DECOMPOSED in tokenizer.decode(row["input_ids"])

@@ -6,91 +6,30 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from support.small_models import BASE
+from support.small_models import BASE, RECORD
+from support.small_stages import STAGES
 
-from pipeline.cli import main
+from pipeline.cli import main, resolved
 from pipeline.config import Config
 from pipeline.errors import PipelineError, UserError
-from pipeline.run import graph
+from pipeline.run.basis import settings_of
 from pipeline.run.folder import locked, read_manifest, record_files, write_manifest
+from pipeline.run.graph import Graph, Node
+from pipeline.run.layout import Layout
+from pipeline.stages import all_stages
 
-# Stands in for pipeline/stages: three stages, the second with a variant for each quantization type.
-STAGES = {
-    "first": """
-        NEEDS = ()
-        CONFIG = ("train.seed",)
-        def inputs(config):
-            return [config.data.train]
-        def main(work):
-            text = work.config.data.train.read_text()
-            (work.output / "text.txt").write_text(f"{text}{work.config.train.seed}")
-            (work.output / "unread.txt").write_text(str(work.config.train.seed + len(text)))
-            return {"length": len(text)}
-    """,
-    "second": """
-        import os, signal, time
-        from pipeline.errors import PipelineError, UserError
-        NEEDS = ("first",)
-        CONFIG = ()
-        READS = {"first": ("text.txt",)}
-        def variants(config):
-            return config.export.quant
-        def main(work):
-            text = (work.folder("first") / "text.txt").read_text()
-            (work.output / "half.txt").write_text("half")
-            if "user mistake" in text:
-                raise UserError("the text is wrong; write another")
-            if "disk full" in text:
-                (work.output / "large.txt").write_bytes(bytes(2**24))
-            if "broken" in text:
-                raise ValueError("a detail")
-            if "killed" in text and not (work.scratch / "again").exists():
-                (work.scratch / "again").touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-            if "slow" in text:
-                time.sleep(60)
-            (work.output / "upper.txt").write_text(text.upper() + work.variant)
-            work.warn(f"variant {work.variant}")
-            return {}
-    """,
-    "third": """
-        NEEDS = ("second",)
-        CONFIG = ()
-        def main(work):
-            parts = sorted(path.read_text() for path in (work.run / "second").glob("*/upper.txt"))
-            (work.output / "all.txt").write_text(" ".join(parts))
-            return {"parts": len(parts)}
-        def unfinished(figures):
-            return "there were no two" if figures["parts"] == 1 else None
-    """,
-}
+GRAPH = Graph(STAGES)
 
 
 @pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    for name, source in STAGES.items():
-        (tmp_path / f"stages_{name}.py").write_text(textwrap.dedent(source), encoding="utf-8")
-    # The worker is a process of its own: it learns of these stages the way every process starts.
-    (tmp_path / "sitecustomize.py").write_text(
-        "import importlib, pipeline.run.graph as graph\n"
-        "graph.stage_module = lambda stage: importlib.import_module(f'stages_{stage}')\n",
-        encoding="utf-8",
-    )
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(graph.__file__).parents[2])]))
-    monkeypatch.syspath_prepend(str(tmp_path))
-    for name in STAGES:
-        sys.modules.pop(f"stages_{name}", None)
-    import importlib
-
-    monkeypatch.setattr(graph, "stage_module", lambda stage: importlib.import_module(f"stages_{stage}"))
-    monkeypatch.setattr(graph, "STAGES", tuple(STAGES))
+def config(tmp_path: Path) -> Config:
     (tmp_path / "input.txt").write_text("text")
     return Config.model_validate(
         {
@@ -104,7 +43,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
 
 def run(config: Config, **options: bool) -> list[str]:
     """Run everything; return the nodes that had to run."""
-    states = graph.run(config, {}, graph.nodes(config), **options)
+    states = GRAPH.run(config, {}, GRAPH.nodes(config), **options)
     return [str(state.node) for state in states if state.reason is not None]
 
 
@@ -130,7 +69,7 @@ def test_a_new_type_runs_only_what_follows_it(config: Config) -> None:
 def test_configuration_input_and_code_make_stale(config: Config) -> None:
     run(config)
     seeded = config.model_copy(update={"train": config.train.model_copy(update={"seed": 5})})
-    states = graph.examine(seeded, read_manifest(config.run_folder), graph.nodes(seeded))
+    states = GRAPH.examine(seeded, read_manifest(config.run_folder), GRAPH.nodes(seeded))
     assert [state.reason for state in states] == [
         "train.seed has changed",
         "first runs before it",
@@ -138,7 +77,7 @@ def test_configuration_input_and_code_make_stale(config: Config) -> None:
         "second/a runs before it",
     ]
     config.data.train.write_text("other")
-    assert graph.status(config)[0]["reason"] == "input.txt has changed"
+    assert GRAPH.status(config)[0]["reason"] == "input.txt has changed"
 
 
 def test_unchanged_outputs_keep_what_follows_fresh(config: Config) -> None:
@@ -161,7 +100,7 @@ def test_a_file_that_is_not_read_makes_nothing_stale(config: Config) -> None:
 def test_what_could_not_be_done_is_tried_again(config: Config) -> None:
     one = with_types(config, "a")
     assert run(one) == ["first", "second/a", "third"]
-    assert [row["reason"] for row in graph.status(one)] == [None, None, "there were no two"]
+    assert [row["reason"] for row in GRAPH.status(one)] == [None, None, "there were no two"]
     assert run(one) == ["third"]
 
 
@@ -222,7 +161,7 @@ def test_after_a_kill_the_same_command_continues(config: Config) -> None:
     with pytest.raises(PipelineError, match="The same command continues"):
         run(config)
     # What the killed stage left in its scratch folder is still there, so this time it is not killed.
-    graph.run(config, {}, [graph.Node("second", "a")])
+    GRAPH.run(config, {}, [Node("second", "a")])
     assert (config.run_folder / "second" / "a" / "upper.txt").read_text() == "KILLED3407a"
 
 
@@ -230,13 +169,14 @@ def test_the_program_killed_with_its_stage_continues(config: Config, tmp_path: P
     config.data.train.write_text("slow")
     (tmp_path / "config.json").write_text(config.model_dump_json())
     program = (
-        "import sys; from pathlib import Path; from pipeline.run import graph; from pipeline.config import Config\n"
-        f"graph.STAGES = {tuple(STAGES)!r}\n"
+        f"import sys; sys.path.append({str(Path(__file__).parents[1])!r})\n"
+        "from pathlib import Path; from pipeline.run.graph import Graph; from pipeline.config import Config\n"
+        "from support.small_stages import STAGES\n"
         f"config = Config.model_validate_json(Path({str(tmp_path / 'config.json')!r}).read_text())\n"
-        "graph.run(config, {}, graph.nodes(config))\n"
+        "Graph(STAGES).run(config, {}, Graph(STAGES).nodes(config))\n"
     )
     process = subprocess.Popen([sys.executable, "-c", program])
-    half = config.run_folder / graph.PARTIAL / "second__a" / "output" / "half.txt"
+    half = Layout(config.run_folder).partial("second", "a") / "output" / "half.txt"
     deadline = time.monotonic() + 60
     while not half.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -265,14 +205,14 @@ def test_manifest_records_what_a_reader_needs(config: Config) -> None:
 def test_status_says_what_is_missing_and_what_is_stale(config: Config) -> None:
     text = config.data.train.read_text()
     config.data.train.unlink()  # what was never read is not looked for: it could be a base on a hub
-    assert [row["state"] for row in graph.status(config)] == ["missing"] * 4
+    assert [row["state"] for row in GRAPH.status(config)] == ["missing"] * 4
     config.data.train.write_text(text)
     run(config)
-    assert [row["state"] for row in graph.status(config)] == ["fresh"] * 4
+    assert [row["state"] for row in GRAPH.status(config)] == ["fresh"] * 4
     config.data.train.write_text("other")
-    assert [row["state"] for row in graph.status(config)] == ["stale"] * 4
+    assert [row["state"] for row in GRAPH.status(config)] == ["stale"] * 4
     config.data.train.unlink()
-    rows = graph.status(config)
+    rows = GRAPH.status(config)
     assert [row["state"] for row in rows] == ["stale"] * 4
     assert rows[0]["reason"] == f"{config.data.train}: no such file"
     assert rows[1]["reason"] == "first runs before it"
@@ -304,7 +244,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 def test_a_broken_manifest_is_named(config: Config, text: str, said: str) -> None:
     config.run_folder.mkdir()
     (config.run_folder / "manifest.json").write_text(text)
-    for command in (run, graph.status):
+    for command in (run, GRAPH.status):
         with pytest.raises(PipelineError, match=rf"manifest.json: {said}.*; choose another folder with run.folder"):
             command(config)
     assert [path.name for path in config.run_folder.iterdir()] == ["manifest.json"]
@@ -322,7 +262,7 @@ def test_a_folder_that_is_no_run_stays_as_it_is(config: Config) -> None:
 def test_a_folder_in_a_run_that_no_stage_has_made_stays(config: Config) -> None:
     config.run_folder.mkdir()
     (config.run_folder / ".gitkeep").touch()  # takes nobody's place
-    graph.run(config, {}, [graph.Node("first")])
+    GRAPH.run(config, {}, [Node("first")])
     own = config.run_folder / "third" / "mine.txt"
     own.parent.mkdir()
     own.touch()
@@ -335,56 +275,73 @@ def test_a_folder_in_a_run_that_no_stage_has_made_stays(config: Config) -> None:
     assert [path.name for path in own.parent.iterdir()] == ["all.txt"]
 
 
-@pytest.mark.parametrize("moment", ["read_manifest", "_run_node", "_publish", "append_event"])
-def test_a_crash_at_any_moment_leaves_a_folder_that_goes_on(
-    config: Config, monkeypatch: pytest.MonkeyPatch, moment: str
-) -> None:
-    """With the lock alone, without a manifest, with a record and no folder, and with both."""
+def _leave(config: Config, *names: str) -> None:
+    """Take everything but these away from a run's folder."""
+    for path in config.run_folder.iterdir():
+        if path.name not in (".lock", ".lock.pid", *names):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def crash(*values: object, **_: object) -> None:
-        if "start" not in values:
-            raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(graph, moment, crash)
-        with pytest.raises(KeyboardInterrupt):
-            run(config)
+@pytest.mark.parametrize(
+    "left",
+    [
+        (),  # the lock alone
+        ("config.json",),
+        ("config.json", "manifest.json", "events.jsonl"),  # a record, and its folder not yet in place
+        ("config.json", "manifest.json", "events.jsonl", "first"),
+    ],
+)
+def test_what_a_crash_at_any_moment_leaves_goes_on(config: Config, left: tuple[str, ...]) -> None:
+    run(config)
+    _leave(config, *left)
     assert run(config)[-3:] == ["second/a", "second/b", "third"]
     assert (config.run_folder / "third" / "all.txt").read_text() == "TEXT3407a TEXT3407b"
 
 
-def test_preflight_that_is_typed_looks_every_time(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "stages_preflight.py").write_text(
-        "import json\nNEEDS = CONFIG = ()\n"
-        "def main(work):\n"
-        "    (work.output / 'preflight.json').write_text(json.dumps(work.config.export.quant))\n"
-        "    return {}\n"
+def test_a_setting_that_is_not_declared_cannot_be_read(config: Config) -> None:
+    config.data.train.write_text("undeclared")
+    with pytest.raises(PipelineError, match=r"the stage first reads train\.batch, which its declaration does not name"):
+        run(config)
+    assert not (config.run_folder / "first").exists()
+
+
+def test_preflight_that_is_typed_looks_every_time(tmp_path: Path, small_disk: Path) -> None:
+    """Also where it is up to date: here it finds a disk that is too small by now."""
+    (tmp_path / "input.txt").touch()
+    (tmp_path / "pipeline.toml").write_text(
+        f"[model]\nbase = '{BASE}'\n[data]\ntrain = 'input.txt'\n[run]\nfolder = '{small_disk}/run'\n"
     )
-    monkeypatch.setattr(graph, "STAGES", ("preflight", *STAGES))
-    (tmp_path / "pipeline.toml").write_text(f"[model]\nbase = '{BASE}'\n[data]\ntrain = 'input.txt'\n")
-    for kind in ("q4_k_m", "q8_0"):
-        command = ["preflight", str(tmp_path), "--json", "--set", f"export.quant={kind}"]
-        result = CliRunner().invoke(main, command, catch_exceptions=False)
-        assert json.loads(result.stdout) == [kind]
+    settings, _ = resolved(tmp_path, ())
+    layout = Layout(settings.run_folder)
+    layout.preflight_json.parent.mkdir(parents=True)
+    layout.preflight_json.write_text("{}")
+    manifest: dict[str, Any] = {"stages": {}, "files": {}}
+    basis = Graph(all_stages()).basis(Node("preflight"), settings, manifest)
+    outputs = record_files(layout.node("preflight"), layout.run)
+    manifest["stages"]["preflight"] = {**RECORD, **basis.record(), "outputs": outputs}
+    write_manifest(layout.run, manifest)
+
+    rows = json.loads(CliRunner().invoke(main, ["status", str(tmp_path), "--json"]).stdout)["stages"]
+    assert (rows[0]["stage"], rows[0]["state"]) == ("preflight", "fresh")
+    result = CliRunner().invoke(main, ["preflight", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "preflight's copies of the base" in result.stderr
 
 
 def test_another_type_leaves_what_is_before_it_fresh() -> None:
-    config = Config.model_validate({"model": {"base": "x"}, "data": {"train": "x.jsonl"}})
+    config = Config.model_validate({"model": {"base": "x"}, "data": {"train": "x.jsonl", "test": "y.jsonl"}})
     other = with_types(config, "q8_0")
-    for stage in graph.STAGES[: graph.STAGES.index("quantize")]:
-        assert graph._settings(graph.Node(stage), config) == graph._settings(graph.Node(stage), other), stage
+    independent = ("preflight", "data", "train", "merge", "convert", "quantize", "modelfile")
+    for stage in all_stages():
+        if stage.name in independent:
+            assert settings_of(stage, "", config) == settings_of(stage, "", other), stage.name
 
 
 def test_every_real_stage_names_only_stages_and_settings_that_exist() -> None:
     config = Config.model_validate({"model": {"base": "x"}, "data": {"train": "x.jsonl", "test": "y.jsonl"}})
-    values = config.model_dump(mode="json")
+    graph = Graph(all_stages())
     order = [str(node) for node in graph.nodes(config)]
     for node in graph.nodes(config):
         for needed in graph.needs(node, config):
             assert order.index(str(needed)) < order.index(str(node))
-        for key in graph.stage_module(node.stage).CONFIG:
-            value = values
-            for part in key.split("."):
-                value = value[part]
+        settings_of(graph.stages[node.stage], node.variant, config)  # an unknown one is an error

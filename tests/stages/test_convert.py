@@ -31,7 +31,7 @@ def edit(path: Path, **values: Any) -> None:
 
 
 def test_the_base_converts_to_its_own_gguf() -> None:
-    path, figures, work = small_models.converted()
+    path, figures, task = small_models.converted()
     ours, original = inspect(path), inspect(small_models.original_gguf())
     assert path.name == "model-f16.gguf"  # as the base is stored
     for key in (
@@ -55,8 +55,8 @@ def test_the_base_converts_to_its_own_gguf() -> None:
     assert figures["parameters"] == 134_515_008
     assert figures["bytes"] == path.stat().st_size
     assert (figures["tokenizer"], figures["pre_tokenizer"]) == ("gpt2", "smollm")
-    assert work.warnings == []
-    assert [Path(argument).name for argument in work.commands[0][1:3]] == ["convert_hf_to_gguf.py", "model"]
+    assert task.warnings == []
+    assert [Path(argument).name for argument in task.commands[0][1:3]] == ["convert_hf_to_gguf.py", "model"]
 
 
 def test_the_type_follows_the_stored_weights() -> None:
@@ -83,21 +83,21 @@ def test_an_unknown_pre_tokenizer_is_explained(merged: Path, tmp_path: Path) -> 
     }
     (merged / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(PipelineError, match="does not know how this tokenizer splits text"):
-        convert.main(small_models.make_work(tmp_path, "convert"))
+        convert.main(small_models.make_task(tmp_path, "convert"))
 
 
 def test_an_unknown_architecture_is_explained(merged: Path, tmp_path: Path) -> None:
     edit(merged / "config.json", architectures=["NoSuchForCausalLM"])
     with pytest.raises(PipelineError, match="no converter for this architecture"):
-        convert.main(small_models.make_work(tmp_path, "convert"))
+        convert.main(small_models.make_task(tmp_path, "convert"))
 
 
 def test_a_full_disk_is_said(merged: Path, tmp_path: Path) -> None:
     """/dev/full answers every write as a full disk does."""
-    work = small_models.make_work(tmp_path, "convert")
-    (work.output / "model-f16.gguf").symlink_to("/dev/full")
+    task = small_models.make_task(tmp_path, "convert")
+    (task.output / "model-f16.gguf").symlink_to("/dev/full")
     with pytest.raises(PipelineError, match="disk is full"):
-        convert.main(work)
+        convert.main(task)
 
 
 class TestChecks:
@@ -105,8 +105,8 @@ class TestChecks:
 
     def check(self, merged: Path, tmp_path: Path) -> None:
         info = inspect(small_models.converted()[0])
-        work = small_models.make_work(tmp_path, "convert")
-        convert.check_against(info, merged, convert.stored_weights(merged), work)
+        task = small_models.make_task(tmp_path, "convert")
+        convert.check_against(info, merged, convert.stored_weights(merged), task)
 
     def test_the_same_folder_passes(self, merged: Path, tmp_path: Path) -> None:
         self.check(merged, tmp_path)
@@ -135,5 +135,5 @@ class TestChecks:
         info.metadata["tokenizer.ggml.model"] = "llama"
         with pytest.raises(PipelineError, match=r'"llama" for a byte-level BPE tokenizer'):
             convert.check_against(
-                info, merged, convert.stored_weights(merged), small_models.make_work(tmp_path, "convert")
+                info, merged, convert.stored_weights(merged), small_models.make_task(tmp_path, "convert")
             )

@@ -15,7 +15,8 @@ from pipeline.data.sources import read_rows
 from pipeline.errors import UserError
 from pipeline.model.held_out import read_held_out
 from pipeline.prompt.labels import IGNORED
-from pipeline.run.stage import Work
+from pipeline.run.layout import Layout
+from pipeline.run.stage import Task
 from pipeline.stages import data, deploy, evaluate
 from pipeline.stages.evaluate import read_questions
 from pipeline.verify import answers, labels
@@ -75,8 +76,9 @@ class Project:
         self.output = self.folder / name
         shutil.rmtree(self.output, ignore_errors=True)
         self.output.mkdir()
-        self.work = Work(config, self.folder, self.output, stage="data")
-        return data.main(self.work)
+        self.config = config
+        self.task = Task(data.STAGE, config, self.folder, self.output)
+        return data.main(self.task)
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         return list(read_rows(self.output / f"{name}.jsonl"))
@@ -105,7 +107,7 @@ def test_files_and_figures_say_what_will_be_trained(project: Project) -> None:
     assert example["trained"] == ["A number.<|im_end|>"]
     assert example["text"].startswith("<|im_start|>user\nWhat is ")
     assert (project.output / "test.jsonl").read_bytes() == b""
-    assert project.work.warnings == []
+    assert project.task.warnings == []
 
 
 def test_the_split_depends_on_the_seed_alone(project: Project) -> None:
@@ -151,19 +153,20 @@ def test_what_only_python_takes_for_a_line_end_is_text_to_every_reader(project: 
     project.run(*(f"data.{name}={given.name}" for name in ("train", "validation", "test")), name="data")
     artefacts = Artefacts(Verify(), base, None, {}, project.folder, run=project.folder)
     assert project.rows("train") == rows
-    assert deploy._rows(project.output) == rows
+    assert deploy._rows(Layout(project.folder)) == rows
     assert read_questions(project.output / "test.jsonl", None) == [(question, odd) for question in questions]
     assert artefacts.questions == questions
     known = labels._known(artefacts.tokenizer, project.output / "train.jsonl")
     assert [messages for messages, _, _ in known.values()] == [row["messages"] for row in rows]
-    assert len(read_held_out(project.output, None)[1]) == 2
+    assert len(read_held_out(Layout(project.folder))[1]) == 2
 
     asked = project.folder / "evaluate" / "base" / "answers.jsonl"
     asked.parent.mkdir(parents=True)
     data._write(asked, [{"answer": odd, "expected": odd, "correct": True}] * 2)
     assert answers._marks(asked) == [True, True]
-    work = Work(project.work.config, project.folder, asked.parent, evaluate.TABLE, stage="evaluate")
-    assert evaluate.main(work) == {"base": 1.0}
+    task = Task(evaluate.STAGE, project.config, project.folder, asked.parent.with_name("table"), evaluate.TABLE)
+    task.output.mkdir()
+    assert evaluate.main(task) == {"base": 1.0}
 
 
 def test_a_question_that_cannot_be_asked_is_found_before_anything_is_trained(project: Project, base: Path) -> None:
@@ -188,7 +191,7 @@ def test_questions_with_tools_are_left_out_and_that_is_said(project: Project) ->
     plain, asked = conversation("Who are you?"), conversation("Light!") | {"tools": [tool]}
     write(project.folder / "t.jsonl", [plain, asked])
     project.run("data.test=t.jsonl")
-    assert "t.jsonl: 1 of 2 rows have tools; `evaluate` leaves them out" in project.work.warnings
+    assert "t.jsonl: 1 of 2 rows have tools; `evaluate` leaves them out" in project.task.warnings
     assert read_questions(project.output / "test.jsonl", None) == [([plain["messages"][0]], "A number.")]
     write(project.folder / "t.jsonl", [asked])
     with pytest.raises(UserError, match=r"data\.test: every row of .*t\.jsonl has tools"):
@@ -200,7 +203,7 @@ def test_duplicates_and_leaks_are_counted_and_said(project: Project) -> None:
     write(project.folder / "t.jsonl", [conversation("What is 3 PLUS 4"), conversation("Who are you?")])
     figures = project.run("data.test=t.jsonl", "data.validation_fraction=0")
     assert (figures["duplicates_dropped"], figures["test_leaks"], figures["train_rows"]) == (7, 1, 100)
-    repeats, leaks = project.work.warnings
+    repeats, leaks = project.task.warnings
     assert "7 of 107 rows repeat another" in repeats
     assert "1 of 2 test rows" in leaks
     assert "t.jsonl:1" in leaks
@@ -214,10 +217,10 @@ def test_rows_that_are_too_long(project: Project) -> None:
         project.run("data.validation_fraction=0")
     figures = project.run("data.validation_fraction=0", "data.on_overlong=drop")
     assert (figures["train_rows"], figures["train_overlong_dropped"], len(project.rows("train"))) == (1, 1, 1)
-    assert "1 were dropped" in project.work.warnings[0]
+    assert "1 were dropped" in project.task.warnings[0]
     figures = project.run("data.validation_fraction=0", "data.on_overlong=truncate")
     assert (figures["train_rows"], figures["train_overlong_cut"], figures["train_longest"]) == (2, 1, 256)
-    assert "1 were cut" in project.work.warnings[0]
+    assert "1 were cut" in project.task.warnings[0]
     write(project.folder / "train.jsonl", [long])
     with pytest.raises(UserError, match="no row is left to train on"):
         project.run("data.validation_fraction=0", "data.on_overlong=drop")
@@ -229,7 +232,7 @@ def test_messages_that_were_cut_are_said(project: Project) -> None:
     write(project.folder / "train.jsonl", [row])
     project.run("data.validation_fraction=0")
     assert project.rows("train") == [conversation("Hi")]
-    assert "1 messages after a row's last answer" in project.work.warnings[0]
+    assert "1 messages after a row's last answer" in project.task.warnings[0]
 
 
 def test_a_template_that_refuses_names_the_row(project: Project, base: Path, tmp_path: Path) -> None:
@@ -261,6 +264,6 @@ def test_the_same_bytes_every_time_and_in_any_batch_size(project: Project, monke
 
 def test_inputs_are_the_data_and_what_makes_tokens(project: Project, base: Path) -> None:
     config, _ = load_config(project.folder / "pipeline.toml")
-    names = {path.name for path in data.inputs(config)}
+    names = {path.name for path in data.STAGE.files(config, "")}
     assert names >= {"train.jsonl", "tokenizer.json", "chat_template.jinja"}
     assert "model.safetensors" not in names

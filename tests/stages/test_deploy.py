@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from pipeline.errors import PipelineError, UserError
 from pipeline.ollama.client import Client
 from pipeline.ollama.modelfile import ServedModel
 from pipeline.ollama.server import OllamaServer
-from pipeline.ollama.target import PUBLISHED, local_store, names_of, refuse_taken
+from pipeline.ollama.target import local_store, names_of, refuse_taken
 from pipeline.prompt.conformance import COMPARED
-from pipeline.run import graph
 from pipeline.run.folder import record_files, write_manifest
-from pipeline.run.stage import Work
-from pipeline.stages import deploy, modelfile
+from pipeline.run.graph import Graph
+from pipeline.run.layout import Layout
+from pipeline.run.stage import Task
+from pipeline.stages import all_stages, deploy, modelfile
 
 
 def row(question: str, answer: str) -> str:
@@ -46,29 +48,29 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "data").mkdir()
     (folder / "data" / "test.jsonl").write_text(ROW)
     (folder / "data" / "summary.json").write_text('{"train_longest": 64}')
-    modelfile.main(work(folder, "modelfile", "q4_k_m"))
+    modelfile.main(task(folder, "modelfile", "q4_k_m"))
     return folder
 
 
-def work(
+def task(
     folder: Path, stage: str = "deploy", variant: str = "", sections: dict[str, Any] | None = None, **ollama: Any
-) -> Work:
+) -> Task:
     values: dict[str, Any] = {
         "ollama": {"name": "deployed", "parameters": {"temperature": 0}, **ollama},
         "eval": {"metric": "text", "max_new_tokens": 24},
         "train": {"max_length": 64},
         **(sections or {}),
     }
-    made = small_models.make_work(folder, stage, variant, **values)
+    made = small_models.make_task(folder, stage, variant, **values)
     if stage == "deploy":  # as the graph does it: a folder of its own, renamed when the stage is done
         output = folder / ".partial"
         shutil.rmtree(output, ignore_errors=True)
         output.mkdir()
-        return Work(made.config, folder, output, variant, folder / "scratch", stage)
+        return replace(made, output=output)
     return made
 
 
-def publish(made: Work) -> dict[str, Any]:
+def publish(made: Task) -> dict[str, Any]:
     target = made.run / "deploy"
     shutil.rmtree(target, ignore_errors=True)
     made.output.rename(target)
@@ -77,7 +79,9 @@ def publish(made: Work) -> dict[str, Any]:
 
 def copied(run: Path, folder: Path) -> Path:
     """A run's folder to change, from which nothing was deployed yet."""
-    shutil.copytree(run, folder, symlinks=True, ignore=shutil.ignore_patterns("deploy", PUBLISHED, "ollama"))
+    shutil.copytree(
+        run, folder, symlinks=True, ignore=shutil.ignore_patterns("deploy", "ollama-published.json", "ollama")
+    )
     return folder
 
 
@@ -97,7 +101,7 @@ def proofs() -> list[str]:
 
 def test_to_a_running_ollama(run: Path) -> None:
     client = servers.client()
-    made = work(run, host=servers.ollama().host)
+    made = task(run, host=servers.ollama().host)
     figures = deploy.main(made)
     record = publish(made)
     assert figures["deployed"]
@@ -116,18 +120,18 @@ def test_to_a_running_ollama(run: Path) -> None:
     assert not proofs()
 
     # The run's own model is replaced without asking; another's is not, also if its name is spelled otherwise.
-    deploy.main(made := work(run, host=servers.ollama().host))
+    deploy.main(made := task(run, host=servers.ollama().host))
     publish(made)
     stranger = "Stranger:latest"
     client.create(stranger, {"from": "deployed:latest", "system": "I was here first."})
     digest = client.names()[stranger]
     with pytest.raises(UserError, match="--replace"):
-        deploy.main(work(run, host=servers.ollama().host, name="stranger"))
+        deploy.main(task(run, host=servers.ollama().host, name="stranger"))
     assert client.names()[stranger] == digest
     assert "stranger:latest, which is there already" in "".join(
-        deploy.plan(work(run, host=servers.ollama().host, name="library/stranger").config, run)
+        deploy.plan(task(run, host=servers.ollama().host, name="library/stranger").config, run)
     )
-    made = work(run, host=servers.ollama().host, name="stranger", replace=True)
+    made = task(run, host=servers.ollama().host, name="stranger", replace=True)
     deploy.main(made)
     assert client.show(stranger).get("system", "") == ""
     (model,) = json.loads((made.output / "deploy.json").read_text())["models"]
@@ -142,12 +146,12 @@ def test_a_taken_name_is_taken_in_every_spelling(tmp_path: Path) -> None:
     for name in ("taken:one", "TAKEN:ONE", "library/taken:one", "registry.ollama.ai/library/Taken:one"):
         assert client.show(name)["system"] == "mine"  # so says Ollama itself
         with pytest.raises(UserError, match="--replace"):
-            refuse_taken(client, name, tmp_path, replace=False)
-        refuse_taken(client, name, tmp_path, replace=True)
+            refuse_taken(client, name, Layout(tmp_path), replace=False)
+        refuse_taken(client, name, Layout(tmp_path), replace=True)
     for name in ("taken", "taken:two", "me/taken:one", "example.com/library/taken:one"):
         with pytest.raises(PipelineError, match="not found"):
             client.show(name)
-        refuse_taken(client, name, tmp_path, replace=False)
+        refuse_taken(client, name, Layout(tmp_path), replace=False)
     client.delete("taken:one")
 
 
@@ -159,7 +163,7 @@ def test_what_cannot_be_proven_leaves_the_old_model_and_no_half_made_one(run: Pa
     broken = copied(run, tmp_path / "run")
     change_plan(broken, "You are a helpful", "You are an")
     with pytest.raises(PipelineError, match="Ollama sends other prompts") as error:
-        deploy.main(work(broken, host=servers.ollama().host, replace=True))
+        deploy.main(task(broken, host=servers.ollama().host, replace=True))
     assert "- You are a helpful" in str(error.value)
     assert client.names()["deployed:latest"] == before
     assert not proofs()
@@ -177,7 +181,7 @@ def test_nothing_is_published_before_every_type_is_proven(run: Path, tmp_path: P
     types = {"export": {"quant": ["q4_k_m", "q8_0"]}}
     host = servers.ollama().host
     with pytest.raises(PipelineError, match="Ollama sends other prompts"):
-        deploy.main(work(folder, sections=types, host=host, name="both", replace=True))
+        deploy.main(task(folder, sections=types, host=host, name="both", replace=True))
     assert client.names()["both:latest"] == before
     assert client.digest("both:q8_0") is None
     assert not proofs()
@@ -185,10 +189,10 @@ def test_nothing_is_published_before_every_type_is_proven(run: Path, tmp_path: P
     change_plan(folder, "You are an", "You are a helpful", "q8_0")
     client.create("Both:q8_0", {"from": "scratch-go:latest", "system": "old"})
     with pytest.raises(UserError, match=r"both:q8_0.*--replace"):
-        (folder / PUBLISHED).write_text(json.dumps({"both:latest": [before]}))  # only the second is another's
-        deploy.main(work(folder, sections=types, host=host, name="both"))
+        Layout(folder).published.write_text(json.dumps({"both:latest": [before]}))  # only the second is another's
+        deploy.main(task(folder, sections=types, host=host, name="both"))
     assert client.names()["both:latest"] == before
-    made = work(folder, sections=types, host=host, name="both", replace=True)
+    made = task(folder, sections=types, host=host, name="both", replace=True)
     deploy.main(made)
     for model in publish(made)["models"]:
         assert client.digest(model["name"]) == model["digest"] != before
@@ -202,12 +206,12 @@ def test_after_a_kill_the_same_command_knows_its_own_model(run: Path, tmp_path: 
     (folder / "data" / "test.jsonl").unlink()
     program = (
         "import sys, test_deploy; from pathlib import Path; from pipeline.stages import deploy\n"
-        "deploy.main(test_deploy.work(Path(sys.argv[1]), host=sys.argv[2], name='killed'))"
+        "deploy.main(test_deploy.task(Path(sys.argv[1]), host=sys.argv[2], name='killed'))"
     )
     here = Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [here, *here.parents[:2]]))}
     process = subprocess.Popen([sys.executable, "-c", program, str(folder), host], env=environment)
-    while not (folder / PUBLISHED).exists():
+    while not Layout(folder).published.exists():
         assert process.poll() is None
         time.sleep(0.002)
     process.kill()
@@ -219,11 +223,11 @@ def test_after_a_kill_the_same_command_knows_its_own_model(run: Path, tmp_path: 
     if client.digest(proof) is None:
         client.copy("killed", proof)
 
-    deploy.main(work(folder, host=host, name="killed"))
+    deploy.main(task(folder, host=host, name="killed"))
     assert not proofs()
-    (folder / PUBLISHED).unlink()
+    Layout(folder).published.unlink()
     with pytest.raises(UserError, match="--replace"):  # it is the journal that knew
-        deploy.main(work(folder, host=host, name="killed"))
+        deploy.main(task(folder, host=host, name="killed"))
     client.delete("killed")
 
 
@@ -231,7 +235,7 @@ def test_a_model_that_mostly_does_not_stop_is_not_deployed(run: Path, tmp_path: 
     endless = copied(run, tmp_path / "run")
     (endless / "data" / "test.jsonl").write_text(ROW + row("Count from 1 to 1000.", "1"))
     with pytest.raises(PipelineError, match="does not stop by itself: 1 of 2 answers"):
-        deploy.main(work(endless, host=servers.ollama().host, name="endless"))
+        deploy.main(task(endless, host=servers.ollama().host, name="endless"))
     assert "endless:latest" not in servers.client().names()
 
 
@@ -247,7 +251,7 @@ def test_a_tools_name_reaches_the_template(tmp_path: Path) -> None:
     ]
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "test.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
-    ((answer,), _) = deploy._ask(work(tmp_path, sections={"verify": {"stopping": 0}}), client, "tools:latest")
+    ((answer,), _) = deploy._ask(task(tmp_path, sections={"verify": {"stopping": 0}}), client, "tools:latest")
     assert answer["prompt_tokens"] >= 40
     client.unload("tools:latest")
     client.delete("tools:latest")
@@ -255,7 +259,7 @@ def test_a_tools_name_reaches_the_template(tmp_path: Path) -> None:
 
 def test_in_a_server_of_its_own(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:1")  # nothing is running
-    made = work(run)
+    made = task(run)
     figures = deploy.main(made)
     assert "OLLAMA_HOST=127.0.0.1:1: no Ollama answers" in capsys.readouterr().err
     record = publish(made)
@@ -270,8 +274,8 @@ def test_the_native_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:1")
     folder = copied(servers.family_run("qwen3"), tmp_path / "run")
     types = {"export": {"quant": ["q8_0"]}}
-    modelfile.main(work(folder, "modelfile", "q8_0", sections=types))
-    made = work(folder, sections=types)
+    modelfile.main(task(folder, "modelfile", "q8_0", sections=types))
+    made = task(folder, sections=types)
     deploy.main(made)
     (model,) = publish(made)["models"]
     assert (model["way"], model["selected"]) == ("native", "gguf_chat_template")
@@ -285,20 +289,20 @@ def test_the_native_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 
 def test_a_host_that_is_down_or_none(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"no Ollama answers at http://127.0.0.1:1 .*leave ollama\.host out"):
-        deploy.main(work(run, host="127.0.0.1:1"))
+        deploy.main(task(run, host="127.0.0.1:1"))
     with pytest.raises(UserError, match=r"ollama\.host = 'ftp://x': not an address"):
-        deploy.main(work(run, host="ftp://x"))
+        deploy.main(task(run, host="ftp://x"))
     monkeypatch.setenv("OLLAMA_HOST", "ftp://x")
     with pytest.raises(UserError, match="OLLAMA_HOST = 'ftp://x': not an address"):
-        deploy.main(work(run))
+        deploy.main(task(run))
     with pytest.raises(UserError, match="OLLAMA_HOST = 'ftp://x': not an address"):
-        deploy.plan(work(run).config, run)
+        deploy.plan(task(run).config, run)
 
 
 def test_no_ollama_at_all_is_said_and_no_error(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:1")
     monkeypatch.setattr("pipeline.ollama.target.find_ollama", lambda: None)
-    made = work(run)
+    made = task(run)
     figures = deploy.main(made)
     assert not figures["deployed"]
     assert figures["commands"][0].endswith("&& ollama create deployed:latest -f Modelfile")
@@ -309,7 +313,7 @@ def test_no_ollama_at_all_is_said_and_no_error(run: Path, monkeypatch: pytest.Mo
 
     folder = copied(run, tmp_path / "run")
     (folder / "modelfile" / "q4_k_m" / "Modelfile").unlink()
-    (command,) = deploy.main(work(folder))["commands"]
+    (command,) = deploy.main(task(folder))["commands"]
     assert command.startswith("pipeline deploy")
 
 
@@ -322,13 +326,11 @@ def test_the_commands_options_and_a_dry_run_creates_nothing(run: Path, tmp_path:
     )
     settings, _ = resolved(tmp_path, ())
     manifest: dict[str, Any] = {"stages": {}, "files": {}}
+    graph = Graph(all_stages())
     for node in graph.with_needs(graph.nodes_of("modelfile", settings), settings):
-        inputs = graph._inputs(node, settings, manifest)
         manifest["stages"][str(node)] = {
             **small_models.RECORD,
-            "fingerprint": graph._fingerprint(node, settings, inputs),
-            "settings": graph._settings(node, settings),
-            "inputs": inputs,
+            **graph.basis(node, settings, manifest).record(),
             "outputs": record_files(folder / node.stage / node.variant, folder),
         }
     write_manifest(folder, manifest)
@@ -378,7 +380,7 @@ def test_the_modelfile_beside_it_makes_the_same_model(run: Path) -> None:
     from pipeline.ollama.server import find_ollama
 
     folder = run / "modelfile" / "q4_k_m"
-    served, _ = deploy._plan(folder)
+    served, _ = deploy._plan(folder / "create.json")
     program = find_ollama()
     assert program is not None
     environment = {**os.environ, "OLLAMA_HOST": servers.ollama().host, "HOME": str(run)}
@@ -393,9 +395,9 @@ def test_texts_are_served_and_read_back(run: Path, tmp_path: Path) -> None:
     folder = copied(run, tmp_path / "run")
     texts = {"system": 'Answer like a pirate.\n"""\nArr.', "license": "MIT"}
     (folder / "data" / "summary.json").write_text('{"train_longest": 9000}')
-    modelfile.main(made := work(folder, "modelfile", "q4_k_m", **texts))
+    modelfile.main(made := task(folder, "modelfile", "q4_k_m", **texts))
     assert any("num_ctx is 8,192, and the longest row it was trained on has 9,000 tokens" in w for w in made.warnings)
-    deploy.main(work(folder, host=servers.ollama().host, name="pirate", **texts))
+    deploy.main(task(folder, host=servers.ollama().host, name="pirate", **texts))
     client = servers.client()
     shown = client.show("pirate:latest")
     assert {key: shown[key] for key in texts} == texts
@@ -414,7 +416,7 @@ def test_an_adapter_is_refused_and_not_left_out(run: Path, tmp_path: Path) -> No
     path = folder / "modelfile" / "q4_k_m" / "create.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"adapter": "lora.gguf"}))
     with pytest.raises(UserError, match="names an adapter"):
-        deploy.main(work(folder, host=servers.ollama().host, name="adapted"))
+        deploy.main(task(folder, host=servers.ollama().host, name="adapted"))
 
 
 def test_a_users_server_whose_disk_is_full(run: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -423,13 +425,13 @@ def test_a_users_server_whose_disk_is_full(run: Path, small_disk: Path, monkeypa
     with OllamaServer(small_disk / "models") as server, Client(server.host) as client:
         # It is not known where this server's models are: it has to say it itself.
         with pytest.raises(PipelineError, match="no space left|disk is full"):
-            deploy.main(work(run, host=server.host, name="full"))
+            deploy.main(task(run, host=server.host, name="full"))
         digest = client.upload(write_scratch_model(small_disk / "scratch.gguf"))
         client.create("there", {"files": {"scratch.gguf": digest}})
         assert local_store(client) is None
         monkeypatch.setenv("OLLAMA_MODELS", str(small_disk / "models"))
         assert local_store(client) == small_disk / "models"
         with pytest.raises(PipelineError, match="too full for Ollama's copy of the model"):
-            deploy.main(work(run, host=server.host, name="full"))
+            deploy.main(task(run, host=server.host, name="full"))
         monkeypatch.setenv("OLLAMA_MODELS", str(servers.ollama().models))
         assert local_store(client) is None

@@ -26,7 +26,7 @@ def test_the_context_is_never_longer_than_the_model_s() -> None:
 
 def test_a_gguf_file_is_asked_without_what_llamacpp_adds(tmp_path: Path) -> None:
     """Its date, and that the model is to think: this template ends at either."""
-    made = small_models.make_work(tmp_path, "evaluate", "q4_k_m", eval={"max_new_tokens": 1})
+    made = small_models.make_task(tmp_path, "evaluate", "q4_k_m", eval={"max_new_tokens": 1})
     (tmp_path / "merge").mkdir()
     (tmp_path / "merge" / "model").symlink_to(small_models.base_folder())
     (tmp_path / "quantize" / "q4_k_m").mkdir(parents=True)

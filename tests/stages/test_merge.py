@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.good_run import CONFIG, good_run
-from support.small_models import make_work
+from support.small_models import make_config, make_task
 
-from pipeline.model.held_out import held_out_loss
+from pipeline.model.held_out import held_out_losses, mean_loss
 from pipeline.model.nf4 import dequantized
 from pipeline.model.predict import load_float32
 from pipeline.stages import merge
@@ -30,9 +30,8 @@ def merged(folder: Path, base: str, targets: Sequence[str] = (), **train: Any) -
         leave_only(run / "train" / "adapter", targets)
     sections = {**CONFIG, "model": {"base": str(run / "base")}, "merge": {"base": base}}
     sections["train"] = {**CONFIG["train"], **train}
-    work = make_work(run, "merge", **sections)
-    merge.main(work)
-    return Artefacts.of_run(run, work.config, folder), json.loads((run / "merge" / "base.json").read_text())
+    merge.main(make_task(run, "merge", **sections))
+    return Artefacts.of_run(run, make_config(**sections), folder), json.loads((run / "merge" / "base.json").read_text())
 
 
 def leave_only(adapter: Path, targets: Sequence[str]) -> None:
@@ -69,16 +68,17 @@ def test_what_is_measured_is_what_is_merged(tmp_path: Path, wanted: str) -> None
     assert {result.verdict for result in results.values()} == {PASS}
     assert results["weights.merged"].figure <= 0.5  # rounded once, to the nearest
 
-    loss = held_out_loss(load_float32(artefacts.model), artefacts.compared_rows(), lambda done: None)
+    losses = artefacts.merge_losses  # on the rows that are compared
+    loss = mean_loss(held_out_losses(load_float32(artefacts.model), artefacts.compared_rows(), lambda done: None))
     other = "dequantized" if taken == "16bit" else "16bit"
     assert abs(loss - losses[taken]) < 0.05 * abs(losses[other] - losses[taken])
 
 
 def test_a_worse_base_is_named(tmp_path: Path) -> None:
-    _, chosen = merged(tmp_path / "auto", "auto")
+    better, chosen = merged(tmp_path / "auto", "auto")
     worse = {"16bit": "dequantized", "dequantized": "16bit"}[chosen["taken"]]
     artefacts, _ = merged(tmp_path / "worse", worse)
-    difference = chosen["losses"][worse] - chosen["losses"][chosen["taken"]]
+    difference = better.merge_losses[worse] - better.merge_losses[chosen["taken"]]
     artefacts.settings = artefacts.settings.model_copy(update={"loss_lost": difference / 2})
     (result,) = merge_base.check(artefacts)
     assert (result.id, result.rung, result.verdict) == ("merge_base.better", "merge", FAIL)

@@ -34,9 +34,9 @@ def made_up(folder: Path, *, gpu: bool) -> Path:
 
 @pytest.mark.parametrize("gpu", [False, True])
 def test_the_page_shows_a_gpu_s_peak_memory_where_there_is_one(tmp_path: Path, gpu: bool) -> None:
-    work = small_models.make_work(made_up(tmp_path, gpu=gpu), "report")
-    report.main(work)
-    page = (work.output / "report.html").read_text(encoding="utf-8")
+    task = small_models.make_task(made_up(tmp_path, gpu=gpu), "report")
+    report.main(task)
+    page = (task.output / "report.html").read_text(encoding="utf-8")
     assert re.findall(r">([\d.]+ GB)</b><span>peak (\w+ ?\w*)<", page) == [
         ("2.10 GB", "memory"),
         *([("9.80 GB", "GPU memory")] if gpu else []),

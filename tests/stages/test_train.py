@@ -16,9 +16,9 @@ import pytest
 from pipeline.config import Config, Verify
 from pipeline.model.base import resolve_base
 from pipeline.resources import sha256_of
-from pipeline.run.stage import Work
+from pipeline.run.stage import Task
 from pipeline.setup import gpu
-from pipeline.stages.train import COMPLETE, _last_checkpoint, _trainer, conversations_of, schedule
+from pipeline.stages.train import COMPLETE, STAGE, _last_checkpoint, _trainer, conversations_of, schedule
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.labels import check as check_labels
 from pipeline.verify.result import FAIL, PASS
@@ -177,10 +177,10 @@ def test_packed_rows_are_counted_and_recorded_as_their_conversations(
     (tmp_path / "train").mkdir()
     (tmp_path / "scratch").mkdir()
 
-    work = Work(settings, tmp_path, tmp_path / "train", "", tmp_path / "scratch", "train")
+    task = Task(STAGE, settings, tmp_path, tmp_path / "train", scratch=tmp_path / "scratch")
     model = AutoModelForCausalLM.from_pretrained(project / "base")
     tokenizer = AutoTokenizer.from_pretrained(project / "base")
-    trainer = _trainer(model, tokenizer, rows, [], resuming=False, packing=True, work=work)
+    trainer = _trainer(model, tokenizer, rows, [], resuming=False, packing=True, task=task)
     assert trainer.args.max_steps == 3 * math.ceil(packed / 2)
     assert trainer.args.warmup_steps == math.ceil(trainer.args.max_steps * settings.train.warmup)
 

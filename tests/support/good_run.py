@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.verify.artefacts import Artefacts
-from support.small_models import base_folder, make_work, scratch
+from support.small_models import base_folder, make_config, make_task, scratch
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 CONFIG = {
@@ -69,9 +69,8 @@ def good_run() -> Path:
         ("quantize", quantize, "q4_k_m"),
         ("modelfile", modelfile, "q4_k_m"),
     ):
-        work = make_work(run, stage, variant, **sections)
-        module.main(work)
-    (run / "config.json").write_text(work.config.model_dump_json(), encoding="utf-8")
+        module.main(make_task(run, stage, variant, **sections))
+    (run / "config.json").write_text(make_config(**sections).model_dump_json(), encoding="utf-8")
     return run
 
 

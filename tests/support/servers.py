@@ -106,6 +106,6 @@ def family_run(name: str) -> Path:
         (merged / file).symlink_to(family(name) / file)
     tokenizer, _ = load_tokenizer(family(name))
     tokenizer.save_pretrained(merged)
-    convert.main(small_models.make_work(run, "convert"))
-    quantize.main(small_models.make_work(run, "quantize", "q8_0", export={"quant": ["q8_0"]}))
+    convert.main(small_models.make_task(run, "convert"))
+    quantize.main(small_models.make_task(run, "quantize", "q8_0", export={"quant": ["q8_0"]}))
     return run

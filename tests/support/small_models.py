@@ -11,7 +11,8 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.model.base import resolve_base
 from pipeline.model.packaged import PACKAGED, wheel_file
-from pipeline.run.stage import Work
+from pipeline.run.stage import Task
+from pipeline.stages import declared
 
 BASE = "smollm2-135m-instruct"
 RECORD: dict[str, Any] = {  # what a manifest has for a stage, at the least
@@ -20,17 +21,21 @@ RECORD: dict[str, Any] = {  # what a manifest has for a stage, at the least
 }  # fmt: skip
 
 
-def make_work(run: Path, stage: str, variant: str = "", **sections: Any) -> Work:
-    """What `pipeline.run.graph` would hand to a stage."""
+def make_config(**sections: Any) -> Config:
+    """A configuration of the packaged base, with these sections."""
     values: dict[str, Any] = {
         "model": {"base": BASE},
         "data": {"train": "train.jsonl"},
         "ollama": {"name": "home"},
     }
-    config = Config.model_validate(values | sections)
+    return Config.model_validate(values | sections)
+
+
+def make_task(run: Path, stage: str, variant: str = "", **sections: Any) -> Task:
+    """What `pipeline.run.graph` would hand to a stage."""
     output = run / stage / variant
     output.mkdir(parents=True, exist_ok=True)
-    return Work(config, run, output, variant, run / "scratch", stage)
+    return Task(declared(stage), make_config(**sections), run, output, variant, run / "scratch")
 
 
 @cache
@@ -66,21 +71,21 @@ def base_run() -> Path:
 
 
 @cache
-def converted() -> tuple[Path, dict[str, Any], Work]:
-    """The base as a 16-bit GGUF: the file, the stage's figures, its work."""
+def converted() -> tuple[Path, dict[str, Any], Task]:
+    """The base as a 16-bit GGUF: the file, the stage's figures, its task."""
     from pipeline.stages import convert
 
-    work = make_work(base_run(), "convert")
-    figures = convert.main(work)
-    return work.output / figures["file"], figures, work
+    task = make_task(base_run(), "convert")
+    figures = convert.main(task)
+    return task.output / figures["file"], figures, task
 
 
 @cache
-def quantized(variant: str = "q4_k_m") -> tuple[Path, dict[str, Any], Work]:
-    """The base quantized: the file, the stage's figures, its work."""
+def quantized(variant: str = "q4_k_m") -> tuple[Path, dict[str, Any], Task]:
+    """The base quantized: the file, the stage's figures, its task."""
     from pipeline.stages import quantize
 
     converted()
-    work = make_work(base_run(), "quantize", variant)
-    figures = quantize.main(work)
-    return work.output / figures["file"], figures, work
+    task = make_task(base_run(), "quantize", variant)
+    figures = quantize.main(task)
+    return task.output / figures["file"], figures, task

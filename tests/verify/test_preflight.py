@@ -15,6 +15,7 @@ import pytest
 from support import servers
 from support.good_run import conversations, good_run, write_rows
 
+from pipeline import stages
 from pipeline.config import load_config
 from pipeline.ollama.scratch_model import write_scratch_model
 from pipeline.verify import machine
@@ -38,7 +39,7 @@ def look(project: Path, *overrides: str) -> dict[str, Any]:
     scratch = project / "scratch"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
-    return preflight(settings, project / "run", scratch)
+    return preflight(settings, project / "run", scratch, stages.rungs())
 
 
 def unknown_splitting(base: Path) -> None:

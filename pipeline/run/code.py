@@ -1,0 +1,117 @@
+"""The code that a stage runs, as a digest of each module: what can change its result, and nothing else.
+
+Comments, docstrings and layout have no part in it, nor has what is imported for types alone, nor a module that cannot
+change what a stage writes (`NO_PART`): a stage that took hours is not run again for the colour of a curve.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import sys
+from functools import cache
+from pathlib import Path
+from typing import TypeGuard
+
+# Modules and packages that have no part in a result, and why.
+NO_PART = {
+    "pipeline.config": "a stage depends on the values that it reads, which are held for themselves",
+    "pipeline.console": "what a person sees while it works",
+    "pipeline.errors": "a stage that fails leaves no result",
+    "pipeline.figures": "how figures are written for a person",
+    "pipeline.model.card": "the look of the adapter's README",
+    "pipeline.model.quiet": "which remarks of a library are shown",
+    "pipeline.plots": "the look of the curves",
+    "pipeline.processes": "how programs are started; which ones is held by their pins",
+    "pipeline.resources": "where the program's own files lie; those that a stage reads are held for themselves",
+    "pipeline.run": "where results are kept, for all stages alike",
+    "pipeline.setup": "how libraries and programs come here; their versions are held for themselves",
+}
+
+
+def code_of(module: str) -> dict[str, str]:
+    """The digest of a module and of every module of its program that it imports, by their names.
+
+    Args:
+        module: an imported module; its program is all that lies in the folder of its top-level package.
+    """
+    return code_in(packages_of(module), module)
+
+
+def packages_of(module: str) -> Path:
+    """The folder in which the top-level package of an imported module lies."""
+    file = sys.modules[module].__file__
+    assert file is not None
+    return Path(file).resolve().parents[module.count(".")]
+
+
+def code_in(root: Path, module: str) -> dict[str, str]:
+    """The same for a module that need not be imported.
+
+    Args:
+        root: the folder in which top-level packages lie.
+        module: a module below it.
+    """
+    digests: dict[str, str] = {}
+    queue = [module]
+    while queue:
+        name = queue.pop()
+        if name in digests or _no_part(name) or (path := _source(root, name)) is None:
+            continue
+        status = path.stat()
+        digests[name], imports = _read(path, status.st_mtime_ns, status.st_size)
+        queue += imports
+    return dict(sorted(digests.items()))
+
+
+def _no_part(name: str) -> bool:
+    return any(name == known or name.startswith(f"{known}.") for known in NO_PART)
+
+
+def _source(root: Path, name: str) -> Path | None:
+    """The file of a module; a package's own file says only what the package is for."""
+    path = root.joinpath(*name.split(".")).with_suffix(".py")
+    return path if path.is_file() else None
+
+
+@cache
+def _read(path: Path, mtime_ns: int, size: int) -> tuple[str, tuple[str, ...]]:
+    """A source file's digest, and the names that it may import; its time and size say whether an answer still holds."""
+    tree = ast.parse(path.read_bytes())
+    imports: list[str] = []
+    _leave_what_runs(tree, imports)
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16], tuple(imports)
+
+
+def _leave_what_runs(block: ast.AST, imports: list[str]) -> None:
+    """Take docstrings, imports for types and all but the function of a stage's declaration out; collect imports."""
+    for name in ("body", "orelse", "finalbody", "handlers", "cases"):
+        statements = getattr(block, name, None)
+        if not isinstance(statements, list):  # a lambda's body is an expression
+            continue
+        if name == "body" and isinstance(block, _WITH_DOCSTRING) and ast.get_docstring(block, clean=False) is not None:
+            del statements[0]
+        statements[:] = [statement for statement in statements if not _for_types(statement)]
+        for statement in statements:
+            if isinstance(statement, ast.ImportFrom) and statement.module and statement.level == 0:
+                imports.append(statement.module)
+                imports += [f"{statement.module}.{alias.name}" for alias in statement.names]  # it may be a module
+            elif isinstance(statement, ast.Import):
+                imports += [alias.name for alias in statement.names]
+            elif isinstance(statement, ast.Assign) and _is_declaration(statement.value):
+                statement.value.keywords = [word for word in statement.value.keywords if word.arg == "run"]
+            else:
+                _leave_what_runs(statement, imports)
+
+
+_WITH_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def _for_types(statement: ast.stmt) -> bool:
+    return (
+        isinstance(statement, ast.If) and isinstance(statement.test, ast.Name) and statement.test.id == "TYPE_CHECKING"
+    )
+
+
+def _is_declaration(value: ast.expr) -> TypeGuard[ast.Call]:
+    return isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "Stage"
