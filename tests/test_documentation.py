@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from pipeline.cli import main
 from pipeline.config import Config, fields, load_config
-from pipeline.run.graph import STAGES
+from pipeline.stages import NAMES
 
 ROOT = Path(__file__).parent.parent
 GENERATOR = ROOT / "docs" / "generate.py"
@@ -70,7 +70,7 @@ def parse(place: str, words: list[str]) -> None:
         raise AssertionError(f"{place}: pipeline {shlex.join(words)}: {error.format_message()}") from None
     for override in parameters.get("overrides") or ():
         assert override.partition("=")[0] in KEYS | {"section.key"}, f"{place}: {override}"
-    assert parameters.get("until") in (None, *STAGES), place
+    assert parameters.get("until") in (None, *NAMES), place
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def test_every_page_is_in_the_index() -> None:
 
 
 def test_every_stage_has_a_command() -> None:
-    assert set(STAGES) <= set(COMMANDS)
+    assert set(NAMES) <= set(COMMANDS)
 
 
 def test_the_list_of_commands_says_what_each_page_says() -> None:
