@@ -20,7 +20,6 @@ PACKAGES = (
     "safetensors",
     "gguf",
     "jinja2",
-    "ollama",
 )
 
 
