@@ -71,7 +71,7 @@ def check(artefacts: Artefacts) -> Iterator[Result]:
         yield from (claim.not_run(f"{path} is missing") for claim in CLAIMS)
         return
     tokenizer = saved_tokenizer(artefacts.adapter)
-    known = _known(tokenizer, artefacts.run / "data" / "train.jsonl")
+    known = known_rows(tokenizer, artefacts.run / "data" / "train.jsonl")
     truncates = artefacts.config is not None and artefacts.config.data.on_overlong == "truncate"
     longest = artefacts.config.train.max_length if artefacts.config is not None and truncates else None
     faults = _Faults()
@@ -103,7 +103,7 @@ def check(artefacts: Artefacts) -> Iterator[Result]:
 _Known = dict[tuple[int, ...], tuple[list[dict[str, Any]], Any, int]]
 
 
-def _known(tokenizer: Any, path: Path) -> _Known:
+def known_rows(tokenizer: Any, path: Path) -> _Known:
     """The ids of every training text, with its conversation's messages and tools and how many answers it trains."""
     owners, texts = [], []
     for row in read_rows(path):
