@@ -244,6 +244,19 @@ def test_what_probing_cannot_see_is_seen_by_the_suite(what: str, source: str) ->
         assert choice.reports["go"].first_difference() is not None
 
 
+def test_a_template_that_llama_cpp_cannot_read_is_told_in_its_words() -> None:
+    """Its llama-server does not start: no prompt differs, none is made."""
+    unread = "{% set ignored = messages | selectattr('content', 'no_such_test') %}"  # Jinja2 never runs it
+    choice = choose(ChatTemplate(unread + CHATML, "<s>", "</s>"), "native", servers.engine())
+    assert choice.way == "refused"
+    assert "native" not in choice.reports
+    for told in (choice.reason, str(refusal(choice))):
+        assert "llama.cpp cannot use the template" in told
+        assert "Unable to generate parser for this template" in told
+        assert "selectattr: unknown test" in told
+        assert "differs" not in told
+
+
 def test_a_date_is_named_where_it_is_why_go_cannot() -> None:
     choice = choose(ChatTemplate("{{ strftime_now('%A') }}" + CHATML), "auto", servers.engine())
     assert choice.way == "native"
@@ -478,7 +491,7 @@ def test_a_syntax_error_is_told_with_its_line() -> None:
 def test_the_command_shows_it_all(tmp_path: Path) -> None:
     from click.testing import CliRunner
 
-    from pipeline.ollama.commands import template
+    from pipeline.ollama.template_command import template
 
     path = tmp_path / "my.jinja"
     path.write_text(CHATML)
@@ -500,7 +513,7 @@ def test_the_command_shows_it_all(tmp_path: Path) -> None:
 def test_the_command_takes_a_name_a_folder_and_a_file(given: str) -> None:
     from click.testing import CliRunner
 
-    from pipeline.ollama.commands import template
+    from pipeline.ollama.template_command import template
 
     model = {"folder": str(small_models.base_folder()), "file": str(small_models.original_gguf())}.get(given, given)
     answer = CliRunner().invoke(template, [model, "--json"])
