@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 # Commands that stand in modules of their own: name -> (module, attribute, help in one line).
 _ELSEWHERE = {
     "setup": ("pipeline.setup.command", "setup", "Install the locked packages and build llama.cpp and Ollama."),
-    "template": ("pipeline.ollama.template_command", "template", "Show how a model's chat template reaches Ollama."),
-    "chat": ("pipeline.ollama.chat_command", "chat", "Talk to the result, in Ollama or at another rung."),
+    "template": ("pipeline.ollama.commands", "template", "Show how a model's chat template reaches Ollama."),
+    "chat": ("pipeline.ollama.commands", "chat", "Talk to the result, in Ollama or at another rung."),
 }
 # The order of the help page is the order of the work.
 _ORDER = (

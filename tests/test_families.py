@@ -120,12 +120,12 @@ def test_what_a_template_rewrites_is_still_the_answer() -> None:
         messages = [{"role": "user", "content": "Light!"}, answer]
         (text,) = training_texts(tokenizer, messages, None)
         (row,) = tokenize_texts(tokenizer, [text])
-        known: label_check._Known = {tuple(row.input_ids): (messages, None, 1)}
-        faults = label_check._Faults()
-        label_check._judge(tokenizer, row.input_ids, row.labels, known, "", faults, None)
-        assert faults == label_check._Faults(), answer
+        known: label_check.KnownRows = {tuple(row.input_ids): (messages, None, 1)}
+        faults = label_check.Faults()
+        label_check.judge_row(tokenizer, row.input_ids, row.labels, known, "", faults, None)
+        assert faults == label_check.Faults(), answer
         wrong = {tuple(row.input_ids): ([messages[0], answer | {"content": "No."}], None, 1)}
-        label_check._judge(tokenizer, row.input_ids, row.labels, wrong, "", faults, None)
+        label_check.judge_row(tokenizer, row.input_ids, row.labels, wrong, "", faults, None)
         assert faults.spans.count == 1
 
 

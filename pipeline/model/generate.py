@@ -146,9 +146,10 @@ def answer_in_batches(
     """
     import torch
 
-    from pipeline.prompt.labels import tokenize_prompt
+    from pipeline.prompt.template import render
 
-    ids = [tokenize_prompt(tokenizer, question) for question in questions]
+    prompts = [render(tokenizer, question, add_generation_prompt=True) for question in questions]
+    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda place: len(ids[place]))
     texts = [""] * len(ids)
     greedy = _greedy(model, tokenizer, max_new_tokens)
@@ -180,21 +181,18 @@ def stream_answer(model: Any, tokenizer: Any, messages: list[dict[str, Any]], ma
     """
     from threading import Thread
 
-    import torch
     from transformers import TextIteratorStreamer
 
-    from pipeline.prompt.labels import tokenize_prompt
+    from pipeline.prompt.template import render
 
-    ids = torch.tensor([tokenize_prompt(tokenizer, messages)], device=model.device)
+    prompt = render(tokenizer, messages, add_generation_prompt=True)
+    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
     pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failures: list[Exception] = []
 
     def generate() -> None:
         try:
-            greedy = _greedy(model, tokenizer, max_new_tokens)
-            model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), streamer=pieces, generation_config=greedy
-            )
+            model.generate(**ids, streamer=pieces, generation_config=_greedy(model, tokenizer, max_new_tokens))
         except Exception as error:
             failures.append(error)
             pieces.on_finalized_text("", stream_end=True)  # else its reader waits for ever

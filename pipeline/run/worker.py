@@ -16,8 +16,8 @@ from pipeline import console
 from pipeline.config import Config
 from pipeline.errors import PipelineError, full_disk
 from pipeline.processes import die_with_parent
-from pipeline.run.graph import PARENT, PARTIAL, stage_module
 from pipeline.run.folder import write_whole
+from pipeline.run.graph import PARENT, PARTIAL, stage_module
 from pipeline.run.stage import Work
 
 

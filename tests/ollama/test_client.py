@@ -16,8 +16,8 @@ from support import servers, small_models
 from support.proxy import proxy
 
 from pipeline.errors import PipelineError, UserError
-from pipeline.ollama.chat_command import chat
 from pipeline.ollama.client import Client
+from pipeline.ollama.commands import chat
 from pipeline.ollama.deployment import remove
 from pipeline.ollama.scratch_model import write_scratch_model
 from pipeline.ollama.server import OllamaServer

@@ -491,7 +491,7 @@ def test_a_syntax_error_is_told_with_its_line() -> None:
 def test_the_command_shows_it_all(tmp_path: Path) -> None:
     from click.testing import CliRunner
 
-    from pipeline.ollama.template_command import template
+    from pipeline.ollama.commands import template
 
     path = tmp_path / "my.jinja"
     path.write_text(CHATML)
@@ -513,7 +513,7 @@ def test_the_command_shows_it_all(tmp_path: Path) -> None:
 def test_the_command_takes_a_name_a_folder_and_a_file(given: str) -> None:
     from click.testing import CliRunner
 
-    from pipeline.ollama.template_command import template
+    from pipeline.ollama.commands import template
 
     model = {"folder": str(small_models.base_folder()), "file": str(small_models.original_gguf())}.get(given, given)
     answer = CliRunner().invoke(template, [model, "--json"])

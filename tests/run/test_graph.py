@@ -12,8 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 from support.small_models import BASE
+from click.testing import CliRunner
 
 from pipeline.cli import main
 from pipeline.config import Config
