@@ -136,7 +136,7 @@ def _given_table(key: str, given: dict[str, str]) -> str | None:
 def _check(config: Config, given: dict[str, str]) -> None:
     from pipeline.llamacpp.programs import installed
     from pipeline.llamacpp.quantizer import quantization_type
-    from pipeline.ollama.client import normal_host
+    from pipeline.ollama.address import normal_host, without_password
     from pipeline.ollama.parameters import check_parameters
     from pipeline.ollama.target import names_of
 
@@ -146,6 +146,8 @@ def _check(config: Config, given: dict[str, str]) -> None:
         try:
             yield
         except UserError as error:
+            if place and key == "ollama.host":
+                place = without_password(place)
             raise UserError(f"{place}: {error}" if place else str(error)) from None
 
     if installed("llama-quantize"):

@@ -20,5 +20,5 @@ class NotInstalled(UserError):
 
 
 def full_disk(error: BaseException) -> bool:
-    """Whether an error says that there is no space left."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    """Whether an error says that there is no space left, or no more of it for this user or this process."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

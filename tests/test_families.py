@@ -11,13 +11,14 @@ import pytest
 from support import servers, small_models
 
 from pipeline.config import Verify
-from pipeline.ollama.proof import prove_prompts, read_back
+from pipeline.ollama.deployment import planned, read_back, template_in_force
+from pipeline.ollama.proof import prove_prompts
 from pipeline.prompt.cases import conversations
 from pipeline.prompt.conformance import COMPARED
 from pipeline.prompt.labels import tokenize_texts, training_texts
 from pipeline.prompt.template import ChatTemplate, TemplateRefused, render
 from pipeline.run.stage import Task
-from pipeline.stages import deploy, modelfile
+from pipeline.stages import modelfile
 from pipeline.verify import labels as label_check
 from pipeline.verify import prompt as prompt_check
 from pipeline.verify import tokenizer as tokenizer_check
@@ -46,9 +47,13 @@ def test_the_template_is_rendered_as_transformers_does(name: str) -> None:
             ours = template.render(case.messages, case.tools, case.think)
         except TemplateRefused:
             continue
-        messages = [dict(message) for message in case.messages]
-        theirs = render(tokenizer, messages, add_generation_prompt=True, tools=list(case.tools) or None, **options)
+        messages, tools = [dict(message) for message in case.messages], list(case.tools) or None
+        theirs = tokenizer.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=True, tokenize=False, **options
+        )
         assert ours == theirs
+        if case.think is None:
+            assert render(tokenizer, messages, add_generation_prompt=True, tools=tools) == theirs
         compared += 1
     assert compared > 30
 
@@ -63,13 +68,12 @@ def test_served_as_trained(name: str) -> None:
 
     tokenizer = tokenizer_of(name)
     template = ChatTemplate.from_tokenizer(tokenizer)
-    served, gguf = deploy._plan(run / "modelfile" / "q8_0" / "create.json")
+    served, gguf = planned(run / "modelfile" / "q8_0")
     client = servers.client()
     model = f"family-{name}:latest"
     digest = client.upload(gguf)
     client.create(model, {**served.body(), "files": {"m.gguf": digest}})
-    in_force = served.template or chat_template(gguf)
-    shown = read_back(client, model, served, in_force)
+    shown = read_back(client, model, served, template_in_force(served, gguf))
     assert ("tools" in shown["capabilities"]) == (name == "qwen3")
     assert (shown["requires"] is not None) == (WAYS[name] == "native")
     assert shown["details"]["family"] == template.architecture
@@ -116,19 +120,13 @@ def test_what_a_template_rewrites_is_still_the_answer() -> None:
         messages = [{"role": "user", "content": "Light!"}, answer]
         (text,) = training_texts(tokenizer, messages, None)
         (row,) = tokenize_texts(tokenizer, [text])
-        known: label_check._Known = {tuple(row.input_ids): (messages, None, 1)}
-        faults = label_check._Faults()
-        label_check._judge(tokenizer, row.input_ids, row.labels, known, "", faults, None)
-        assert faults == label_check._Faults(), answer
+        known: label_check.KnownRows = {tuple(row.input_ids): (messages, None, 1)}
+        faults = label_check.Faults()
+        label_check.judge_row(tokenizer, row.input_ids, row.labels, known, "", faults, None)
+        assert faults == label_check.Faults(), answer
         wrong = {tuple(row.input_ids): ([messages[0], answer | {"content": "No."}], None, 1)}
-        label_check._judge(tokenizer, row.input_ids, row.labels, wrong, "", faults, None)
+        label_check.judge_row(tokenizer, row.input_ids, row.labels, wrong, "", faults, None)
         assert faults.spans.count == 1
-
-
-def chat_template(gguf: Path) -> str:
-    from pipeline.llamacpp.gguf_file import inspect
-
-    return str(inspect(gguf).metadata["tokenizer.chat_template"])
 
 
 def test_a_template_changed_on_the_way_is_caught(tmp_path: Path) -> None:
@@ -173,7 +171,7 @@ def test_a_model_with_another_tokenizer_is_caught(tmp_path: Path) -> None:
     other = tokenizer_of("qwen3")
     task: Task = small_models.make_task(small_models.base_run(), "modelfile", "q4_k_m", train={"max_length": 64})
     modelfile.main(task)
-    served, _ = deploy._plan(task.output / "create.json")
+    served, _ = planned(task.output)
     client, name = servers.client(), "other:latest"
     client.create(name, {**served.body(), "files": {"m.gguf": client.upload(gguf)}})
     with pytest.raises(PipelineError, match="other token ids from position"):

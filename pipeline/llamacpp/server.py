@@ -5,18 +5,19 @@ shapes round differently), temperature 0.
 """
 
 import contextlib
+import json
 import os
-import socket
 import subprocess
 import tempfile
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from pipeline.errors import PipelineError, UserError
-from pipeline.llamacpp.programs import die_with_parent, program
+from pipeline.lines import lines
+from pipeline.llamacpp.programs import program
+from pipeline.processes import free_port, start, stop, wait_until
 
 if TYPE_CHECKING:
     import httpx
@@ -92,7 +93,7 @@ class LlamaServer:
         if self.log is None:
             self.log = scratch / "llama-server.log"
             stack.callback(setattr, self, "log", None)
-        port = _free_port()
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.command = [
             *(str(program("llama-server")), "--model", str(self.model)),
@@ -108,14 +109,8 @@ class LlamaServer:
             file.write_bytes(self.template.encode())
             self.command += ["--chat-template-file", str(file)]
         log = stack.enter_context(self.log.open("wb"))
-        self.process = subprocess.Popen(
-            self.command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            preexec_fn=die_with_parent,
-        )
-        stack.callback(self._stop)
+        self.process = start(self.command, log)
+        stack.callback(stop, self.process)
         # One connection, kept open: a new one for every request would cost more than the request.
         self.client = stack.enter_context(
             httpx.Client(base_url=self.url, timeout=httpx.Timeout(10, read=600), trust_env=False)
@@ -123,34 +118,23 @@ class LlamaServer:
         self._wait()
 
     def _wait(self) -> None:
+        if not wait_until(self._ready, self.process, START_SECONDS):
+            ended = self.process.poll() is not None
+            what = "cannot load" if ended else f"has not loaded in {START_SECONDS} s"
+            raise PipelineError(f"llama-server {what} {self.model}{self._reason()}")
+
+    def _ready(self) -> bool:
         import httpx
 
-        deadline = time.monotonic() + START_SECONDS
-        pause = 0.01
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                raise PipelineError(f"llama-server cannot load {self.model}{self._reason()}")
-            with contextlib.suppress(httpx.TransportError):
-                if self.client.get("/health").status_code == httpx.codes.OK:
-                    return
-            time.sleep(pause)
-            pause = min(0.2, pause * 1.5)
-        raise PipelineError(f"llama-server did not load {self.model} in {START_SECONDS} s{self._reason()}")
+        with contextlib.suppress(httpx.TransportError):
+            return self.client.get("/health").status_code == httpx.codes.OK
+        return False
 
     def _reason(self) -> str:
         assert self.log is not None
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        telling = [line.strip() for line in lines if "error" in line.lower() or "failed" in line.lower()]
-        return ":\n  " + "\n  ".join((telling or lines)[-6:])
-
-    def _stop(self) -> None:
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(10)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+        said = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        telling = [line.strip() for line in said if "error" in line.lower() or "failed" in line.lower()]
+        return ":\n  " + "\n  ".join((telling or said)[-6:])
 
     def _post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         import httpx
@@ -162,11 +146,7 @@ class LlamaServer:
             state = f" (llama-server ended with {ended}){self._reason()}" if ended is not None else ""
             raise PipelineError(f"llama-server, {path}: {error or type(error).__name__}{state}") from error
         if response.is_error:
-            try:
-                message = response.json()["error"]["message"]
-            except (ValueError, KeyError, TypeError):
-                message = response.text[:500]
-            raise PipelineError(f"llama-server, {path}: {message}")
+            raise PipelineError(f"llama-server, {path}: {_words(response.content)}")
         answer: dict[str, Any] = response.json()
         return answer
 
@@ -245,14 +225,42 @@ class LlamaServer:
         answer = self._post("/v1/chat/completions", body | fields)
         return answer["choices"][0]["message"].get("content") or ""
 
+    def stream(self, messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+        """The assistant's answer to a conversation, piece by piece (server-sent events).
+
+        Raises:
+            PipelineError: the server refuses, breaks off or ends; with its words.
+        """
+        import httpx
+
+        body = {"messages": list(messages), "temperature": 0, "stream": True}
+        # A stream ends when the connection is closed, so it is not kept for the next question.
+        headers = {"Connection": "close"}
+        try:
+            with self.client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as answer:
+                if answer.is_error:
+                    raise PipelineError(f"llama-server refuses to answer: {_words(answer.read())}")
+                for line in lines(answer.iter_bytes()):
+                    if not line.startswith(b"data: {"):
+                        continue
+                    data = line.removeprefix(b"data: ")
+                    event = json.loads(data)
+                    if "error" in event:
+                        raise PipelineError(f"llama-server refuses to answer: {_words(data)}")
+                    for choice in event["choices"]:
+                        yield choice["delta"].get("content") or ""
+        except httpx.HTTPError as error:
+            raise PipelineError(f"llama-server stopped answering: {error or type(error).__name__}") from None
+
     def props(self) -> dict[str, Any]:
         """What the server says of itself: "chat_template", "default_generation_settings", "build_info"..."""
         properties: dict[str, Any] = self.client.get("/props").raise_for_status().json()
         return properties
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def _words(body: bytes) -> str:
+    """What llama-server says of a request that it refuses."""
+    try:
+        return str(json.loads(body)["error"]["message"])[:500]
+    except (ValueError, KeyError, TypeError):
+        return body.decode("utf-8", "replace")[:500]

@@ -11,6 +11,7 @@ import unicodedata
 from typing import Any
 
 from pipeline.llamacpp.server import LlamaServer
+from pipeline.prompt.template import with_bos
 
 
 def known_habit(
@@ -49,7 +50,8 @@ def known_habit(
             for piece, token in pieces.items()
             if piece in trained and server.tokenize(piece, parse_special=False) != [token]
         )
-        if words and _split(tokenizer, trained, {word: pieces[word] for word in words}) == ids:
+        split = _split(tokenizer, trained, {word: pieces[word] for word in words})
+        if words and (with_bos(tokenizer, split) if add_special else split) == ids:
             read = f"llama.cpp reads {', '.join(words)} in a text as a special token, the trained tokenizer does not"
             return "; ".join([*reasons, read])
     return ""

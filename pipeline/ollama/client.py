@@ -1,91 +1,50 @@
-"""What is asked of an Ollama server: the official client, and over plain HTTP the four things that it lacks.
+"""What is asked of an Ollama server, over its HTTP interface. Every failure ends in one message that says what to do.
 
-Those are the debug rendering of a prompt, REQUIRES, the upload of a file with progress, and the whole answer of
-`/api/show`. Every failure ends in one message that says what to do.
+The `ollama` package is not used: it reads a stream by httpx's lines, which end at a U+0085 in an answer too, and has
+neither REQUIRES, nor the debug rendering of a prompt, nor an upload with progress.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import PipelineError, UserError
-from pipeline.llamacpp.programs import require_space
-from pipeline.ollama.server import DEFAULT_HOST, MINIMUM_VERSION, new_enough
+from pipeline.lines import lines
+from pipeline.ollama.address import DEFAULT_HOST, credentials, normal_host
+from pipeline.ollama.names import canonical
+from pipeline.ollama.server import MINIMUM_VERSION, new_enough
+from pipeline.processes import NO_SPACE, require_space
 from pipeline.prompt.conformance import RenderRefused
 from pipeline.resources import sha256_of
 
 if TYPE_CHECKING:
     import httpx
-    import ollama
-
-_PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}"
-_SPACE = r"[A-Za-z0-9_][A-Za-z0-9_-]{0,79}"
-_HOST = r"[A-Za-z0-9_][A-Za-z0-9_.:-]*"
-_NAME = re.compile(rf"(?:(?:{_HOST}/)?{_SPACE}/)?(?P<model>{_PART})(?::(?P<tag>{_PART}))?")
-_DOMAIN = re.compile(r"[\w-]{1,63}(\.[\w-]{1,63})*\.?")
-
-_FILTERED = "deepseek-r1"  # filterThinkTags in Ollama's server/routes.go
-_ELSEWHERE = re.compile(r"local|(.*-)?cloud", re.IGNORECASE)  # parseSourceSuffix in its internal/modelref/modelref.go
-
-
-def check_name(name: str) -> str:
-    """A model's name with its tag, e.g. "home" -> "home:latest".
-
-    Raises:
-        UserError: Ollama would not take the name, would send a model of this name another prompt, or would ask another
-            model than this one.
-    """
-    match = _NAME.fullmatch(name)
-    if match is None:
-        raise UserError(
-            f"ollama.name = {name!r}: not a name that Ollama takes; use letters, digits, '_', '-' and '.', at most 80 "
-            "of them, with an optional namespace and tag: namespace/model:tag"
-        )
-    if match["model"].lower() == _FILTERED:
-        raise UserError(
-            f"ollama.name = {name!r}: from a model of this very name Ollama drops the thinking of earlier answers, "
-            f'whatever it was trained with; choose another, e.g. "{_FILTERED}-home"'
-        )
-    if match["tag"] and _ELSEWHERE.fullmatch(match["tag"]):
-        raise UserError(
-            f"ollama.name = {name!r}: Ollama takes the tag {match['tag']!r} for where a model runs, and would ask "
-            "another one, here or in a cloud; choose a tag that is not local or cloud and does not end in -cloud"
-        )
-    return name if match["tag"] else f"{name}:latest"
-
-
-def canonical(name: str) -> str:
-    """One spelling for all the names that Ollama takes for the same model (getExistingName in its server/routes.go).
-
-    Case makes no difference to it, and "home", "library/home:latest" and "registry.ollama.ai/library/home" are one.
-    """
-    tagged = name if ":" in name.rpartition("/")[2] else f"{name}:latest"
-    return tagged.lower().removeprefix("registry.ollama.ai/").removeprefix("library/")
 
 
 class Client:
     """An Ollama server.
 
     Args:
-        host: its address; "127.0.0.1:11434", "http://..." and a bare host name are all fine.
+        host: its address; "127.0.0.1:11434", "http://host/ollama" and a bare host name are all fine.
 
     Raises:
-        UserError: the address is none, nothing answers there, or it is too old.
+        UserError: the address is none, nothing answers there, a proxy refuses, or it is too old.
     """
 
     def __init__(self, host: str | None = None) -> None:
         import httpx
-        import ollama
 
         self.host = normal_host(host or DEFAULT_HOST)
-        self._http = httpx.Client(base_url=self.host, timeout=httpx.Timeout(600, connect=5), trust_env=False)
-        self._official: ollama.Client = ollama.Client(host=self.host, timeout=600, trust_env=False)
+        self._http = httpx.Client(
+            base_url=self.host, auth=credentials(self.host), timeout=httpx.Timeout(600, connect=5), trust_env=False
+        )
         try:
             answer = self._http.get("/api/version", timeout=5)
+            if not answer.is_success:
+                raise UserError(f"no Ollama can be asked at {self.host}: {_words(answer)}")
             self.version = str(answer.json()["version"])
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
             raise UserError(
@@ -98,8 +57,8 @@ class Client:
 
     def names(self) -> dict[str, str]:
         """The models on the server: name with tag -> digest of the manifest."""
-        models = self._call(self._official.list).models
-        return {model.model: model.digest or "" for model in models if model.model}
+        models = self._ask("GET", "/api/tags").json().get("models") or []
+        return {model["model"]: model.get("digest") or "" for model in models}
 
     def digest(self, name: str) -> str | None:
         """The digest of the model that the server means by a name, or None if it has none."""
@@ -122,14 +81,8 @@ class Client:
         Raises:
             PipelineError: the server refused; with its words.
         """
-        fields = {"from_" if key == "from" else key: value for key, value in body.items() if key != "requires"}
-        stream = self._call(self._official.create, name, **fields, stream=True)
-        for step in self._steps(stream):
-            progress(step.status or "", (step.completed or 0) / step.total if step.total else 0.0)
-        if requires := body.get("requires"):
-            # The official client has no REQUIRES: said of the model that now exists, which copies nothing.
-            answer = self._post("/api/create", {"model": name, "from": name, "requires": requires, "stream": False})
-            self._check(answer, f"`requires` of {name} was not taken")
+        for step in self._stream("/api/create", {**body, "model": name}):
+            progress(step.get("status") or "", (step.get("completed") or 0) / (step.get("total") or 1))
 
     def upload(
         self, path: Path, progress: Callable[[float], None] = lambda done: None, store: Path | None = None
@@ -143,11 +96,14 @@ class Client:
 
         Returns:
             Its digest, "sha256:...".
+
+        Raises:
+            PipelineError: the server or a proxy in front of it did not take it.
         """
         import httpx
 
         digest, size = f"sha256:{sha256_of(path)}", path.stat().st_size
-        there = self._call(self._http.head, f"/api/blobs/{digest}").status_code == httpx.codes.OK
+        there = self._send("HEAD", f"/api/blobs/{digest}").is_success
         if store is not None:  # `create` copies the file once more, to check it, also where it is there already
             require_space(store, size if there else 2 * size, "Ollama's copy of the model, twice while it checks it")
         if there:
@@ -163,13 +119,15 @@ class Client:
                     progress(sent)
 
         try:
-            answer = self._http.post(f"/api/blobs/{digest}", content=pieces())
+            # With its length said, a proxy that has a limit refuses it before it is sent.
+            length = {"Content-Length": str(size)}
+            answer = self._http.post(f"/api/blobs/{digest}", content=pieces(), headers=length)
         except httpx.HTTPError as error:
             raise PipelineError(
                 f"{path.name} could not be given to Ollama at {self.host}: {error}; see whether its disk is full "
                 f"({size / 1e9:.1f} GB are needed, and as much again while it checks them)"
             ) from None
-        self._check(answer, f"{path.name} was not taken by Ollama")
+        self._check(answer, f"{path.name} was not taken by Ollama at {self.host}")
         return digest
 
     def render(
@@ -184,10 +142,10 @@ class Client:
         Raises:
             RenderRefused: the template refused them.
         """
-        body = self._chat_body(name, messages, tools, think) | {"_debug_render_only": True, "truncate": False}
-        answer = self._post("/api/chat", body)
+        body = _chat_body(name, messages, tools, think) | {"_debug_render_only": True, "truncate": False}
+        answer = self._send("POST", "/api/chat", json=body)
         if not answer.is_success:
-            raise RenderRefused(_error_text(answer))
+            raise RenderRefused(_words(answer))
         return str(answer.json()["_debug_info"]["rendered_template"])
 
     def chat(
@@ -197,35 +155,42 @@ class Client:
         *,
         tools: Sequence[Mapping[str, Any]] = (),
         options: Mapping[str, Any] | None = None,
-        think: bool | None = None,
     ) -> dict[str, Any]:
         """Ask, and wait for the whole answer: content, done_reason, prompt_eval_count, eval_count."""
-        extra: dict[str, Any] = {"options": dict(options)} if options else {}
-        answer = self._call(self._official.chat, **self._chat_body(name, messages, tools, think), **extra, stream=False)
-        return dict(answer.model_dump()) | {"content": answer.message.content or ""}
+        body = _chat_body(name, messages, tools) | {"options": dict(options or {}), "stream": False}
+        answer = self._ask("POST", "/api/chat", json=body).json()
+        return {**answer, "content": answer["message"].get("content") or ""}
 
     def stream(self, name: str, messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         """Ask, and yield the answer piece by piece."""
-        for piece in self._steps(self._call(self._official.chat, name, list(messages), stream=True)):
-            yield piece.message.content or ""
+        for step in self._stream("/api/chat", _chat_body(name, messages)):
+            yield step["message"].get("content") or ""
 
     def show(self, name: str) -> dict[str, Any]:
         """Everything that `/api/show` says: template, system, parameters, capabilities, requires, model_info, ..."""
-        answer = self._post("/api/show", {"model": name})
-        self._check(answer, f"{name} cannot be shown")
+        answer = self._send("POST", "/api/show", json={"model": name})
+        self._check(answer, f"{name} cannot be shown by Ollama at {self.host}")
         return dict(answer.json())
 
     def copy(self, source: str, destination: str) -> None:
         """Give a model a second name; one that had this name loses it."""
-        self._call(self._official.copy, source, destination)
+        self._ask("POST", "/api/copy", json={"source": source, "destination": destination})
 
     def delete(self, name: str) -> None:
         """Take a name away, and the files that no other model uses."""
-        self._call(self._official.delete, name)
+        self._ask("DELETE", "/api/delete", json={"model": name})
+
+    def load(self, name: str) -> None:
+        """Have the server start what answers for a model.
+
+        Raises:
+            PipelineError: it cannot be started; with the words of the program that ended.
+        """
+        self._ask("POST", "/api/chat", json={"model": name, "messages": []})
 
     def unload(self, name: str) -> None:
         """Make the server let go of the model's memory."""
-        self._post("/api/chat", {"model": name, "messages": [], "keep_alive": 0})
+        self._send("POST", "/api/chat", json={"model": name, "messages": [], "keep_alive": 0})
 
     def close(self) -> None:
         """Close the connections."""
@@ -237,87 +202,89 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @staticmethod
-    def _chat_body(
-        name: str,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]],
-        think: bool | None,
-    ) -> dict[str, Any]:
-        body: dict[str, Any] = {"model": name, "messages": [dict(message) for message in messages]}
-        if tools:
-            body["tools"] = [dict(tool) for tool in tools]
-        if think is not None:
-            body["think"] = think
-        return body
-
-    def _post(self, path: str, body: Mapping[str, Any]) -> httpx.Response:
-        answer: httpx.Response = self._call(self._http.post, path, json=body)
-        return answer
-
-    def _call(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
+        """The answer to a request, whatever its status."""
         import httpx
-        import ollama
 
         try:
-            return function(*arguments, **options)
-        except ollama.ResponseError as error:
-            raise PipelineError(f"Ollama at {self.host}: {_helped(error.error)}") from None
-        except (httpx.HTTPError, ConnectionError) as error:
-            raise PipelineError(f"Ollama at {self.host} stopped answering: {error or type(error).__name__}") from None
+            return self._http.request(method, path, **options)
+        except httpx.HTTPError as error:
+            raise self._silent(error) from None
 
-    def _steps(self, stream: Iterator[Any]) -> Iterator[Any]:
-        """The stream's items, its failures being ours."""
-        ended = object()
-        while (step := self._call(next, stream, ended)) is not ended:
-            yield step
+    def _ask(self, method: str, path: str, **options: Any) -> httpx.Response:
+        """The answer to a request that has to succeed."""
+        answer = self._send(method, path, **options)
+        self._check(answer, f"Ollama at {self.host}")
+        return answer
 
-    def _check(self, answer: httpx.Response, what: str) -> None:
+    def _stream(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """The JSON values of an answer that comes line by line."""
+        import httpx
+
+        try:
+            with self._http.stream("POST", path, json=body) as answer:
+                if not answer.is_success:
+                    answer.read()
+                self._check(answer, f"Ollama at {self.host}")
+                for line in lines(answer.iter_bytes()):
+                    step = json.loads(line)
+                    if error := step.get("error"):
+                        raise PipelineError(f"Ollama at {self.host}: {_helped(error)}")
+                    yield step
+        except httpx.HTTPError as error:
+            raise self._silent(error) from None
+        except ValueError:  # a line that was cut off
+            raise PipelineError(f"Ollama at {self.host} stopped answering: its answer breaks off") from None
+
+    def _silent(self, error: Exception) -> PipelineError:
+        return PipelineError(f"Ollama at {self.host} stopped answering: {error or type(error).__name__}")
+
+    @staticmethod
+    def _check(answer: httpx.Response, what: str) -> None:
         if not answer.is_success:
-            raise PipelineError(f"{what}: {_helped(_error_text(answer))} (Ollama {self.version} at {self.host})")
+            raise PipelineError(f"{what}: {_words(answer)}")
 
 
-def normal_host(host: str, source: str = "ollama.host") -> str:
-    """An address as a URL with a port, the way Ollama itself reads OLLAMA_HOST.
+def _chat_body(
+    name: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = (), think: bool | None = None
+) -> dict[str, Any]:
+    body: dict[str, Any] = {"model": name, "messages": [dict(message) for message in messages]}
+    if tools:
+        body["tools"] = [dict(tool) for tool in tools]
+    if think is not None:
+        body["think"] = think
+    return body
 
-    Args:
-        host: the address.
-        source: where it was given, for the message.
 
-    Raises:
-        UserError: it is no address.
-    """
-    from ipaddress import IPv6Address
-    from urllib.parse import urlsplit
+# What a status means that does not come from Ollama, whose own refusals are JSON, but from a proxy in front of it.
+_STATUSES = {
+    401: "a user name and a password are wanted, or these are wrong: set the variable OLLAMA_HOST to the address with "
+    "them, as in http://user:password@host:port",
+    403: "this is not allowed here: see the settings of the proxy in front of Ollama",
+    404: "there is no Ollama at this path: give the path below which the proxy has it, as in http://host/ollama",
+    413: "the proxy in front of Ollama takes no file of this size: raise its limit (in nginx: client_max_body_size 0;)",
+    **dict.fromkeys((301, 302, 307, 308), "the address has moved: give the new one as ollama.host or OLLAMA_HOST"),
+    **dict.fromkeys((502, 503, 504), "the proxy in front of Ollama does not reach it, or does not wait long enough"),
+}
 
-    text = host.strip(" \t\r\n\"'")
-    if text.startswith(":") and not text.startswith("://"):  # ":11435" is a port of this machine
-        text = f"127.0.0.1{text}"
+
+def _words(answer: httpx.Response) -> str:
+    """Why a request failed: Ollama's own words, else what the status means. A proxy's page of HTML is left out."""
     try:
-        parts = urlsplit(text if "://" in text else f"http://{text}")
-        port, name = parts.port, parts.hostname or ""
-        named = _DOMAIN.fullmatch(name) or (":" in name and IPv6Address(name))
-    except ValueError:
-        named = None
-    if not named or parts.scheme not in ("http", "https") or re.search(r"\s", text):  # urlsplit leaves some of it out
-        raise UserError(f"{source} = {host!r}: not an address; write e.g. http://127.0.0.1:11434")
-    name = f"[{name}]" if ":" in name else name
-    if name == "0.0.0.0":  # noqa: S104 - an address to listen on, not one to call
-        name = "127.0.0.1"
-    default = {"http": 80, "https": 443}[parts.scheme] if "://" in text else 11434
-    return f"{parts.scheme}://{name}:{port or default}"
-
-
-def _error_text(answer: httpx.Response) -> str:
-    try:
-        return str(answer.json()["error"])
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return answer.text.strip() or f"HTTP status {answer.status_code}"
+        return _helped(str(answer.json()["error"]))
+    except (ValueError, KeyError, TypeError):
+        pass
+    status = f"HTTP status {answer.status_code} {answer.reason_phrase}".rstrip()
+    if meaning := _STATUSES.get(answer.status_code):
+        to = f" ({answer.headers['location']})" if "location" in answer.headers else ""
+        return f"{status}{to}: {meaning}"
+    text = " ".join(answer.text.split())
+    return f"{status}: {text[:200]}" if text and not text.startswith("<") else status
 
 
 def _helped(words: str) -> str:
     disk = "the disk that holds Ollama's models (OLLAMA_MODELS)"
-    if "no space left" in words or "quota exceeded" in words:
+    if NO_SPACE.search(words):
         return f"{words}; free some of {disk}"
     if "llama-quantize failed" in words:
         return f"{words}; most likely {disk} is full: it must hold the model twice; if it can, see Ollama's own log"

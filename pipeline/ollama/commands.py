@@ -7,16 +7,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.errors import PipelineError, UserError
+from pipeline.errors import UserError
 from pipeline.resources import expanded
 
 if TYPE_CHECKING:
     from pipeline.config import Config
-    from pipeline.llamacpp.server import LlamaServer
     from pipeline.ollama.rendering import Choice
     from pipeline.prompt.template import ChatTemplate
 
@@ -169,9 +168,11 @@ def _typed() -> Iterator[str]:
 @contextmanager
 def _rung(path: Path, gguf: str | None, adapter: bool) -> Iterator[tuple[Stream, str]]:
     """What answers, and the system text that it has to be given; in Ollama the model has its own."""
+    from pipeline.ollama.serving import llama_server
+
     if gguf:
-        with _llama_server(Path(gguf)) as ask:
-            yield ask, ""
+        with llama_server(Path(gguf)) as server:
+            yield server.stream, ""
         return
     from pipeline.config import load_config
     from pipeline.run.layout import Layout
@@ -181,12 +182,12 @@ def _rung(path: Path, gguf: str | None, adapter: bool) -> Iterator[tuple[Stream,
     layout = Layout(run)
     if gguf == "":
         file = layout.quantized(config.export.quant[0])
-        with _llama_server(_made(file, "quantize")) as ask:
-            yield ask, config.served_system
+        with llama_server(_made(file, "quantize")) as server:
+            yield server.stream, config.served_system
     elif adapter:
         yield _adapter(config, _made(layout.adapter, "train")), config.served_system
     else:
-        from pipeline.ollama.serving import deployed
+        from pipeline.ollama.deployment import deployed
 
         _made(layout.deployment, "deploy")
         with deployed(run) as served:
@@ -200,57 +201,6 @@ def _made(path: Path, stage: str) -> Path:
     if not path.exists():
         raise UserError(f"{path}: not there yet; run `pipeline {stage}` first")
     return path
-
-
-@contextmanager
-def _llama_server(file: Path) -> Iterator[Stream]:
-    from pipeline.ollama.serving import llama_server
-
-    with llama_server(file) as server:
-        yield lambda messages: _stream(server, messages)
-
-
-def _stream(server: LlamaServer, messages: list[dict[str, Any]]) -> Iterator[str]:
-    """An answer of llama-server piece by piece (server-sent events).
-
-    Raises:
-        PipelineError: it refuses, breaks off or ends; with its words.
-    """
-    import httpx
-
-    body = {"messages": messages, "temperature": 0, "stream": True}
-    # llama-server ends a stream by closing the connection, so it is not kept for the next question.
-    headers = {"Connection": "close"}
-    try:
-        with server.client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as answer:
-            if answer.is_error:
-                _refused(answer.read())
-            for line in _lines(answer.iter_bytes()):
-                if line.startswith(b"data: {"):
-                    data = line.removeprefix(b"data: ")
-                    event = json.loads(data)
-                    if "error" in event:
-                        _refused(data)
-                    for choice in event["choices"]:
-                        yield choice["delta"].get("content") or ""
-    except httpx.HTTPError as error:
-        raise PipelineError(f"llama-server stopped answering: {error or type(error).__name__}") from None
-
-
-def _lines(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """Whole lines. httpx's own also end at U+2028 and the like, which an answer may hold."""
-    rest = b""
-    for piece in pieces:
-        *lines, rest = (rest + piece).split(b"\n")
-        yield from lines
-
-
-def _refused(body: bytes) -> NoReturn:
-    try:
-        words = json.loads(body)["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        words = body.decode("utf-8", "replace")
-    raise PipelineError(f"llama-server refuses to answer: {words[:500]}")
 
 
 def _adapter(config: Config, folder: Path) -> Stream:

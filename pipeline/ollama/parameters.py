@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.prompt.template import ChatTemplate, TemplateRefused
+from pipeline.model.facts import context_of
+from pipeline.prompt.template import ChatTemplate
 
 # A longer context costs every user memory, used or not; whoever needs it sets ollama.parameters.num_ctx.
 LARGEST_DEFAULT_CONTEXT = 8192
@@ -38,20 +39,21 @@ _SAMPLING = {
 }
 
 
-def parameters(model: Path, template: ChatTemplate, given: Mapping[str, Any], longest: int) -> dict[str, Any]:
+def parameters(model: Path, template: ChatTemplate, given: Mapping[str, Any], needed: int) -> dict[str, Any]:
     """All PARAMETERs of a model.
 
     Args:
         model: its folder, with config.json and perhaps generation_config.json.
         template: its chat template.
         given: the configuration's own; they win.
-        longest: tokens of the longest row that it was trained on: never less context than that.
+        needed: tokens of the longest row that it was trained on, or of the longest test question with its answer:
+            never less context than that, if the model was made for so much.
 
     Raises:
         UserError: a given parameter is unknown or has a wrong value.
     """
     checked = check_parameters(given)
-    values: dict[str, Any] = {"num_ctx": context_length(model, longest)}
+    values: dict[str, Any] = {"num_ctx": served_context(model, None, needed)}
     values |= check_parameters(_generation(model))
     if stops := stop_strings(template):
         values["stop"] = stops
@@ -95,12 +97,19 @@ def _typed(key: str, value: Any, wanted: type) -> Any:
     raise UserError(f"ollama.parameters.{key} = {value!r}: must be {words}")
 
 
-def context_length(model: Path, longest: int) -> int:
-    """Tokens of context: what the model was made for, up to a limit that every machine can bear."""
-    config = _json(model / "config.json")
-    text = config.get("text_config", {})
-    most = config.get("max_position_embeddings") or text.get("max_position_embeddings") or LARGEST_DEFAULT_CONTEXT
-    return max(min(int(most), LARGEST_DEFAULT_CONTEXT), min(longest, int(most)))
+def served_context(model: Path, given: int | None, needed: int) -> int:
+    """Tokens of context of the served model.
+
+    Args:
+        model: its folder, or its base's, with config.json.
+        given: what the user wants (ollama.parameters.num_ctx). Ollama gives no more than the model was made for.
+        needed: tokens that it has to hold; without a wish, it gets them where the model was made for so much.
+    """
+    most = context_of(model)
+    if given is not None:
+        return min(given, most or given)
+    usual = min(most or LARGEST_DEFAULT_CONTEXT, LARGEST_DEFAULT_CONTEXT)
+    return max(usual, min(needed, most or usual))
 
 
 def _generation(model: Path) -> dict[str, Any]:
@@ -123,7 +132,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def stop_strings(template: ChatTemplate) -> list[str]:
     """What ends an answer: the special token that the template puts after the assistant's turn, and EOS."""
-    after = end_of_turn(template)
+    after = template.between_turns()
     bare = after.strip()
     tokens = [token for token in template.special_tokens if token and bare.startswith(token)]
     # Where no token ends the turn, the text that begins the next one does.
@@ -131,15 +140,3 @@ def stop_strings(template: ChatTemplate) -> list[str]:
     if template.eos_token and template.eos_token not in stops:
         stops.append(template.eos_token)
     return stops
-
-
-def end_of_turn(template: ChatTemplate) -> str:
-    """The text between an answer and the next question."""
-    answer, question = "QzxAxzQ", "QzxBxzQ"
-    turns = [("user", "Hi"), ("assistant", answer), ("user", question)]
-    try:
-        text = template.render([{"role": role, "content": content} for role, content in turns])
-    except TemplateRefused:
-        return ""
-    _, found, rest = text.partition(answer)
-    return rest.partition(question)[0] if found else ""

@@ -148,6 +148,7 @@ class Engine:
         try:
             if self._client.show(name)["template"] != shipped.source:
                 raise PipelineError("Ollama took the guarded chat template for a stock one")
+            self._client.load(name)  # a template that llama.cpp cannot read ends its llama-server, which says why
             return judge(template, suite, lambda case: self._ask(name, case), joins=False)
         finally:
             self._client.unload(name)

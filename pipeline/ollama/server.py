@@ -7,30 +7,27 @@ and the kernel stops it if this process is killed.
 import os
 import re
 import shutil
-import signal
-import socket
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 from types import TracebackType
 
+from packaging.version import InvalidVersion, Version
+
 from pipeline.errors import PipelineError, UserError
-from pipeline.llamacpp.programs import die_with_parent
+from pipeline.processes import free_port, start, stop, wait_until
 from pipeline.resources import expanded
 from pipeline.setup.pins import MINIMUM_OLLAMA as MINIMUM_VERSION
 
-DEFAULT_HOST = "http://127.0.0.1:11434"
-
-
-def version_tuple(version: str) -> tuple[int, ...]:
-    """ "0.34.0-rc1" -> (0, 34, 0)."""
-    return tuple(int(part) for part in re.findall(r"\d+", version.split("-")[0])[:3])
+START_SECONDS = 60
 
 
 def new_enough(version: str) -> bool:
-    """Whether an Ollama of this version serves what this program promises."""
-    return version_tuple(version) >= version_tuple(MINIMUM_VERSION)
+    """Whether an Ollama of this version serves what is promised here; a release candidate counts as its release."""
+    try:
+        return Version(version.partition("-")[0]).release >= Version(MINIMUM_VERSION).release
+    except InvalidVersion:
+        return False
 
 
 def find_ollama() -> Path | None:
@@ -106,6 +103,11 @@ class OllamaServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
+    def pid(self) -> int | None:
+        """The running server's process id."""
+        return self._process.pid if self._process is not None else None
+
+    @property
     def log(self) -> Path:
         """The file with everything the server printed."""
         if self._log is None:
@@ -136,9 +138,7 @@ class OllamaServer:
         self.stop()
 
     def _start(self, program: Path, home: Path) -> bool:
-        import httpx
-
-        self.host = f"http://127.0.0.1:{_free_port()}"
+        self.host = f"http://127.0.0.1:{free_port()}"
         environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith("OLLAMA_")},
             "OLLAMA_HOST": self.host,
@@ -150,26 +150,19 @@ class OllamaServer:
             **self._environment,
         }
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [program, "serve"],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-                preexec_fn=die_with_parent,
-            )
-        until = time.monotonic() + 60
-        while time.monotonic() < until:
-            if self._process.poll() is not None:
-                return False
-            try:
-                if httpx.get(f"{self.host}/api/version", timeout=2, trust_env=False).is_success:
-                    return True
-            except httpx.TransportError:
-                time.sleep(0.05)
+            self._process = start([program, "serve"], log, environment)
+        if wait_until(self._ready, self._process, START_SECONDS):
+            return True
         self._end_process()
         return False
+
+    def _ready(self) -> bool:
+        import httpx
+
+        try:
+            return httpx.get(f"{self.host}/api/version", timeout=2, trust_env=False).is_success
+        except httpx.TransportError:
+            return False
 
     def stop(self) -> None:
         """Stop the server and the model runners that it started. Does nothing if it is not running."""
@@ -180,13 +173,8 @@ class OllamaServer:
 
     def _end_process(self) -> None:
         process, self._process = self._process, None
-        if process is not None and process.poll() is None:
-            process.terminate()  # it stops its runners itself
-            try:
-                process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        if process is not None:
+            stop(process)  # it stops its runners itself
 
     def log_text(self) -> str:
         """All that the server printed so far."""
@@ -194,10 +182,3 @@ class OllamaServer:
 
     def _log_tail(self) -> str:
         return "\n".join(self.log_text().splitlines()[-10:])
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

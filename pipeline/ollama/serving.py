@@ -1,46 +1,10 @@
-"""A run's model, served again: the deployed one by the Ollama that has it or one of our own, a file by llama-server."""
+"""A GGUF file, served by llama-server as it was trained."""
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.errors import PipelineError
 from pipeline.llamacpp.gguf_template import template_of
 from pipeline.llamacpp.server import LlamaServer
-from pipeline.ollama.client import Client
-from pipeline.ollama.server import OllamaServer
 from pipeline.prompt.guard import guarded
-from pipeline.run.layout import Layout
-
-
-@contextmanager
-def deployed(run: Path, log: Path | None = None) -> Iterator[tuple[Client, str] | None]:
-    """Open the server that has the run's first model.
-
-    Args:
-        run: the run's folder, in which `deploy` has run.
-        log: where the log of a server of our own is kept.
-
-    Yields:
-        The client and the model's name, or None if the run was not deployed.
-
-    Raises:
-        PipelineError: the model that was deployed is not there any more, or is another one.
-    """
-    record = json.loads(Layout(run).deployment.read_text(encoding="utf-8"))
-    if not record["deployed"]:
-        yield None
-        return
-    model = record["models"][0]
-    if record["own_server"]:
-        with OllamaServer(run / record["models_folder"], log=log) as server, Client(server.host) as client:
-            _check(client, model["name"], model["digest"])
-            yield client, model["name"]
-    else:
-        with Client(record["host"]) as client:
-            _check(client, model["name"], model["digest"])
-            yield client, model["name"]
 
 
 def llama_server(gguf: Path, context: int = 4096) -> LlamaServer:
@@ -51,11 +15,3 @@ def llama_server(gguf: Path, context: int = 4096) -> LlamaServer:
     """
     template = guarded(template_of(gguf).source, thinking_not_said=True)
     return LlamaServer(gguf, context=context, template=template)
-
-
-def _check(client: Client, name: str, digest: str) -> None:
-    if client.digest(name) != digest:
-        raise PipelineError(
-            f"{name} in Ollama is not, or no longer, the model that this run deployed; `pipeline deploy --force` "
-            "deploys it again"
-        )

@@ -11,8 +11,10 @@ from typing import Any
 
 from pipeline import console
 from pipeline.errors import UserError
-from pipeline.ollama.client import Client, canonical, check_name, normal_host
-from pipeline.ollama.server import DEFAULT_HOST, OllamaServer, find_ollama
+from pipeline.ollama.address import given_host, usual_host
+from pipeline.ollama.client import Client
+from pipeline.ollama.names import canonical, check_name
+from pipeline.ollama.server import OllamaServer, find_ollama
 from pipeline.resources import sha256_of
 from pipeline.run.folder import write_whole
 from pipeline.run.layout import Layout
@@ -30,15 +32,6 @@ def names_of(name: str | None, types: Sequence[str]) -> dict[str, str]:
     return {kind: first if number == 0 else check_name(f"{stem}{kind}") for number, kind in enumerate(types)}
 
 
-def usual_host() -> str:
-    """Where an Ollama is looked for if none is configured: OLLAMA_HOST, else the usual address.
-
-    Raises:
-        UserError: OLLAMA_HOST is no address.
-    """
-    return normal_host(os.environ.get("OLLAMA_HOST", "").strip() or DEFAULT_HOST, "OLLAMA_HOST")
-
-
 @contextmanager
 def server(host: str | None, store: Path, log: Path) -> Iterator[tuple[Client, bool, Path | None] | str]:
     """An Ollama to deploy to: the configured one, else a running one, else one of our own that is stopped at the end.
@@ -51,7 +44,7 @@ def server(host: str | None, store: Path, log: Path) -> Iterator[tuple[Client, b
     Yields:
         The client, whether the server is our own, and its log; or, if there is no Ollama, why.
     """
-    address, given = host or usual_host(), os.environ.get("OLLAMA_HOST", "").strip()
+    address, given = host or usual_host(), given_host()
     try:
         running = Client(address)
     except UserError as error:

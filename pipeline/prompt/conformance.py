@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -124,7 +125,7 @@ def _outcome(
     try:
         expected = trained(messages)
     except TemplateRefused as refusal:
-        return Outcome(conversation.name, NOT_TRAINED, words=str(refusal))
+        return Outcome(conversation.name, NOT_TRAINED, words=refusal.words)
     try:
         served = render(conversation)
     except RenderRefused as refusal:
@@ -285,11 +286,7 @@ def for_ollama(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def readable_difference(expected: str, served: str, width: int = 400) -> str:
     """A line diff of two prompts, in which every character can be seen."""
     if len(expected) > width or len(served) > width:
-        start = next(
-            (i for i, (a, b) in enumerate(zip(expected, served, strict=False)) if a != b),
-            min(len(expected), len(served)),
-        )
-        start = max(0, start - width // 4)
+        start = max(0, len(os.path.commonprefix([expected, served])) - width // 4)
         expected, served = expected[start : start + width], served[start : start + width]
     lines = difflib.ndiff(_visible(expected), _visible(served))
     return "\n".join(line for line in lines if not line.startswith("?"))

@@ -1,13 +1,34 @@
 """An Ollama TEMPLATE that is derived from a Jinja chat template, by asking the Jinja what it does.
 
-The one idea: render conversations whose contents are marks, and cut the results at the marks. What lies between two
-marks depends on little: the roles on both sides, whether a user or a system has spoken, whether this is the last turn.
-A decision tree over those few questions, small enough to be read, says which text goes where, and is written down as a
-Go template that walks `.Messages`. Nothing is guessed: what does not fit is reported, and what fits is still only a
-candidate until a real Go engine has rendered the whole conformance suite with it.
+Conversations are rendered whose messages are marks, and the results are cut at the marks. An example, with A, B and C
+for the marks:
 
-What a Jinja does to the text of a message is learned too (`pipeline.prompt.message_text`). What remains that Go cannot
-do: move a message's text elsewhere, count, or know the time of day.
+    {% for m in messages %}{{ '[FIRST]' if loop.first }}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>
+
+    user A                          [FIRST]<user>A<assistant>
+    user A, assistant B, user C     [FIRST]<user>A<assistant>B<user>C<assistant>
+
+Between the marks stand, in front of a user's message, "[FIRST]<user>" if nothing came before it, and "<user>" after an
+answer; in front of an answer "<assistant>"; at the end "<assistant>". So what is written depends on the message's own
+role and on the one before it, and that is what the Go template asks:
+
+    {{- $previous := "" }}
+    {{- range $index, $_ := .Messages }}
+    {{- if eq .Role "user" }}{{ if eq $previous "" }}[FIRST]<user>{{ .Content }}{{ else }}<user>{{ .Content }}{{ end }}
+    {{- else if eq .Role "assistant" }}<assistant>{{ .Content }}
+    {{- end }}{{ $previous = .Role }}
+    {{- end }}<assistant>
+
+Other questions that may decide are whether a user has spoken, whether there is a system message, whether this is the
+last message, and whether thinking is wanted (`Observation.facts`). `grow` finds the smallest tree of questions that
+explains all that was seen; where two pieces differ though all answers are the same, there is no such template, and
+that is the reason which is told.
+
+What the Jinja does to the text of a message itself is learned by `pipeline.prompt.message_text`. Go templates cannot
+move a message's text elsewhere, count messages, or tell the time of day.
+
+A derived template is a candidate only: whether it is exact is for a real Go engine and the whole conformance suite to
+say (`pipeline.ollama.rendering`).
 """
 
 from __future__ import annotations
@@ -102,7 +123,7 @@ def _why_refused(template: ChatTemplate) -> str:
         try:
             template.render(case.messages, case.tools)
         except TemplateRefused as refusal:
-            words = words or str(refusal)
+            words = words or refusal.words
         else:
             if case.tools:
                 return "the template needs tools"

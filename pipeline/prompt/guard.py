@@ -1,10 +1,21 @@
-"""The guard: a few characters in front of a GGUF's Jinja that make servers render it as it was trained.
+"""The guard: what is put in front of a GGUF's Jinja so that servers render it as it was trained.
 
-Two things would change it. Without a TEMPLATE, `ollama create` compares the Jinja with a built-in list and installs a
-stock Go template where fewer than 100 characters differ; a comment renders to nothing, and each of its 128 double
-lines occurs in no template, so each is one difference. And llama.cpp gives the template variables that transformers
-does not give it (today's date, whether to keep earlier thinking); setting them to a name that is not defined takes
-them away again, in Jinja2 and in llama.cpp alike.
+An example. Llama 3.1's chat template says what day it is, unless it is told another one:
+
+    {%- if not date_string is defined %}{%- set date_string = "26 Jul 2024" %}{%- endif %}
+
+transformers tells it none, so the model was trained with "26 Jul 2024". llama.cpp tells every template today's date, so
+the model would be asked with another prompt than it knows. The template that is shipped therefore begins with
+
+    {# Rendered by llama.cpp as it stands, and ... ════════ #}{% set date_string = _not_given %}
+
+Nobody defines `_not_given`, so `date_string` is not defined any more either, in Jinja2 and in llama.cpp alike, and the
+template goes on as in training. FOREIGN lists all that llama.cpp tells a template and transformers does not; what a
+template mentions of it is taken away.
+
+The comment in front is for Ollama. Without a TEMPLATE, `ollama create` compares the Jinja with a built-in list, and
+installs a Go template of its own for one that differs from an entry in fewer than 100 characters. A comment renders to
+nothing, and its 128 double lines occur in no entry: they are 128 differences.
 """
 
 import re

@@ -15,15 +15,15 @@ first given.
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from pipeline.errors import PipelineError, UserError
-from pipeline.prompt.template import render
+from pipeline.prompt.template import end_of_turn, render, token_ids, whole_tokens, with_bos
 
 # What a prompt ends with when thinking is switched off: a block that is opened and closed again.
 EMPTY_THOUGHT = re.compile(r"(<think>\s*</think>|<\|channel>thought\s*<channel\|>)\s*\Z")
@@ -77,8 +77,7 @@ def tokenize_prompt(
     tokenizer: Any, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None
 ) -> list[int]:
     """Token ids of what a server sends so that the model answers these messages."""
-    text = render(tokenizer, messages, add_generation_prompt=True, tools=tools)
-    return _with_bos(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])
+    return token_ids(tokenizer, render(tokenizer, messages, add_generation_prompt=True, tools=tools))
 
 
 def training_texts(
@@ -123,19 +122,17 @@ def _turn(tokenizer: Any, messages: Sequence[dict[str, Any]], tools: Sequence[di
         if without == prompt or not text.startswith(without):
             raise UserError(_not_what_is_served(prompt, text))
         text = prompt + text[len(without) :]
-    written = text.rstrip()
-    tokens = _added_tokens(tokenizer)
-    if not any(written[-length:] in tokens for length in {len(token) for token in tokens}):
+    if end_of_turn(tokenizer, text) is None:
         raise UserError(
             f"the model's chat template ends an answer with {text[-20:]!r}, which is no end-of-turn token: "
             "the model would never learn to stop. Take a chat template that writes one after each answer, "
             "e.g. eos_token"
         )
-    return _Turn(text, len(prompt), len(written))
+    return _Turn(text, len(prompt), len(text.rstrip()))
 
 
 def _not_what_is_served(prompt: str, text: str) -> str:
-    same = next((at for at, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), len(text))
+    same = len(os.path.commonprefix([prompt, text]))
     served, trained = prompt[max(0, same - 20) : same + 40], text[max(0, same - 20) : same + 40]
     thinking = "think" in prompt[same - 20 :].lower() or "thought" in prompt[same - 20 :].lower()
     remedy = 'give the answers their "reasoning_content", or take' if thinking else "take"
@@ -183,12 +180,12 @@ def _labelled(
             merged += 1
             first = bisect_left(starts, start)
         last = bisect_left(ends, end)
-        end_of_turn = tokenizer.convert_ids_to_tokens(ids[last])
-        if not text.text[:end].endswith(end_of_turn) or end_of_turn not in _added_tokens(tokenizer):
-            raise PipelineError(f"the tokenizer ends an answer in {end_of_turn!r}, not in one end-of-turn token")
+        token = tokenizer.convert_ids_to_tokens(ids[last])
+        if not text.text[:end].endswith(token) or token not in whole_tokens(tokenizer):
+            raise PipelineError(f"the tokenizer ends an answer in {token!r}, not in one end-of-turn token")
         labels[first : last + 1] = ids[first : last + 1]
-    added = len(_with_bos(tokenizer, ids)) - len(ids)
-    return Tokenized(_with_bos(tokenizer, ids), [IGNORED] * added + labels, merged)
+    whole = with_bos(tokenizer, ids)
+    return Tokenized(whole, [IGNORED] * (len(whole) - len(ids)) + labels, merged)
 
 
 def trained_parts(tokenizer: Any, row: Tokenized) -> list[str]:
@@ -207,25 +204,3 @@ def leading_bos(tokenizer: Any, ids: Sequence[int]) -> int:
     in."""
     count = itertools.takewhile(lambda token: token == tokenizer.bos_token_id, ids)
     return sum(1 for _ in count)
-
-
-def _with_bos(tokenizer: Any, ids: list[int]) -> list[int]:
-    """Ids with the BOS in front that the tokenizer (and so the server) adds, if the template did not write
-    it."""
-    if not _adds_bos(tokenizer) or ids[:1] == [tokenizer.bos_token_id]:
-        return ids
-    return [tokenizer.bos_token_id, *ids]
-
-
-@lru_cache(maxsize=8)
-def _adds_bos(tokenizer: Any) -> bool:
-    plain, special = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-    return tokenizer.bos_token_id is not None and special[:1] == [tokenizer.bos_token_id] and special != plain
-
-
-@lru_cache(maxsize=8)
-def _added_tokens(tokenizer: Any) -> frozenset[str]:
-    """The tokens that stay whole in any text. Runs of white space are added tokens in some models: not
-    here."""
-    tokens = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    return frozenset(token for token in tokens if token.strip() == token != "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.data.formats import Conversation
+from pipeline.data.questions import Question
 from pipeline.errors import UserError
 from pipeline.prompt.labels import IGNORED, Tokenized, tokenize_prompt
 
@@ -43,24 +43,53 @@ def fit(row: Tokenized, max_length: int, on_overlong: str, place: str) -> Tokeni
     return row
 
 
-def check_room(tokenizer: Any, rows: Sequence[Conversation], context: int | None) -> None:
-    """Every question of the test rows can be asked, and leaves room for an answer.
+def question_lengths(tokenizer: Any, questions: Sequence[Question]) -> list[int]:
+    """The tokens of every question's prompt.
 
     Args:
         tokenizer: the one that is trained with.
-        rows: each ends in the expected answer.
-        context: the tokens that the base was made for, if it says so.
+        questions: what the model will be asked.
 
     Raises:
-        UserError: a question is too long, or the chat template refuses it.
+        UserError: the chat template refuses one; with its place.
     """
-    for row in rows:
+    lengths = []
+    for question in questions:
         try:
-            length = len(tokenize_prompt(tokenizer, row.messages[:-1]))
+            lengths.append(len(tokenize_prompt(tokenizer, question.messages, question.tools)))
         except UserError as error:
-            raise UserError(f"{row.place}: {error}") from None
-        if context is not None and length >= context:
+            raise UserError(f"{question.place}: {error}") from None
+    return lengths
+
+
+def check_room(questions: Sequence[Question], lengths: Sequence[int], answer: int, room: int, limit: str) -> str:
+    """Every question can be asked.
+
+    Args:
+        questions: what the model will be asked.
+        lengths: their tokens.
+        answer: the tokens of the longest answer that is waited for.
+        room: the tokens that hold a question and its answer.
+        limit: what sets the room, for the message: "the base was made for 2,048".
+
+    Returns:
+        What has to be said of the longest question, whose answer may be cut; "" if every answer has its room.
+
+    Raises:
+        UserError: a question leaves no room for an answer.
+    """
+    if not lengths:
+        return ""
+    for question, length in zip(questions, lengths, strict=True):
+        if length >= room:
             raise UserError(
-                f"{row.place}: the question has {length:,} tokens, and the base was made for {context:,} with the "
-                "answer: shorten it, or leave the row out"
+                f"{question.place}: the question has {length:,} tokens, and {limit} tokens with the answer: shorten "
+                "it, or leave the row out"
             )
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    if lengths[longest] + answer <= room:
+        return ""
+    return (
+        f"{questions[longest].place}: the question has {lengths[longest]:,} tokens, and {limit} tokens with the "
+        f"answer: one of more than {room - lengths[longest]:,} is cut, and eval.max_new_tokens is {answer:,}"
+    )

@@ -1,8 +1,21 @@
 """What a chat template does to the text of a message, learned by asking, and done again in Go.
 
-Templates trim messages, and drop the thinking from earlier answers. Go templates have neither function, but they can
-cut a text one byte at a time, which is enough. Asked are: which white space is taken from either end, and whether
-everything up to a separator such as "</think>" is dropped.
+Templates trim messages, and drop the thinking from earlier answers. An example: a template that writes
+`{{ m.content.split('</think>')[-1] | trim }}` for an answer. `learn` asks what becomes of a few texts, in which MARK
+stands for a word that no template writes by itself:
+
+    " MARK"                               becomes  "MARK"      white space is taken from the left
+    "MARK\n"                              becomes  "MARK"      and from the right
+    "Thinks.</think>MARK"                 becomes  "MARK"      what stands before "</think>" is dropped
+    "Thinks.</think>Two.</think>MARK"     becomes  "MARK"      it is the last "</think>" that counts
+
+That is `Handling(Ends(WHITE_SPACE, WHITE_SPACE), "</think>", after=Ends(WHITE_SPACE, WHITE_SPACE))`. Go templates have
+no function for either, but can cut one byte off a text and look at what is left, in a loop: `Handling.go` writes that.
+
+    {{- range len . }}                                           as often as the text has bytes:
+    {{- if eq (slice $rest 0 8) "</think>" }}                    if what is left begins with "</think>",
+        {{ $text = slice $rest 8 }}{{ end }}                     the text is what follows it;
+    {{- $rest = slice $rest 1 }}{{- end }}                       look one byte further on
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """A model's own chat template: the Jinja that the trainer used, rendered in the sandbox that transformers uses.
 
-This is the measure for everything that a server sends.
+This is the measure for everything that a server sends, and the home of three facts: how a conversation is rendered,
+whether BOS is put in front of it, and with what a turn ends.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import datetime
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,13 @@ from pipeline.errors import UserError
 from pipeline.prompt.tokenizer import saved_tokenizer
 
 
-class TemplateRefused(Exception):
-    """The template raised: it does not take this conversation."""
+class TemplateRefused(UserError):
+    """The template raised: it does not take this conversation. `words` are its own."""
+
+    def __init__(self, words: str, messages: Sequence[Mapping[str, Any]]) -> None:
+        roles = ", ".join(str(message.get("role")) for message in messages)
+        super().__init__(f"the model's chat template refuses a conversation of ({roles}): {words}")
+        self.words = words
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,8 @@ class ChatTemplate:
         bos_token, eos_token: their texts, "" where there is none.
         adds_bos: whether the tokenizer puts BOS in front of every text by itself (as a server then does).
         special_tokens: texts of all special tokens, those that the template writes first.
-        variables: further variables that transformers gives the template (unk_token, pad_token, ...).
+        variables: the special tokens that transformers gives the template (bos_token, pad_token, ...); where none are
+            known, bos_token and eos_token.
         architecture: the model's, which Ollama looks at too; "" if it is not known.
     """
 
@@ -59,15 +67,17 @@ class ChatTemplate:
         if isinstance(source, dict):
             source = source.get("default")
         if not source:
-            raise UserError(f"{where} has no chat template: there is nothing to say how a conversation is sent")
+            raise UserError(
+                f"{where} has no chat template, which says how a conversation is written: take an instruct model as "
+                "the base, or put a chat_template.jinja into its folder"
+            )
         plain = {key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
         added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        beginning = tokenizer("a").input_ids[:1]
         return ChatTemplate(
             source,
             plain.get("bos_token", ""),
             plain.get("eos_token", ""),
-            adds_bos=bool(beginning) and beginning[0] == tokenizer.bos_token_id,
+            adds_bos=adds_bos(tokenizer),
             special_tokens=in_order(added | set(tokenizer.all_special_tokens), source),
             variables=dict(tokenizer.special_tokens_map),
             architecture=_architecture(Path(tokenizer.name_or_path) / "config.json"),
@@ -84,17 +94,20 @@ class ChatTemplate:
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] = (),
+        tools: Sequence[Mapping[str, Any]] | None = None,
         think: bool | None = None,
         today: datetime.datetime | None = None,
+        *,
+        prompt: bool = True,
     ) -> str:
-        """The prompt, with the generation prompt at its end.
+        """The text of a conversation.
 
         Args:
-            messages: the conversation.
-            tools: JSON schemas.
+            messages: {"role", "content"} and what else the template knows.
+            tools: JSON schemas of the tools that the model may call.
             think: given to the template as `enable_thinking`, unless None.
             today: the date that the template sees; default: the real one.
+            prompt: end with the generation prompt, which makes the model answer.
 
         Raises:
             TemplateRefused: with the template's own words.
@@ -103,7 +116,7 @@ class ChatTemplate:
         from jinja2 import TemplateError, TemplateSyntaxError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        names: dict[str, Any] = {"bos_token": self.bos_token, "eos_token": self.eos_token, **self.variables}
+        names = dict(self.variables) or {"bos_token": self.bos_token, "eos_token": self.eos_token}
         if think is not None:
             names["enable_thinking"] = think
         if today is not None:
@@ -112,23 +125,34 @@ class ChatTemplate:
         try:
             rendered, _ = render_jinja_template(
                 conversations=[plain],
-                tools=[dict(tool) for tool in tools] or None,
+                tools=[dict(tool) for tool in tools or ()] or None,
                 chat_template=self.source,
-                add_generation_prompt=True,
+                add_generation_prompt=prompt,
                 **names,
             )
         except TemplateSyntaxError as error:
             raise UserError(f"the chat template is no valid Jinja: line {error.lineno}: {error.message}") from None
         except TemplateError as error:
-            raise TemplateRefused(str(error)) from None
+            raise TemplateRefused(str(error), messages) from None
         except Exception as error:  # it is somebody's program: it may end in anything
-            raise TemplateRefused(f"{type(error).__name__}: {error}") from None
+            raise TemplateRefused(f"{type(error).__name__}: {error}", messages) from None
         text: str = rendered[0]
         return text
 
     def served(self, rendered: str) -> str:
         """What a server has to send for this rendering: without the BOS that the tokenizer will add."""
         return rendered.removeprefix(self.bos_token) if self.adds_bos and self.bos_token else rendered
+
+    def between_turns(self) -> str:
+        """The text between an answer and the next question; "" where the template does not show it."""
+        answer, question = "QzxAxzQ", "QzxBxzQ"
+        turns = [("user", "Hi"), ("assistant", answer), ("user", question)]
+        try:
+            text = self.render([{"role": role, "content": content} for role, content in turns])
+        except TemplateRefused:
+            return ""
+        _, found, rest = text.partition(answer)
+        return rest.partition(question)[0] if found else ""
 
     def with_source(self, source: str) -> ChatTemplate:
         """The same tokenizer with another template."""
@@ -137,45 +161,58 @@ class ChatTemplate:
 
 def render(
     tokenizer: Any,
-    messages: Sequence[dict[str, Any]],
+    messages: Sequence[Mapping[str, Any]],
     *,
     add_generation_prompt: bool = False,
-    tools: Sequence[dict[str, Any]] | None = None,
-    **variables: Any,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
-    """Render a conversation as transformers does.
-
-    Args:
-        tokenizer: a transformers tokenizer with a chat template.
-        messages: {"role", "content"} and what else the template knows.
-        add_generation_prompt: end with what makes the model answer.
-        tools: JSON schemas of the tools that the model may call.
-        variables: further variables of the template, e.g. enable_thinking=False.
+    """The text of a conversation by a tokenizer's own template: `ChatTemplate.render`.
 
     Raises:
-        UserError: there is no template, or it refuses these messages.
+        TemplateRefused: the template refuses these messages.
+        UserError: there is no template.
     """
-    from jinja2 import TemplateError
+    # A tokenizer may have several templates, one of them for tools.
+    source = tokenizer.get_chat_template(tools=tools) if tokenizer.chat_template else ""
+    return _template(tokenizer, source).render(messages, tools, prompt=add_generation_prompt)
 
-    if not tokenizer.chat_template:
-        raise UserError(
-            "the tokenizer has no chat template, so there is no text to train on: take an instruct model "
-            "as the base, or put a chat_template.jinja into its folder"
-        )
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                list(messages),
-                tools=list(tools) if tools else None,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-                **variables,
-            )
-        )
-    except (TemplateError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
-        # Templates refuse with raise_exception, and trip over what their author did not think of in any way.
-        roles = ", ".join(str(message.get("role")) for message in messages)
-        raise UserError(f"the model's chat template refuses a conversation of ({roles}): {error}") from None
+
+@lru_cache(maxsize=8)
+def _template(tokenizer: Any, source: str) -> ChatTemplate:
+    template = ChatTemplate.from_tokenizer(tokenizer)
+    return template if template.source == source else template.with_source(source)
+
+
+@lru_cache(maxsize=8)
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether a tokenizer puts BOS in front of every text by itself, as a server then does."""
+    plain, special = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    return tokenizer.bos_token_id is not None and special[:1] == [tokenizer.bos_token_id] and special != plain
+
+
+def with_bos(tokenizer: Any, ids: Sequence[int]) -> list[int]:
+    """Ids with the BOS in front that the tokenizer adds, if the template has not written it."""
+    added = adds_bos(tokenizer) and list(ids[:1]) != [tokenizer.bos_token_id]
+    return [tokenizer.bos_token_id, *ids] if added else list(ids)
+
+
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a rendered text as it is trained and served: with one BOS where the tokenizer has it."""
+    return with_bos(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def end_of_turn(tokenizer: Any, text: str) -> str | None:
+    """The token that ends a rendered conversation, white space after it aside; None if no token does."""
+    written, tokens = text.rstrip(), whole_tokens(tokenizer)
+    sizes = sorted({len(token) for token in tokens}, reverse=True)
+    return next((written[-size:] for size in sizes if written[-size:] in tokens), None)
+
+
+@lru_cache(maxsize=8)
+def whole_tokens(tokenizer: Any) -> frozenset[str]:
+    """The tokens that stay whole in any text. Runs of white space are added tokens in some models: not here."""
+    tokens = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    return frozenset(token for token in tokens if token.strip() == token != "")
 
 
 def in_order(tokens: Iterable[str], source: str) -> tuple[str, ...]:

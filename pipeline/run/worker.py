@@ -4,7 +4,6 @@ A process of its own gives each stage its peak memory, its memory back, and libr
 What libraries print goes to the stage's log; the terminal is for what `pipeline.console` says.
 """
 
-import ctypes
 import importlib
 import json
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 from pipeline import console
 from pipeline.config import Config
 from pipeline.errors import PipelineError, full_disk
+from pipeline.processes import die_with_parent
 from pipeline.run.folder import write_whole
 from pipeline.run.graph import PARENT, Node
 from pipeline.run.layout import Layout
@@ -85,8 +85,7 @@ def _quiet(log: Path) -> None:
 def _end_with_parent() -> None:
     """Without its parent a stage would write into a folder that nobody holds the lock of."""
     if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        die_with_parent(signal.SIGKILL)
         if str(os.getppid()) != os.environ.get(PARENT):  # it ended before that was asked for
             sys.exit(128 + signal.SIGKILL)
 

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 from pipeline.console import progress
 from pipeline.data.checks import NEAR, check_expected, drop_duplicates, find_leaks
 from pipeline.data.formats import Conversation, read_conversations
+from pipeline.data.questions import Question, chosen, question_of
 from pipeline.errors import UserError
 from pipeline.model.base import resolve_base
 from pipeline.model.facts import base_files, context_of
+from pipeline.ollama.parameters import served_context
 from pipeline.prompt.labels import (
     IGNORED,
     Tokenized,
@@ -28,7 +30,7 @@ from pipeline.prompt.labels import (
     trained_parts,
     training_texts,
 )
-from pipeline.prompt.lengths import check_room, fit
+from pipeline.prompt.lengths import check_room, fit, question_lengths
 from pipeline.prompt.tokenizer import load_tokenizer
 from pipeline.run.stage import Stage, Task
 
@@ -71,7 +73,7 @@ def main(task: Task) -> dict[str, Any]:
                 f"data.test: every row of {data.test} has tools, and calls of tools are not judged: add rows without, "
                 "or leave data.test out"
             )
-        task.warn(f"{data.test.name}: {with_tools:,} of {len(test):,} rows have tools; `evaluate` leaves them out")
+        task.warn(f"{data.test.name}: {with_tools:,} of {len(test):,} rows have tools; they are not asked")
     if duplicates:
         task.warn(f"{data.train.name}: {duplicates:,} of {len(given):,} rows repeat another; each is trained once")
     leaks = {}
@@ -90,10 +92,11 @@ def main(task: Task) -> dict[str, Any]:
     tokenizer, changes = load_tokenizer(base, trust_remote_code=model.trust_remote_code)
     if changes:
         task.warn(f"the tokenizer is trained as llama.cpp will read texts: {'; '.join(changes)}")
-    asked = [row for row in test if not row.tools][: task.config.eval.limit]
-    check_room(tokenizer, asked, context_of(base))
+    questions = chosen(map(question_of, test), task.config.eval.limit)
+    lengths = question_lengths(tokenizer, questions)
     figures: dict[str, Any] = {"test_rows": len(test), "duplicates_dropped": duplicates}
     figures |= {f"{name}_leaks": count for name, count in leaks.items()}
+    figures["test_longest_question"] = max(lengths, default=0)
     summary: dict[str, Any] = {}
     _write(task.new(task.layout.rows("test")), (row.as_row() for row in test))
     for name, rows in (("train", train), ("validation", validation)):
@@ -108,9 +111,39 @@ def main(task: Task) -> dict[str, Any]:
         summary[f"{name}_examples"] = [_example(tokenizer, row) for row in tokenized[:EXAMPLES]]
     if not figures["train_rows"]:
         raise UserError(f"{data.train}: no row is left to train on; see the warnings above")
+    figures["context_needed"] = _check_context(task, base, questions, lengths, figures)
     text = json.dumps(figures | summary, ensure_ascii=False, indent=2)
     task.new(task.layout.data_summary).write_text(text + "\n", encoding="utf-8")
     return figures
+
+
+def _check_context(
+    task: Task, base: Path, questions: Sequence[Question], lengths: Sequence[int], figures: dict[str, Any]
+) -> int:
+    """Say before training what the model will not be able to remember when it is served.
+
+    Returns:
+        The tokens of context that hold the longest row, and the longest test question with its answer.
+    """
+    answer = task.config.eval.max_new_tokens
+    longest = max(figures["train_longest"], figures["validation_longest"])
+    needed = max(longest, max(lengths) + answer if lengths else 0)
+    given, made_for = task.config.ollama.parameters.get("num_ctx"), context_of(base)
+    served = served_context(base, given, needed)
+    if given == served:
+        limit = f"ollama.parameters.num_ctx holds {served:,}"
+    elif made_for is not None:
+        limit = f"the base was made for {served:,}"
+    else:
+        limit = f"num_ctx, which ollama.parameters can set, holds {served:,}"
+    if words := check_room(questions, lengths, answer, served, limit):
+        task.warn(words)
+    if longest > served:
+        task.warn(
+            f"the longest row has {longest:,} tokens, and {limit}: of such a conversation Ollama leaves out the "
+            "earlier messages without a word"
+        )
+    return needed
 
 
 def split(rows: Sequence[Conversation], fraction: float, seed: int) -> tuple[list[Conversation], list[Conversation]]:
@@ -216,7 +249,10 @@ STAGE = Stage(
     name="data",
     summary="Check, split and render the conversations; account for every trained token.",
     run=main,
-    settings=("data", "model", "train.max_length", "train.seed", "eval.metric", "eval.limit"),
+    settings=(
+        *("data", "model", "train.max_length", "train.seed"),
+        *("eval.metric", "eval.limit", "eval.max_new_tokens", "ollama.parameters"),
+    ),
     files=files,
     libraries=("transformers", "tokenizers", "jinja2"),
     figures=("train_rows", "train_tokens", "train_share_trained", "validation_rows", "test_rows"),

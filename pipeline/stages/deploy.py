@@ -7,20 +7,19 @@ with what to type; it is no failure.
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
-import platform
-import re
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import console
-from pipeline.data.sources import read_rows
+from pipeline.data.questions import asked
 from pipeline.errors import PipelineError, UserError
-from pipeline.ollama.target import local_store, names_of, refuse_taken, remember, server, usual_host
+from pipeline.ollama.address import usual_host
+from pipeline.ollama.deployment import proof_name, remove
+from pipeline.ollama.target import local_store, names_of, refuse_taken, remember, server
 from pipeline.run.layout import Layout
 from pipeline.run.stage import Stage, Task
 
@@ -47,8 +46,8 @@ def main(task: Task) -> dict[str, Any]:
 
         refuse()
         store = task.layout.ollama_models if own else local_store(client)
-        proof = _proof_name(task.run)
-        _remove(client, proof)  # what a deployment left that was killed
+        proof = proof_name(task.run)
+        remove(client, proof)  # what a deployment left that was killed
         try:
             models = [
                 _prove(task, client, log, store, variant, f"{proof}:{variant}", name) for variant, name in names.items()
@@ -58,7 +57,7 @@ def main(task: Task) -> dict[str, Any]:
             for model in models:
                 _publish(client, f"{proof}:{model['variant']}", model["name"], model["digest"])
         finally:
-            _remove(client, proof)
+            remove(client, proof)
         record = {
             "deployed": True,
             "host": None if own else client.host,
@@ -88,7 +87,9 @@ def unfinished(figures: dict[str, Any]) -> str | None:
 
 def plan(config: Config, run: Path) -> list[str]:
     """What a deployment would do, one line each; nothing is created (`--dry-run`)."""
-    from pipeline.ollama.client import Client, canonical
+    from pipeline.ollama.client import Client
+    from pipeline.ollama.deployment import planned
+    from pipeline.ollama.names import canonical
     from pipeline.ollama.server import find_ollama
 
     lines, layout = [], Layout(run)
@@ -109,7 +110,7 @@ def plan(config: Config, run: Path) -> list[str]:
         request = layout.create_request(kind)
         if not request.is_file():
             raise UserError(f"{request}: not there yet; run `pipeline modelfile` first")
-        served, gguf = _plan(request)
+        served, gguf = planned(request.parent)
         way = "TEMPLATE" if served.template else "the GGUF's own Jinja"
         taken = ", which is there already" if canonical(name) in there else ""
         lines.append(f"create: {name}{taken}, from {gguf} ({gguf.stat().st_size:,} bytes), rendered by {way}")
@@ -117,26 +118,6 @@ def plan(config: Config, run: Path) -> list[str]:
         if served.system:
             lines.append(f"  system = {json.dumps(served.system, ensure_ascii=False)}")
     return lines
-
-
-def _plan(request: Path) -> tuple[ServedModel, Path]:
-    """What `create.json` says, and the GGUF file that it names."""
-    from pipeline.ollama.modelfile import ServedModel
-
-    record = json.loads(request.read_text(encoding="utf-8"))
-    if record["adapter"]:
-        raise UserError(f"{request}: names an adapter; deploy sends whole models: merge it first")
-    body = record["request"]
-    served = ServedModel(
-        gguf=record["gguf"],
-        template=body.get("template", ""),
-        system=body.get("system", ""),
-        parameters=body.get("parameters", {}),
-        messages=tuple(body.get("messages", ())),
-        licenses=tuple(body.get("license", ())),
-        requires=body.get("requires", ""),
-    )
-    return served, (request.parent / served.gguf).resolve()
 
 
 def _not_deployed(task: Task, reason: str) -> dict[str, Any]:
@@ -155,33 +136,26 @@ def _not_deployed(task: Task, reason: str) -> dict[str, Any]:
     return {"deployed": False, "reason": reason, "commands": commands}
 
 
-def _proof_name(run: Path) -> str:
-    """A name in Ollama that is this run's alone, and the same after a crash."""
-    return f"pipeline-proof-{hashlib.sha256(f'{platform.node()}:{run.resolve()}'.encode()).hexdigest()[:12]}"
-
-
 def _prove(
-    task: Task, client: Client, log: Path | None, store: Path | None, variant: str, proof_name: str, name: str
+    task: Task, client: Client, log: Path | None, store: Path | None, variant: str, proof: str, name: str
 ) -> dict[str, Any]:
-    """Make a model under its proof's name, and prove it; `name` is what it will be called."""
-    from pipeline.llamacpp.gguf_file import inspect
-    from pipeline.ollama.proof import prove_prompts, read_back
+    """Make a model under the name `proof`, and prove it; `name` is what it will be called."""
+    from pipeline.ollama.deployment import planned, read_back, template_in_force, template_selected
+    from pipeline.ollama.proof import prove_prompts
     from pipeline.prompt.cases import conversations
     from pipeline.prompt.template import ChatTemplate
     from pipeline.prompt.tokenizer import saved_tokenizer
 
-    served, gguf = _plan(task.layout.create_request(variant))
+    served, gguf = planned(task.layout.create_request(variant).parent)
     started = time.monotonic()
     model = task.layout.merged_model
     tokenizer = saved_tokenizer(model)
     template = ChatTemplate.from_tokenizer(tokenizer, str(model))
-    _create(client, proof_name, served, gguf, store)
-    in_force = served.template or str(inspect(gguf).metadata["tokenizer.chat_template"])
-    shown = read_back(client, proof_name, served, in_force)
-    _read_back_texts(client, proof_name, served)
-    proof = prove_prompts(
+    _create(client, proof, served, gguf, store)
+    shown = read_back(client, proof, served, template_in_force(served, gguf))
+    prompts = prove_prompts(
         client,
-        proof_name,
+        proof,
         template,
         tokenizer,
         gguf,
@@ -189,26 +163,26 @@ def _prove(
         joins=bool(served.template),
         system=served.system,
     )
-    console.say(f"  {name}: prompts {proof.report.summary}; {proof.token_equal} with equal token ids")
-    for reason in dict.fromkeys(proof.other_ids.values()):
-        cases = [case for case, why in proof.other_ids.items() if why == reason]
+    console.say(f"  {name}: prompts {prompts.report.summary}; {prompts.token_equal} with equal token ids")
+    for reason in dict.fromkeys(prompts.other_ids.values()):
+        cases = [case for case, why in prompts.other_ids.items() if why == reason]
         task.warn(f"other token ids are served for texts of some kinds: {reason} ({', '.join(cases)})")
-    answers, first_answer = _ask(task, client, proof_name)
+    answers, first_answer = ask(task, client, proof, shown["capabilities"])
     way = "go" if served.template else "native"
-    selected = _selected(log, proof_name, way)
-    client.unload(proof_name)  # the next one needs the memory
+    selected = template_selected(log, proof, way)
+    client.unload(proof)  # the next one needs the memory
     return {
         "name": name,
         "variant": variant,
-        "digest": client.digest(proof_name),
+        "digest": client.digest(proof),
         "way": way,
         "selected": selected,
         "shown": shown,
         "prompts": {
-            "summary": proof.report.summary,
-            "token_ids_equal": proof.token_equal,
-            "other_token_ids": dict(proof.other_ids),
-            "outcomes": {outcome.name: outcome.status for outcome in proof.report.outcomes},
+            "summary": prompts.report.summary,
+            "token_ids_equal": prompts.token_equal,
+            "other_token_ids": dict(prompts.other_ids),
+            "outcomes": {outcome.name: outcome.status for outcome in prompts.report.outcomes},
         },
         "answers": answers,
         "first_answer_seconds": first_answer,
@@ -225,16 +199,6 @@ def _create(client: Client, name: str, served: ServedModel, gguf: Path, store: P
         update(100)
 
 
-def _read_back_texts(client: Client, name: str, served: ServedModel) -> None:
-    """The licence and the messages, which have no part in how it answers the proof's questions."""
-    shown = client.show(name)
-    told = (shown.get("license") or "", shown.get("messages") or [])
-    meant = ("\n".join(served.licenses), list(served.messages))
-    for what, is_now, was_told in zip(("licence", "messages"), told, meant, strict=True):
-        if is_now != was_told:
-            raise PipelineError(f"Ollama did not make of {name} what it was told: {what} {is_now!r}, not {was_told!r}")
-
-
 def _publish(client: Client, proof_name: str, name: str, digest: str) -> None:
     client.copy(proof_name, name)
     if (found := client.digest(name)) != digest:
@@ -244,98 +208,69 @@ def _publish(client: Client, proof_name: str, name: str, digest: str) -> None:
         )
 
 
-def _ask(task: Task, client: Client, name: str) -> tuple[list[dict[str, Any]], float | None]:
-    """Ask questions of the test rows.
+def ask(
+    task: Task, client: Client, name: str, capabilities: Sequence[str]
+) -> tuple[list[dict[str, Any]], float | None]:
+    """Ask a model the first questions of the run.
+
+    Args:
+        task: the stage's task.
+        client: the server.
+        name: the model.
+        capabilities: what Ollama finds that it can do.
 
     Returns:
         The answers beside the expected ones, and the seconds from the first request to its answer.
+
+    Raises:
+        PipelineError: too few answers end by themselves.
     """
     from pipeline.data.metric import score
+    from pipeline.ollama.deployment import askable
     from pipeline.prompt.conformance import for_ollama
 
-    rows = _rows(task.layout)
-    metric, limit = task.config.eval.metric, task.config.eval.max_new_tokens
-    if not rows:
-        task.warn("nothing was asked: no row of the data ends with a question and its answer")
+    settings = task.config.eval
+    questions = asked(task.layout.data, min(QUESTIONS, settings.limit or QUESTIONS))
+    can_be_asked = askable(questions, capabilities)
+    if not can_be_asked:
+        task.warn(
+            "nothing was asked: the rows have tools, and Ollama lets a model with this template be given none"
+            if questions
+            else "nothing was asked: the run has no questions"
+        )
     answers = []
     first: float | None = None
-    for row in rows[:QUESTIONS]:
-        *question, expected = row["messages"]
+    options = {"temperature": 0, "num_predict": settings.max_new_tokens}
+    for question in can_be_asked:
         started = time.monotonic()
-        options = {"temperature": 0, "num_predict": limit}
-        answer = client.chat(name, for_ollama(question), tools=row.get("tools", ()), options=options)
+        answer = client.chat(name, for_ollama(question.messages), tools=question.tools or (), options=options)
         first = first if first is not None else round(time.monotonic() - started, 3)
-        right = score(metric, answer["content"], expected["content"]) if metric != "none" else None
+        judged = settings.metric != "none" and not question.tools  # calls of tools are not in the answer's text
         answers.append(
             {
-                "question": question[-1]["content"],
-                "expected": expected["content"],
+                "question": question.messages[-1]["content"],
+                "expected": question.expected,
                 "answer": answer["content"],
-                "right": right,
+                "right": score(settings.metric, answer["content"], question.expected) if judged else None,
                 "stopped": answer.get("done_reason") == "stop",
                 "prompt_tokens": answer.get("prompt_eval_count"),
                 "tokens": answer.get("eval_count"),
             }
         )
-        console.say(f"  asked: {_short(question[-1]['content'])}\n  said:  {_short(answer['content'])}")
+        console.say(f"  asked: {_short(question.messages[-1]['content'])}\n  said:  {_short(answer['content'])}")
     stopped, least = sum(answer["stopped"] for answer in answers), task.config.verify.stopping
     if stopped < least * len(answers):
         raise PipelineError(
-            f"the model does not stop by itself: {stopped} of {len(answers)} answers ended within {limit} tokens, and "
-            f"{least:.0%} must (verify.stopping); see whether its end-of-turn token was trained, or raise "
-            "eval.max_new_tokens if it has that much to say"
+            f"the model does not stop by itself: {stopped} of {len(answers)} answers ended within "
+            f"{settings.max_new_tokens} tokens, and {least:.0%} must (verify.stopping); see whether its end-of-turn "
+            "token was trained, or raise eval.max_new_tokens if it has that much to say"
         )
     return answers, first
-
-
-def _rows(layout: Layout) -> list[dict[str, Any]]:
-    """Rows with a question and an answer: of the test data, else of what else there is."""
-    for name in ("test", "validation", "train"):
-        path = layout.rows(name)
-        if path.is_file():
-            rows = list(itertools.islice(read_rows(path), 4 * QUESTIONS))
-            rows = [row for row in rows if [m["role"] for m in row["messages"][-2:]] == ["user", "assistant"]]
-            if rows:
-                return rows
-    return []
 
 
 def _short(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= 120 else f"{line[:117]}..."
-
-
-def _selected(log: Path | None, name: str, way: str) -> str | None:
-    """The template source that our own server says it selected.
-
-    A user's server has a log of its own, and a newer Ollama may have other words: there the prompts that it rendered
-    are the proof.
-
-    Raises:
-        PipelineError: it is not the way that was chosen.
-    """
-    text = log.read_text(encoding="utf-8", errors="replace") if log is not None else ""
-    found = re.findall(rf'msg="template selection" model=\S*{re.escape(name)} selected=(\S+)', text)
-    if not found:
-        return None
-    meant = {"go": "go_template", "native": "gguf_chat_template"}[way]
-    if set(found) != {meant}:
-        raise PipelineError(
-            f"Ollama rendered prompts of {name} by {', '.join(sorted(set(found) - {meant}))} instead of {meant}, which "
-            "was chosen and proven; see its log, and choose the other way with ollama.template"
-        )
-    return str(found[-1])
-
-
-def _remove(client: Client, proof: str) -> None:
-    """Remove the proof's models. That it fails is only told: it must not hide why the deployment ended."""
-    try:
-        for name in client.names():
-            if name.startswith(f"{proof}:"):
-                client.unload(name)
-                client.delete(name)
-    except PipelineError as error:
-        console.warn(f"{proof} could not be removed from Ollama: {error}")
 
 
 def _write(task: Task, record: dict[str, Any]) -> None:
@@ -351,7 +286,7 @@ STAGE = Stage(
     reads={"data": ("test.jsonl", "validation.jsonl", "train.jsonl")},
     settings=(
         *("ollama.name", "ollama.host", "export.quant"),
-        *("eval.metric", "eval.max_new_tokens", "verify.stopping"),
+        *("eval.metric", "eval.limit", "eval.max_new_tokens", "verify.stopping"),
     ),
     indifferent_to=("ollama.replace",),  # a permission
     libraries=("transformers", "tokenizers", "jinja2"),

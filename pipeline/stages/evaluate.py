@@ -17,6 +17,7 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.console import progress
 from pipeline.data.metric import score
+from pipeline.data.questions import Question, asked
 from pipeline.data.sources import read_rows
 from pipeline.model.facts import base_files
 from pipeline.run.stage import Stage, Task
@@ -65,55 +66,48 @@ def main(task: Task) -> dict[str, Any]:
     """Ask one rung, or join the rungs to evaluation.json."""
     if task.variant == TABLE:
         return _table(task)
-    rows = read_questions(task.layout.rows("test"), task.config.eval.limit)
+    questions = _questions(task)
     started = time.monotonic()
-    with _rung(task, rows) as answer_all:
+    with rung(task, questions) as answer_all:
         if answer_all is None:
             return {"asked": 0, "why": "not deployed"}
-        with progress(f"asking {task.variant}", len(rows), "questions") as update:
+        with progress(f"asking {task.variant}", len(questions), "questions") as update:
             answers = answer_all(update)
     seconds = time.monotonic() - started
     results = [
-        {"expected": expected, "answer": answer, "correct": _correct(task.config, answer, expected)}
-        for (_, expected), answer in zip(rows, answers, strict=True)
+        {
+            "expected": question.expected,
+            "answer": answer,
+            "correct": _correct(task.config, answer, question.expected),
+        }
+        for question, answer in zip(questions, answers, strict=True)
     ]
     with task.new(task.layout.answers(task.variant)).open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
-    figures: dict[str, Any] = {"asked": len(rows), "seconds_per_answer": seconds / len(rows)}
+    figures: dict[str, Any] = {"asked": len(questions), "seconds_per_answer": seconds / len(questions)}
     if task.config.eval.metric != "none":
         correct = sum(bool(result["correct"]) for result in results)
-        low, high = wilson_interval(correct, len(rows))
-        figures |= {"exact_match": correct / len(rows), "correct": correct, "interval_95": [low, high]}
+        low, high = wilson_interval(correct, len(questions))
+        figures |= {"exact_match": correct / len(questions), "correct": correct, "interval_95": [low, high]}
     return figures
 
 
-def read_questions(path: Path, limit: int | None) -> list[tuple[list[dict[str, Any]], str]]:
-    """The test rows as (messages up to the last answer, that answer).
-
-    Rows with tools are left out: servers take calls of tools apart, so that answers differ from rung to rung.
-    """
-    rows = []
-    for row in read_rows(path):
-        if row.get("tools"):
-            continue
-        messages = row["messages"]
-        last = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
-        rows.append((messages[:last], messages[last]["content"]))
-    return rows[:limit]
+def _questions(task: Task) -> list[Question]:
+    return asked(task.layout.data, task.config.eval.limit, ("test",))
 
 
 Answerer = Callable[[Callable[[float], None]], list[str]]
-Question = list[dict[str, Any]]
+Messages = list[dict[str, Any]]
 
 
 @contextmanager
-def _rung(task: Task, rows: list[tuple[Question, str]]) -> Iterator[Answerer | None]:
-    """What answers the rows' questions at this rung; None where the model is not there to be asked."""
-    questions, limit = [question for question, _ in rows], task.config.eval.max_new_tokens
+def rung(task: Task, questions: Sequence[Question]) -> Iterator[Answerer | None]:
+    """What answers the questions at this rung; None where the model is not there to be asked."""
+    conversations, limit = [question.messages for question in questions], task.config.eval.max_new_tokens
     if task.variant in (BASE, ADAPTER, ADAPTER_16BIT, MERGED):
-        yield _transformers(task, rows)
+        yield _transformers(task, questions)
     elif task.variant == OLLAMA:
-        from pipeline.ollama.serving import deployed
+        from pipeline.ollama.deployment import deployed
         from pipeline.prompt.conformance import for_ollama
 
         with deployed(task.run) as served:
@@ -123,24 +117,24 @@ def _rung(task: Task, rows: list[tuple[Question, str]]) -> Iterator[Answerer | N
             client, name = served
             options = {"temperature": 0, "num_predict": limit}
 
-            def ask(messages: Question) -> str:
+            def ask(messages: Messages) -> str:
                 return str(client.chat(name, for_ollama(messages), options=options)["content"])
 
-            yield partial(_one_by_one, ask, questions)
+            yield partial(_one_by_one, ask, conversations)
     else:
         from pipeline.ollama.serving import llama_server
 
         layout = task.layout
         model = layout.gguf_16bit() if task.variant == GGUF_16BIT else layout.quantized(task.variant)
-        context = context_for(layout.merged_model, questions, limit)
+        context = context_for(layout.merged_model, conversations, limit)
         with llama_server(model, context) as server:
             task.command(server.command)
             # As Ollama asks: what a question shares with the last one is not computed again. Computed again it would
             # be rounded otherwise, and near ties would fall to another side than in Ollama.
-            yield partial(_one_by_one, lambda messages: server.chat(messages, limit, cache_prompt=True), questions)
+            yield partial(_one_by_one, lambda messages: server.chat(messages, limit, cache_prompt=True), conversations)
 
 
-def context_for(model: Path, questions: Sequence[Question], max_new_tokens: int) -> int:
+def context_for(model: Path, questions: Sequence[Messages], max_new_tokens: int) -> int:
     """The tokens that hold the longest question and its answer, or as many as the model was made for.
 
     Args:
@@ -158,7 +152,7 @@ def context_for(model: Path, questions: Sequence[Question], max_new_tokens: int)
 
 
 def _one_by_one(
-    ask: Callable[[Question], str], questions: list[Question], update: Callable[[float], None]
+    ask: Callable[[Messages], str], questions: list[Messages], update: Callable[[float], None]
 ) -> list[str]:
     answers = []
     for question in questions:
@@ -167,11 +161,11 @@ def _one_by_one(
     return answers
 
 
-def _transformers(task: Task, rows: list[tuple[Question, str]]) -> Answerer:
+def _transformers(task: Task, asked: Sequence[Question]) -> Answerer:
     from pipeline.model.generate import answer_in_batches, answers, load_adapter, load_base, load_merged
 
     settings, limit = task.config.model, task.config.eval.max_new_tokens
-    questions, expected = [question for question, _ in rows], [answer for _, answer in rows]
+    questions, expected = [question.messages for question in asked], [question.expected for question in asked]
     if task.variant == BASE:  # it knows none of the expected answers
         return partial(answer_in_batches, *load_base(settings), questions, limit)
     if task.variant == MERGED:
@@ -187,24 +181,23 @@ def _correct(config: Config, answer: str, expected: str) -> bool | None:
 
 
 def _table(task: Task) -> dict[str, Any]:
-    questions = read_questions(task.layout.rows("test"), task.config.eval.limit)
-    asked: dict[str, list[dict[str, Any]]] = {}
+    answered: dict[str, list[dict[str, Any]]] = {}
     config = task.config
     for rung in rungs(config.export.quant, trained_on_4bit=config.train.load_in_4bit):
         if (path := task.layout.answers(rung)).is_file():
-            asked[rung] = list(read_rows(path))
+            answered[rung] = list(read_rows(path))
     rows = [
         {
-            "messages": messages,
-            "expected": expected,
-            "answers": {rung: results[place]["answer"] for rung, results in asked.items()},
-            "correct": {rung: results[place]["correct"] for rung, results in asked.items()},
+            "messages": question.messages,
+            "expected": question.expected,
+            "answers": {rung: results[place]["answer"] for rung, results in answered.items()},
+            "correct": {rung: results[place]["correct"] for rung, results in answered.items()},
         }
-        for place, (messages, expected) in enumerate(questions)
+        for place, question in enumerate(_questions(task))
     ]
     scores: dict[str, Any] = {}
     if task.config.eval.metric != "none":
-        for rung, results in asked.items():
+        for rung, results in answered.items():
             correct = sum(bool(result["correct"]) for result in results)
             scores[rung] = {
                 "exact_match": correct / len(results),

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import PipelineError
 from pipeline.llamacpp.gguf_file import inspect
 from pipeline.llamacpp.gguf_template import write_with_template
-from pipeline.llamacpp.programs import require_space
 from pipeline.ollama.modelfile import ServedModel, write
 from pipeline.ollama.parameters import parameters
 from pipeline.ollama.rendering import choose, explain, refusal
+from pipeline.processes import require_space
 from pipeline.prompt.template import ChatTemplate
 from pipeline.resources import resource
 from pipeline.run.stage import Stage, Task
@@ -48,7 +48,7 @@ def main(task: Task) -> dict[str, Any]:
         raise refusal(choice)
     for warning in choice.warnings:
         task.warn(warning)
-    longest = json.loads(task.layout.data_summary.read_text(encoding="utf-8"))["train_longest"]
+    needed = json.loads(task.layout.data_summary.read_text(encoding="utf-8"))["context_needed"]
     final = task.layout.modelfile(task.variant).parent
     if choice.jinja is not None:
         require_space(task.output, gguf.stat().st_size, "the GGUF file with its chat template guarded")
@@ -60,15 +60,10 @@ def main(task: Task) -> dict[str, Any]:
         gguf=path,
         template=choice.go_template or "",
         system=config.served_system,
-        parameters=parameters(model, template, config.ollama.parameters, longest),
+        parameters=parameters(model, template, config.ollama.parameters, needed),
         licenses=(config.ollama.license,) if config.ollama.license else (),
         requires=choice.requires or "",
     )
-    if served.parameters["num_ctx"] < longest:
-        task.warn(
-            f"num_ctx is {served.parameters['num_ctx']:,}, and the longest row it was trained on has {longest:,} "
-            "tokens: of such a conversation Ollama leaves out the earlier messages without a word"
-        )
     not_written = write(served, task.output)
     if not_written:
         task.warn(f"{not_written}. `pipeline deploy` sends it through the JSON API, which carries everything")

@@ -35,8 +35,8 @@ def _answers(artefacts: Artefacts) -> Iterator[Result]:
         yield learned.not_run("eval.metric is none")
         return
     every = rungs(list(artefacts.quantized), trained_on_4bit=artefacts.trained_on_4bit)
-    correct = {rung: marks for rung in every if (marks := _marks(Layout(artefacts.run).answers(rung)))}
-    artefacts.shared["answers"] = {rung: _score(marks) for rung, marks in correct.items()}
+    correct = {rung: right for rung in every if (right := marks(Layout(artefacts.run).answers(rung)))}
+    artefacts.shared["answers"] = {rung: _score(right) for rung, right in correct.items()}
     if len(correct) < 2:
         yield learned.not_run("`evaluate` has not asked two rungs")
         return
@@ -58,7 +58,8 @@ def _answers(artefacts: Artefacts) -> Iterator[Result]:
             yield claim.not_run(f"{after if before in correct else before} was not asked")
 
 
-def _marks(path: Path) -> list[bool]:
+def marks(path: Path) -> list[bool]:
+    """Which answers of a rung are right, in the order of the questions; none if it was not asked."""
     if not path.is_file():
         return []
     return [bool(row["correct"]) for row in read_rows(path)]

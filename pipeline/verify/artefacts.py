@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Verify
-from pipeline.data.sources import read_rows
+from pipeline.data.questions import Question, asked
 from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.gguf_file import GGUFInfo, inspect
 from pipeline.model.held_out import RowLoss, first_tokens, mean_loss, read_held_out
@@ -162,7 +162,7 @@ class Artefacts:
     def suite_ids(self) -> list[list[int]]:
         """Token ids of the conformance suite's prompts, without those that the template refuses."""
         from pipeline.prompt.cases import conversations
-        from pipeline.prompt.template import TemplateRefused
+        from pipeline.prompt.template import TemplateRefused, token_ids
 
         rows = []
         for case in conversations(self.template.special_tokens):
@@ -170,7 +170,7 @@ class Artefacts:
                 text = self.template.render(case.messages, case.tools, case.think)
             except TemplateRefused:
                 continue
-            rows.append(list(self.tokenizer(text, add_special_tokens=False)["input_ids"]))
+            rows.append(token_ids(self.tokenizer, text))
         return rows
 
     def compared_rows(self) -> list[tuple[list[int], list[int]]]:
@@ -189,15 +189,16 @@ class Artefacts:
         return all(len(losses) >= len(self.compared_rows()) for losses in self.merge_row_losses.values())
 
     @cached_property
-    def questions(self) -> list[list[dict[str, Any]]]:
-        """Conversations that end where the assistant speaks: of the test data, else of what else there is."""
-        if self.run is not None:
-            for name in ("test", "validation", "train"):
-                path = Layout(self.run).rows(name)
-                if path.is_file() and (rows := [row["messages"] for row in read_rows(path)]):
-                    return [row[:-1] for row in rows if row[-1]["role"] == "assistant" and len(row) > 1]
-        asked = ("Hi", "What is the capital of France?", "Name three colours.", "2 + 2?", "Say yes or no.")
-        return [[{"role": "user", "content": text}] for text in asked]
+    def questions(self) -> list[Question]:
+        """What the model is asked: the run's first questions; a few plain ones where there is no run."""
+        limit = self.settings.stopping_prompts
+        if self.run is not None and self.config is not None:
+            limit = min(limit, self.config.eval.limit or limit)
+        if self.run is not None and (questions := asked(Layout(self.run).data, limit)):
+            return questions
+        plain = ("Hi", "What is the capital of France?", "Name three colours.", "2 + 2?", "Say yes or no.")
+        texts = [Question([{"role": "user", "content": text}], place=repr(text)) for text in plain]
+        return texts[:limit]
 
 
 def _if_there(layout: Layout) -> Path | None:

@@ -39,7 +39,7 @@ CLAIMS = (_KNOWN, _SHARE, _MASKED, _SPANS, _ENDS, _CUT, _PREFIX, _BOS)
 
 
 @dataclass
-class _Fault:
+class Fault:
     """How many rows have it, and the first of them in words."""
 
     count: int = 0
@@ -52,14 +52,14 @@ class _Fault:
 
 
 @dataclass
-class _Faults:
-    unknown: _Fault = field(default_factory=_Fault)
-    masked: _Fault = field(default_factory=_Fault)
-    spans: _Fault = field(default_factory=_Fault)
-    ends: _Fault = field(default_factory=_Fault)
-    cut: _Fault = field(default_factory=_Fault)
-    prefix: _Fault = field(default_factory=_Fault)
-    bos: _Fault = field(default_factory=_Fault)
+class Faults:
+    unknown: Fault = field(default_factory=Fault)
+    masked: Fault = field(default_factory=Fault)
+    spans: Fault = field(default_factory=Fault)
+    ends: Fault = field(default_factory=Fault)
+    cut: Fault = field(default_factory=Fault)
+    prefix: Fault = field(default_factory=Fault)
+    bos: Fault = field(default_factory=Fault)
 
 
 def check(artefacts: Artefacts) -> Iterator[Result]:
@@ -72,10 +72,10 @@ def check(artefacts: Artefacts) -> Iterator[Result]:
         yield from (claim.not_run(f"{path} is missing") for claim in CLAIMS)
         return
     tokenizer = saved_tokenizer(artefacts.adapter)
-    known = _known(tokenizer, Layout(artefacts.run).rows("train"))
+    known = known_rows(tokenizer, Layout(artefacts.run).rows("train"))
     truncates = artefacts.config is not None and artefacts.config.data.on_overlong == "truncate"
     longest = artefacts.config.train.max_length if artefacts.config is not None and truncates else None
-    faults = _Faults()
+    faults = Faults()
     tokens = trained = rows = 0
     with progress("labels", path.read_bytes().count(b"\n"), "batches") as update:
         for number, batch in enumerate(read_rows(path), 1):
@@ -85,7 +85,7 @@ def check(artefacts: Artefacts) -> Iterator[Result]:
                 trained += sum(label != IGNORED for label in labels)
                 rows += 1
                 where = f"step {batch['step']}, row {place}"
-                _judge(tokenizer, ids, labels, known, f"{where}: ", faults, longest)
+                judge_row(tokenizer, ids, labels, known, f"{where}: ", faults, longest)
             update(number)
 
     yield _KNOWN.at_most(faults.unknown.count, 0, faults.unknown.words)
@@ -101,10 +101,10 @@ def check(artefacts: Artefacts) -> Iterator[Result]:
     yield _BOS.at_most(faults.bos.count, 0, faults.bos.words)
 
 
-_Known = dict[tuple[int, ...], tuple[list[dict[str, Any]], Any, int]]
+KnownRows = dict[tuple[int, ...], tuple[list[dict[str, Any]], Any, int]]
 
 
-def _known(tokenizer: Any, path: Path) -> _Known:
+def known_rows(tokenizer: Any, path: Path) -> KnownRows:
     """The ids of every training text, with its conversation's messages and tools and how many answers it trains."""
     owners, texts = [], []
     for row in read_rows(path):
@@ -122,13 +122,13 @@ def _unpadded(tokenizer: Any, ids: list[int], labels: list[int]) -> tuple[list[i
     return ids[:end], labels[:end]
 
 
-def _judge(
+def judge_row(
     tokenizer: Any,
     ids: list[int],
     labels: list[int],
-    known: _Known,
+    known: KnownRows,
     where: str,
-    faults: _Faults,
+    faults: Faults,
     longest: int | None,
 ) -> None:
     """Add what is wrong with one row; `longest` tokens are kept of one where that was asked for."""

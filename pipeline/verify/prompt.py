@@ -7,7 +7,8 @@ tried in a real Ollama, and so is the model that was deployed, as it is now.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,16 @@ from pipeline.errors import PipelineError
 from pipeline.llamacpp.gguf_file import inspect
 from pipeline.llamacpp.server import LlamaServer
 from pipeline.llamacpp.tokenizer_differences import known_habit
+from pipeline.ollama.deployment import deployed, deployed_plan, differences, template_in_force
 from pipeline.ollama.parameters import stop_strings
-from pipeline.ollama.proof import shown_parameters
 from pipeline.ollama.rendering import Engine, ask_llama_server, explain
-from pipeline.ollama.serving import deployed
 from pipeline.prompt.cases import Conversation, conversations
 from pipeline.prompt.conformance import Report, for_ollama, judge
 from pipeline.prompt.guard import FOREIGN, guarded
-from pipeline.prompt.template import ChatTemplate, TemplateRefused
+from pipeline.prompt.template import ChatTemplate, TemplateRefused, token_ids
 from pipeline.run.layout import Layout
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import Claim, Result
-
-_Suite = tuple[Conversation, ...]
 
 
 def check(artefacts: Artefacts) -> Iterator[Result]:
@@ -48,10 +46,21 @@ def check_files(artefacts: Artefacts) -> Iterator[Result]:
         return
     suite = conversations(artefacts.template.special_tokens)
     for rung, path in artefacts.files:
-        yield from _file(artefacts.template, artefacts.tokenizer, rung, path, suite)
+        yield from check_file(artefacts.template, artefacts.tokenizer, rung, path, suite)
 
 
-def _file(template: ChatTemplate, tokenizer: Any, rung: str, path: Path, suite: _Suite) -> Iterator[Result]:
+def check_file(
+    template: ChatTemplate, tokenizer: Any, rung: str, path: Path, suite: Sequence[Conversation]
+) -> Iterator[Result]:
+    """Judge the chat template of one GGUF file.
+
+    Args:
+        template: the trained one.
+        tokenizer: the trained one, of transformers.
+        rung: whose output the file is.
+        path: the file.
+        suite: the conversations that are compared.
+    """
     carried = Claim("prompt.template", rung, "the GGUF file carries the trained chat template, byte for byte")
     rendered = Claim("prompt.llamacpp", rung, "llama.cpp renders the trained prompt")
     tokens = Claim("prompt.tokens", rung, "a served prompt has the trained ids, BOS included")
@@ -72,7 +81,7 @@ def _file(template: ChatTemplate, tokenizer: Any, rung: str, path: Path, suite: 
         yield rendered.holds(False, f"llama-server cannot use it: {error}")
 
 
-def _bare(template: ChatTemplate, path: Path, suite: _Suite) -> str:
+def _bare(template: ChatTemplate, path: Path, suite: Sequence[Conversation]) -> str:
     """What a llama-server makes of the file by itself, where it gives a template what transformers does not give it."""
     if not any(name in template.source for name in (*FOREIGN, "enable_thinking")):
         return ""
@@ -86,7 +95,7 @@ def _bare(template: ChatTemplate, path: Path, suite: _Suite) -> str:
 def _template_difference(ours: Any, theirs: str) -> str:
     if not isinstance(ours, str):
         return "it carries none"
-    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    at = len(os.path.commonprefix([ours, theirs]))
     return f"from character {at} it is {ours[at : at + 40]!r} instead of {theirs[at : at + 40]!r}"
 
 
@@ -96,7 +105,9 @@ def _judged(claim: Claim, report: Report, summary: str = "") -> Result:
     return claim.holds(report.exact, words, summary or report.summary, "no difference")
 
 
-def _same_tokens(claim: Claim, template: ChatTemplate, tokenizer: Any, server: LlamaServer, suite: _Suite) -> Result:
+def _same_tokens(
+    claim: Claim, template: ChatTemplate, tokenizer: Any, server: LlamaServer, suite: Sequence[Conversation]
+) -> Result:
     differing, compared, words = 0, 0, ""
     for case in suite:
         try:
@@ -104,7 +115,7 @@ def _same_tokens(claim: Claim, template: ChatTemplate, tokenizer: Any, server: L
         except TemplateRefused:
             continue
         compared += 1
-        expected = list(tokenizer(trained, add_special_tokens=False)["input_ids"])
+        expected = token_ids(tokenizer, trained)
         prompt = template.served(trained)
         served = server.tokenize(prompt, add_special=True)
         if served != expected and not known_habit(server, tokenizer, trained, prompt, expected, served):
@@ -114,7 +125,7 @@ def _same_tokens(claim: Claim, template: ChatTemplate, tokenizer: Any, server: L
     return claim.at_most(differing, 0, words + more)
 
 
-def _modelfiles(artefacts: Artefacts, suite: _Suite) -> Iterator[Result]:
+def _modelfiles(artefacts: Artefacts, suite: Sequence[Conversation]) -> Iterator[Result]:
     rendered = Claim("prompt.modelfile", "modelfile", "what the Modelfile says renders the trained prompt in Ollama")
     if artefacts.run is None:
         yield rendered.not_run("this export has no Modelfile of this program")
@@ -142,7 +153,7 @@ def _modelfiles(artefacts: Artefacts, suite: _Suite) -> Iterator[Result]:
 
 
 def _rendered(
-    claim: Claim, engine: Engine, template: ChatTemplate, go_template: str, folder: Path, suite: _Suite
+    claim: Claim, engine: Engine, template: ChatTemplate, go_template: str, folder: Path, suite: Sequence[Conversation]
 ) -> Result:
     try:
         if not go_template:
@@ -175,7 +186,7 @@ def _system(artefacts: Artefacts, rung: str, body: dict[str, Any]) -> Result:
     return claim.holds(served == meant, f"it is {served!r} instead of {meant!r}")
 
 
-def _deployed(artefacts: Artefacts, suite: _Suite) -> Iterator[Result]:
+def _deployed(artefacts: Artefacts, suite: Sequence[Conversation]) -> Iterator[Result]:
     claim = Claim("prompt.ollama", "deploy", "the deployed model is sent the trained prompt")
     told = Claim("prompt.deployed", "deploy", "Ollama says of the deployed model what it was told")
     if artefacts.run is None or not Layout(artefacts.run).deployment.is_file():
@@ -187,39 +198,16 @@ def _deployed(artefacts: Artefacts, suite: _Suite) -> Iterator[Result]:
                 yield claim.not_run("there was no Ollama to deploy to")
                 return
             client, name = served
-            body = _told(artefacts)
-            shown = client.show(name)
-            yield _as_told(told, shown, body)
+            meant, gguf = deployed_plan(artefacts.run)
+            wrong = differences(client.show(name), meant, template_in_force(meant, gguf))
+            yield told.holds(not wrong, "; ".join(wrong), len(wrong), "at most 0")
             report = judge(
                 artefacts.template,
                 suite,
                 lambda case: client.render(name, for_ollama(case.messages), case.tools, case.think),
-                joins=bool(body.get("template")),
-                default_system=body.get("system") or "",
+                joins=bool(meant.template),
+                default_system=meant.system,
             )
             yield _judged(claim, report)
     except PipelineError as error:
         yield claim.holds(False, str(error))
-
-
-def _told(artefacts: Artefacts) -> dict[str, Any]:
-    """What the deployed file's create.json says."""
-    assert artefacts.run is not None
-    layout = Layout(artefacts.run)
-    record = json.loads(layout.deployment.read_text(encoding="utf-8"))
-    path = layout.create_request(record["models"][0]["variant"])
-    body: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["request"]
-    return body
-
-
-def _as_told(claim: Claim, shown: dict[str, Any], body: dict[str, Any]) -> Result:
-    wrong = []
-    if body.get("template") and shown.get("template") != body["template"]:
-        wrong.append(f"the template in force is {str(shown.get('template'))[:100]!r}")
-    if (shown.get("system") or "") != (body.get("system") or ""):
-        wrong.append(f"the system text is {shown.get('system')!r} instead of {body.get('system')!r}")
-    parameters = shown_parameters(str(shown.get("parameters") or ""))
-    for key, value in (body.get("parameters") or {}).items():
-        if parameters.get(key) != (value if isinstance(value, list) else [value]):
-            wrong.append(f"parameter {key} is {parameters.get(key)!r} instead of {value!r}")
-    return claim.holds(not wrong, "; ".join(wrong), len(wrong), "at most 0")

@@ -21,6 +21,7 @@ from pipeline.llamacpp.server import LlamaServer
 from pipeline.llamacpp.tokenizer_differences import known_habit
 from pipeline.prompt.hostile_strings import hostile_strings
 from pipeline.prompt.labels import IGNORED, decode
+from pipeline.prompt.template import end_of_turn, render, token_ids
 from pipeline.prompt.tokenizer import saved_tokenizer
 from pipeline.run.layout import Layout
 from pipeline.verify.artefacts import Artefacts
@@ -85,7 +86,7 @@ def _file(artefacts: Artefacts, rung: str, path: Path) -> Iterator[Result]:
         return
     yield from _metadata(artefacts, rung, metadata)
     try:
-        with LlamaServer(path, context=256) as server:
+        with LlamaServer(path, context=256, jinja=False) as server:
             yield from _same_ids(artefacts, ids, server)
             yield _adds(artefacts, rung, server)
     except PipelineError as error:
@@ -161,17 +162,17 @@ def _training_rows(artefacts: Artefacts) -> list[str]:
 
 
 def _adds(artefacts: Artefacts, rung: str, server: LlamaServer) -> Result:
-    """Whether the server puts BOS and EOS around a text exactly as the tokenizer does."""
+    """Whether the server puts a BOS in front of a text where training did, and nothing else around it."""
     text = "Hello"
-    served, trained = server.tokenize(text, add_special=True), list(artefacts.tokenizer(text)["input_ids"])
-    claim = Claim("tokenizer.bos", rung, "the server adds BOS and EOS where the trained tokenizer does")
-    return claim.holds(served == trained, f"{text!r} is served as {served}, the tokenizer makes {trained}")
+    served, trained = server.tokenize(text, add_special=True), token_ids(artefacts.tokenizer, text)
+    claim = Claim("tokenizer.bos", rung, "the server adds BOS where training did, and nothing else")
+    return claim.holds(served == trained, f"{text!r} is served as {served}, trained as {trained}")
 
 
 def _ends(artefacts: Artefacts, rung: str, path: Path) -> Result:
     """Whether llama.cpp stops at the token that ends a trained answer."""
     claim = Claim("tokenizer.end_of_turn", rung, "llama.cpp stops at the token that ends a trained answer")
-    token = end_of_turn(artefacts)
+    token = trained_end_of_turn(artefacts)
     if token is None:
         return claim.not_run("the chat template writes no token after an answer that could be found")
     with LlamaModel(path, context=16) as model:
@@ -179,17 +180,15 @@ def _ends(artefacts: Artefacts, rung: str, path: Path) -> Result:
     return claim.holds(ends, f"it does not stop at token {token}, {decode(artefacts.tokenizer, [token])!r}", token)
 
 
-def end_of_turn(artefacts: Artefacts) -> int | None:
-    """The id of the token that ends an answer: the last trained one of a row, else the template's own."""
-    from pipeline.prompt.labels import tokenize_conversation
-
+def trained_end_of_turn(artefacts: Artefacts) -> int | None:
+    """The id of the token that ends an answer: the last trained one of a row, else the one that the template writes."""
     for ids, labels in artefacts.held_out[1][:1]:
         trained = [id for id, label in zip(ids, labels, strict=False) if label != IGNORED]
         if trained:
             return trained[-1]
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    tokenizer, turns = artefacts.tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
-        row = tokenize_conversation(artefacts.tokenizer, messages)
+        token = end_of_turn(tokenizer, render(tokenizer, turns))
     except PipelineError:
         return None
-    return next((label for label in reversed(row.labels) if label != IGNORED), None)
+    return None if token is None else int(tokenizer.convert_tokens_to_ids(token))

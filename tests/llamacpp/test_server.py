@@ -14,13 +14,13 @@ from support import small_models
 
 from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.server import LlamaServer
-from pipeline.ollama.commands import _lines, _llama_server, _stream
 from pipeline.ollama.scratch_model import write_scratch_model
+from pipeline.ollama.serving import llama_server
 from pipeline.prompt.cases import Conversation
 from pipeline.prompt.guard import guarded
 from pipeline.prompt.template import ChatTemplate
 from pipeline.prompt.tokenizer import saved_tokenizer
-from pipeline.verify.prompt import _file
+from pipeline.verify.prompt import check_file
 from pipeline.verify.result import PASS
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
@@ -73,10 +73,10 @@ def test_a_guarded_template_is_rendered_as_trained(tmp_path: Path) -> None:
 def test_chat_and_verify_ask_with_the_guarded_template(tmp_path: Path) -> None:
     template = ChatTemplate(DATED)
     path = write_scratch_model(tmp_path / "dated.gguf", template)
-    with _llama_server(path) as ask:
-        next(ask(MESSAGES))
+    with llama_server(path) as server:
+        next(server.stream(MESSAGES))
     suite = (Conversation("asked", tuple(MESSAGES)),)
-    results = list(islice(_file(template, saved_tokenizer(small_models.base_folder()), "q8_0", path, suite), 2))
+    results = list(islice(check_file(template, saved_tokenizer(small_models.base_folder()), "q8_0", path, suite), 2))
     assert [(result.id, result.verdict) for result in results] == [("prompt.template", PASS), ("prompt.llamacpp", PASS)]
     assert str(results[1].figure).startswith("guarded as it is served: 1 exact; bare: refused: ")
 
@@ -107,13 +107,13 @@ def test_a_refused_request_is_a_readable_error(server: LlamaServer) -> None:
 
 def test_a_refused_question_of_a_chat_is_a_readable_error(server: LlamaServer) -> None:
     with pytest.raises(PipelineError, match="exceeds the available context size"):
-        list(_stream(server, [{"role": "user", "content": "word " * 3000}]))
-    assert "France" in "".join(islice(_stream(server, MESSAGES), 12))  # and it goes on
+        list(server.stream([{"role": "user", "content": "word " * 3000}]))
+    assert "France" in "".join(islice(server.stream(MESSAGES), 12))  # and it goes on
 
 
 def test_an_answer_that_breaks_off_is_a_readable_error() -> None:
     with LlamaServer(small_models.quantized()[0], context=2048) as server:
-        pieces = _stream(server, [{"role": "user", "content": "Count from 1 to 1000, one number a line."}])
+        pieces = server.stream([{"role": "user", "content": "Count from 1 to 1000, one number a line."}])
         next(pieces)
         server.process.kill()
         with pytest.raises(PipelineError, match="llama-server stopped answering: ."):
@@ -160,10 +160,3 @@ def test_a_file_that_cannot_be_loaded(tmp_path: Path) -> None:
         pass
     with pytest.raises(UserError, match="no such file"), LlamaServer(tmp_path / "nothing.gguf"):
         pass
-
-
-def test_only_a_line_feed_ends_a_line_of_a_stream() -> None:
-    sent = 'data: {"a": "\u2028\u0085 é"}\n\ndata: [DONE]\n'.encode()
-    whole = [b'data: {"a": "\xe2\x80\xa8\xc2\x85 \xc3\xa9"}', b"", b"data: [DONE]"]
-    for cut in range(len(sent)):
-        assert list(_lines(iter((sent[:cut], sent[cut:])))) == whole

@@ -16,15 +16,9 @@ import pytest
 from support import servers
 
 from pipeline.errors import UserError
+from pipeline.ollama.deployment import read_back, shown_parameters
 from pipeline.ollama.modelfile import CannotCarry, ServedModel, read_modelfile, write
-from pipeline.ollama.parameters import (
-    check_parameters,
-    context_length,
-    end_of_turn,
-    parameters,
-    stop_strings,
-)
-from pipeline.ollama.proof import read_back, shown_parameters
+from pipeline.ollama.parameters import check_parameters, parameters, served_context, stop_strings
 from pipeline.ollama.scratch_model import write_scratch_model
 from pipeline.ollama.server import find_ollama
 from pipeline.prompt.template import ChatTemplate
@@ -280,16 +274,17 @@ def test_parameters_come_from_the_model_and_the_configuration_wins(tmp_path: Pat
     values = parameters(tmp_path, template, {"temperature": 0, "stop": "#"}, 2048)
     assert values == {"num_ctx": 8192, "temperature": 0.0, "top_p": 0.95, "repeat_penalty": 1.1, "stop": ["#"]}
     assert parameters(tmp_path, template, {}, 2048)["stop"] == ["<|end|>", "</s>"]
-    assert context_length(tmp_path, 32768) == 32768  # never less than it was trained with
+    assert served_context(tmp_path, None, 32768) == 32768  # never less than it was trained with
+    assert served_context(tmp_path, 512, 32768) == 512
     (tmp_path / "generation_config.json").write_text('{"do_sample": false}')
     assert parameters(tmp_path, template, {}, 0)["temperature"] == 0.0
     (tmp_path / "config.json").write_text('{"max_position_embeddings": 2048}')
-    assert context_length(tmp_path, 0) == 2048
+    assert served_context(tmp_path, None, 0) == served_context(tmp_path, 4096, 0) == 2048
 
 
 def test_a_template_without_tokens_stops_at_the_next_turn() -> None:
     source = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}assistant:"
-    assert end_of_turn(ChatTemplate(source)) == "\n\nuser: "
+    assert ChatTemplate(source).between_turns() == "\n\nuser: "
     assert stop_strings(ChatTemplate(source)) == ["\n\nuser:"]
 
 

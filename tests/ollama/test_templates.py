@@ -244,6 +244,19 @@ def test_what_probing_cannot_see_is_seen_by_the_suite(what: str, source: str) ->
         assert choice.reports["go"].first_difference() is not None
 
 
+def test_a_template_that_llama_cpp_cannot_read_is_told_in_its_words() -> None:
+    """Its llama-server does not start: no prompt differs, none is made."""
+    unread = "{% set ignored = messages | selectattr('content', 'no_such_test') %}"  # Jinja2 never runs it
+    choice = choose(ChatTemplate(unread + CHATML, "<s>", "</s>"), "native", servers.engine())
+    assert choice.way == "refused"
+    assert "native" not in choice.reports
+    for told in (choice.reason, str(refusal(choice))):
+        assert "llama.cpp cannot use the template" in told
+        assert "Unable to generate parser for this template" in told
+        assert "selectattr: unknown test" in told
+        assert "differs" not in told
+
+
 def test_a_date_is_named_where_it_is_why_go_cannot() -> None:
     choice = choose(ChatTemplate("{{ strftime_now('%A') }}" + CHATML), "auto", servers.engine())
     assert choice.way == "native"

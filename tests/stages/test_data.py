@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,14 @@ import pytest
 
 from pipeline.config import Verify, load_config
 from pipeline.data.formats import Conversation
+from pipeline.data.questions import asked
 from pipeline.data.sources import read_rows
 from pipeline.errors import UserError
 from pipeline.model.held_out import read_held_out
 from pipeline.prompt.labels import IGNORED
 from pipeline.run.layout import Layout
 from pipeline.run.stage import Task
-from pipeline.stages import data, deploy, evaluate
-from pipeline.stages.evaluate import read_questions
+from pipeline.stages import data, evaluate
 from pipeline.verify import answers, labels
 from pipeline.verify.artefacts import Artefacts
 
@@ -58,7 +59,7 @@ def conversation(question: str, answer: str = "A number.") -> dict[str, Any]:
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8", newline="\n")
 
 
 class Project:
@@ -145,7 +146,7 @@ def test_what_only_python_takes_for_a_line_end_is_text_to_every_reader(project: 
     questions = [row["messages"][:1] for row in rows]
     given = project.folder / f"odd.{kind}"
     if kind == "jsonl":
-        data._write(given, rows)
+        write(given, rows)
     else:
         with given.open("w", encoding="utf-8", newline="") as file:
             contents = ([message["content"] for message in row["messages"]] for row in rows)
@@ -153,18 +154,18 @@ def test_what_only_python_takes_for_a_line_end_is_text_to_every_reader(project: 
     project.run(*(f"data.{name}={given.name}" for name in ("train", "validation", "test")), name="data")
     artefacts = Artefacts(Verify(), base, None, {}, project.folder, run=project.folder)
     assert project.rows("train") == rows
-    assert deploy._rows(Layout(project.folder)) == rows
-    assert read_questions(project.output / "test.jsonl", None) == [(question, odd) for question in questions]
-    assert artefacts.questions == questions
-    known = labels._known(artefacts.tokenizer, project.output / "train.jsonl")
+    found = asked(project.output, None)
+    assert [(question.messages, question.expected) for question in found] == [(turns, odd) for turns in questions]
+    assert artefacts.questions == found
+    known = labels.known_rows(artefacts.tokenizer, project.output / "train.jsonl")
     assert [messages for messages, _, _ in known.values()] == [row["messages"] for row in rows]
     assert len(read_held_out(Layout(project.folder))[1]) == 2
 
-    asked = project.folder / "evaluate" / "base" / "answers.jsonl"
-    asked.parent.mkdir(parents=True)
-    data._write(asked, [{"answer": odd, "expected": odd, "correct": True}] * 2)
-    assert answers._marks(asked) == [True, True]
-    task = Task(evaluate.STAGE, project.config, project.folder, asked.parent.with_name("table"), evaluate.TABLE)
+    answered = project.folder / "evaluate" / "base" / "answers.jsonl"
+    answered.parent.mkdir(parents=True)
+    write(answered, [{"answer": odd, "expected": odd, "correct": True}] * 2)
+    assert answers.marks(answered) == [True, True]
+    task = Task(evaluate.STAGE, project.config, project.folder, answered.parent.with_name("table"), evaluate.TABLE)
     task.output.mkdir()
     assert evaluate.main(task) == {"base": 1.0}
 
@@ -186,14 +187,43 @@ def test_a_question_that_cannot_be_asked_is_found_before_anything_is_trained(pro
     project.run("data.test=t.jsonl", f"model.base={own}", "train.max_length=200", "eval.limit=1")  # it is not asked
 
 
+def test_a_context_that_does_not_hold_what_is_asked_is_said_before_training(project: Project, base: Path) -> None:
+    """Ollama would cut a conversation that does not fit, without a word."""
+    write(project.folder / "t.jsonl", [conversation("Who are you?"), conversation("Who? " * 40)])
+    given = ("data.test=t.jsonl", "eval.max_new_tokens=30")
+    figures = project.run(*given, "train.max_length=300")
+    question = figures["test_longest_question"]
+    assert question > 80 > figures["train_longest"]
+    assert figures["context_needed"] == question + 30
+    assert project.work.warnings == []
+    num_ctx = "ollama.parameters.num_ctx"
+    with pytest.raises(UserError, match=rf"t\.jsonl:2: the question has {question} tokens, and {num_ctx} holds 60 "):
+        project.run(*given, f"{num_ctx}=60")
+    project.run(*given, f"{num_ctx}={question + 29}")
+    (warning,) = project.work.warnings
+    assert f"holds {question + 29} tokens with the answer: one of more than 29 is cut" in warning
+    assert "eval.max_new_tokens is 30" in warning
+    project.run(*given, f"{num_ctx}={question + 30}")
+    assert project.work.warnings == []
+
+    shutil.copytree(base, own := project.folder / "base")
+    (own / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 200}', encoding="utf-8")
+    write(project.folder / "train.jsonl", [conversation("Why? " * 100)])
+    project.run(f"model.base={own}", "train.max_length=600", "data.validation_fraction=0")
+    (warning,) = project.work.warnings
+    assert re.search(r"the longest row has \d{3} tokens, and the base was made for 200: .* leaves out", warning)
+
+
 def test_questions_with_tools_are_left_out_and_that_is_said(project: Project) -> None:
     tool = {"type": "function", "function": {"name": "lamp", "parameters": {}}}
-    plain, asked = conversation("Who are you?"), conversation("Light!") | {"tools": [tool]}
-    write(project.folder / "t.jsonl", [plain, asked])
+    plain, with_tools = conversation("Who are you?"), conversation("Light!") | {"tools": [tool]}
+    write(project.folder / "t.jsonl", [with_tools, plain])
     project.run("data.test=t.jsonl")
-    assert "t.jsonl: 1 of 2 rows have tools; `evaluate` leaves them out" in project.task.warnings
-    assert read_questions(project.output / "test.jsonl", None) == [([plain["messages"][0]], "A number.")]
-    write(project.folder / "t.jsonl", [asked])
+    assert "t.jsonl: 1 of 2 rows have tools; they are not asked" in project.task.warnings
+    (question,) = asked(project.output, None)
+    assert (question.messages, question.expected, question.tools) == ([plain["messages"][0]], "A number.", None)
+    assert question.place == f"{project.output}/test.jsonl:2"
+    write(project.folder / "t.jsonl", [with_tools])
     with pytest.raises(UserError, match=r"data\.test: every row of .*t\.jsonl has tools"):
         project.run("data.test=t.jsonl")
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,11 +15,20 @@ import pytest
 from click.testing import CliRunner
 from support import servers, small_models
 from support.good_run import config_of
+from support.proxy import proxy
 
 from pipeline.cli import main, resolved
 from pipeline.errors import PipelineError, UserError
 from pipeline.ollama.client import Client
-from pipeline.ollama.modelfile import ServedModel
+from pipeline.ollama.deployment import (
+    deployed,
+    differences,
+    planned,
+    proof_name,
+    read_back,
+    template_in_force,
+    template_selected,
+)
 from pipeline.ollama.server import OllamaServer
 from pipeline.ollama.target import local_store, names_of, refuse_taken
 from pipeline.prompt.conformance import COMPARED
@@ -47,7 +57,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(small_models.base_run() / stage, folder / stage, symlinks=True)
     (folder / "data").mkdir()
     (folder / "data" / "test.jsonl").write_text(ROW)
-    (folder / "data" / "summary.json").write_text('{"train_longest": 64}')
+    (folder / "data" / "summary.json").write_text('{"context_needed": 64}')
     modelfile.main(task(folder, "modelfile", "q4_k_m"))
     return folder
 
@@ -217,7 +227,7 @@ def test_after_a_kill_the_same_command_knows_its_own_model(run: Path, tmp_path: 
     process.kill()
     process.wait()
     # The signal came before the copy or after it: here it came between the copy and all that follows.
-    proof = f"{deploy._proof_name(folder)}:q4_k_m"
+    proof = f"{proof_name(folder)}:q4_k_m"
     if client.digest("killed") is None:
         client.copy(proof, "killed")
     if client.digest(proof) is None:
@@ -251,10 +261,31 @@ def test_a_tools_name_reaches_the_template(tmp_path: Path) -> None:
     ]
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "test.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
-    ((answer,), _) = deploy._ask(task(tmp_path, sections={"verify": {"stopping": 0}}), client, "tools:latest")
+    ((answer,), _) = deploy.ask(task(tmp_path, sections={"verify": {"stopping": 0}}), client, "tools:latest", ())
     assert answer["prompt_tokens"] >= 40
     client.unload("tools:latest")
     client.delete("tools:latest")
+
+
+def test_rows_with_tools_are_asked_where_ollama_takes_them(tmp_path: Path) -> None:
+    """A template without tools makes Ollama refuse them: then nothing is asked, and that is no failure."""
+    servers.engine()
+    client = servers.client()
+    tool = {"type": "function", "function": {"name": "lamp", "description": "x", "parameters": {"type": "object"}}}
+    (tmp_path / "data").mkdir()
+    asked = json.loads(ROW) | {"tools": [tool]}
+    (tmp_path / "data" / "train.jsonl").write_text(json.dumps(asked) + "\n")
+    takes = "{{ range .Messages }}{{ .Content }}{{ end }}{{ range .Tools }}{{ .Function.Name }}{{ end }}"
+    for template, tools in (("{{ range .Messages }}{{ .Content }}{{ end }}", False), (takes, True)):
+        client.create("tools:latest", {"from": "scratch-go:latest", "template": template})
+        capabilities = client.show("tools")["capabilities"]
+        assert ("tools" in capabilities) == tools
+        made = task(tmp_path, sections={"verify": {"stopping": 0}})
+        answers, _ = deploy.ask(made, client, "tools:latest", capabilities)
+        assert [answer["right"] for answer in answers] == [None] * tools  # calls are not in an answer's text
+        assert any("nothing was asked: the rows have tools" in warning for warning in made.warnings) != tools
+        client.unload("tools:latest")
+        client.delete("tools:latest")
 
 
 def test_in_a_server_of_its_own(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -280,11 +311,11 @@ def test_the_native_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     (model,) = publish(made)["models"]
     assert (model["way"], model["selected"]) == ("native", "gguf_chat_template")
 
-    log, name = folder / "deploy" / "ollama.log", f"{deploy._proof_name(folder)}:q8_0"
+    log, name = folder / "deploy" / "ollama.log", f"{proof_name(folder)}:q8_0"
     with pytest.raises(PipelineError, match="by gguf_chat_template instead of go_template"):
-        deploy._selected(log, name, "go")
-    assert deploy._selected(log, "another:q8_0", "go") is None
-    assert deploy._selected(None, name, "go") is None
+        template_selected(log, name, "go")
+    assert template_selected(log, "another:q8_0", "go") is None
+    assert template_selected(None, name, "go") is None
 
 
 def test_a_host_that_is_down_or_none(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,6 +328,30 @@ def test_a_host_that_is_down_or_none(run: Path, monkeypatch: pytest.MonkeyPatch)
         deploy.main(task(run))
     with pytest.raises(UserError, match="OLLAMA_HOST = 'ftp://x': not an address"):
         deploy.plan(task(run).config, run)
+
+
+def test_through_a_proxy_with_a_password_and_nothing_of_it_is_kept(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied(run, tmp_path / "run")
+    with proxy(servers.ollama().host, prefix="/ollama", login="me:hush") as host:
+        monkeypatch.setenv("OLLAMA_HOST", host.replace("//", "//me:hush@") + "/ollama")
+        deploy.main(made := task(folder, name="proxied"))
+        record = publish(made)
+        assert record["host"] == f"{host}/ollama"
+        with deployed(folder) as served:
+            assert served is not None
+        told = CliRunner().invoke(main, ["deploy", str(tmp_path), "--host", f"http://me:hush@{host[7:]}"])
+        assert told.exit_code == 2
+        monkeypatch.setenv("OLLAMA_HOST", host.replace("//", "//me:hushed@") + "/ollama")
+        monkeypatch.setattr("pipeline.ollama.target.find_ollama", lambda: None)
+        deploy.main(task(folder, name="proxied"))
+    told_on_screen = "".join(capsys.readouterr())
+    assert "HTTP status 401" in told_on_screen
+    assert "hush" not in told_on_screen + told.output
+    for file in folder.rglob("*"):
+        assert not file.is_file() or file.suffix in (".gguf", ".safetensors") or b"hush" not in file.read_bytes(), file
+    servers.client().delete("proxied:latest")
 
 
 def test_no_ollama_at_all_is_said_and_no_error(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -376,11 +431,10 @@ def test_several_types_have_names_of_their_own() -> None:
 
 def test_the_modelfile_beside_it_makes_the_same_model(run: Path) -> None:
     """What a person types leads to the same template, parameters and text."""
-    from pipeline.ollama.proof import read_back
     from pipeline.ollama.server import find_ollama
 
     folder = run / "modelfile" / "q4_k_m"
-    served, _ = deploy._plan(folder / "create.json")
+    served, _ = planned(folder)
     program = find_ollama()
     assert program is not None
     environment = {**os.environ, "OLLAMA_HOST": servers.ollama().host, "HOME": str(run)}
@@ -394,20 +448,26 @@ def test_the_modelfile_beside_it_makes_the_same_model(run: Path) -> None:
 def test_texts_are_served_and_read_back(run: Path, tmp_path: Path) -> None:
     folder = copied(run, tmp_path / "run")
     texts = {"system": 'Answer like a pirate.\n"""\nArr.', "license": "MIT"}
-    (folder / "data" / "summary.json").write_text('{"train_longest": 9000}')
-    modelfile.main(made := task(folder, "modelfile", "q4_k_m", **texts))
-    assert any("num_ctx is 8,192, and the longest row it was trained on has 9,000 tokens" in w for w in made.warnings)
+    modelfile.main(task(folder, "modelfile", "q4_k_m", **texts))
     deploy.main(task(folder, host=servers.ollama().host, name="pirate", **texts))
     client = servers.client()
     shown = client.show("pirate:latest")
     assert {key: shown[key] for key in texts} == texts
-    other: dict[str, Any]
+    meant, gguf = planned(folder / "modelfile" / "q4_k_m")
+    template = template_in_force(meant, gguf)
+    assert differences(shown, meant, template) == []
     for what, other in (
-        ("licence 'MIT', not ''", {}),
-        ("messages", {"licenses": ("MIT",), "messages": ({"role": "user", "content": "x"},)}),
+        ("licence: 'MIT' instead of ''", replace(meant, licenses=())),
+        ("messages: [] instead of [{", replace(meant, messages=({"role": "user", "content": "x"},))),
+        ("system text: 'Answer", replace(meant, system="Arr.")),
+        ("parameter seed is None instead of 1", replace(meant, parameters={**meant.parameters, "seed": 1})),
+        ("nobody asked for: num_ctx", replace(meant, parameters={})),
+        ("REQUIRES is", replace(meant, requires="0.33.0")),
     ):
-        with pytest.raises(PipelineError, match=what):
-            deploy._read_back_texts(client, "pirate:latest", ServedModel("x.gguf", **other))
+        (wrong,) = [words for words in differences(shown, other, template) if what in words]
+        with pytest.raises(PipelineError, match=re.escape(wrong)):
+            read_back(client, "pirate:latest", other, template)
+    assert "the template in force" in differences(shown, meant, "x")[0]
     client.delete("pirate:latest")
 
 

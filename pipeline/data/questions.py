@@ -1,0 +1,76 @@
+"""What a model is asked: the one rule for all who ask, at every rung, in Ollama and in llama-server.
+
+A question is a row's turns up to its last answer, which is the expected one, with the tools that the row has. Asked are
+the rows of the test data; where there are none, of the validation data; where there are none either, of the training
+data. Rows with tools are asked only where a set has no others: servers take calls of tools apart, so that what is
+answered cannot be compared with what is expected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.formats import Conversation, Message
+from pipeline.data.sources import rows_of
+
+
+@dataclass(frozen=True)
+class Question:
+    """A conversation that ends where the assistant speaks.
+
+    Attributes:
+        messages: the turns.
+        expected: the text of the answer that the row has.
+        tools: JSON schemas of the tools on offer; None for none.
+        place: where the row stands, for messages to the user.
+    """
+
+    messages: list[Message]
+    expected: str = ""
+    tools: list[dict[str, Any]] | None = None
+    place: str = ""
+
+
+def question_of(row: Conversation) -> Question:
+    """The question that a conversation ends with."""
+    return Question(row.messages[:-1], row.messages[-1]["content"], row.tools, row.place)
+
+
+def chosen(questions: Iterable[Question], limit: int | None) -> list[Question]:
+    """The first questions of a set that are asked: those without tools, or all where every one has tools.
+
+    Args:
+        questions: the set; no more of it is read than is needed.
+        limit: how many are asked; None for all.
+    """
+    plain: list[Question] = []
+    with_tools: list[Question] = []
+    for question in questions:
+        kind = with_tools if question.tools else plain
+        if len(kind) != limit:
+            kind.append(question)
+        if len(plain) == limit:
+            break
+    return plain or with_tools
+
+
+def asked(data: Path, limit: int | None, sets: Sequence[str] = ("test", "validation", "train")) -> list[Question]:
+    """The questions that a run's models are asked.
+
+    Args:
+        data: what the data stage left.
+        limit: how many; None for all.
+        sets: whose questions; the first set that has any is taken.
+    """
+    for path in (data / f"{name}.jsonl" for name in sets):
+        if path.is_file() and (questions := chosen(map(_read, rows_of(path)), limit)):
+            return questions
+    return []
+
+
+def _read(placed: tuple[str, dict[str, Any]]) -> Question:
+    place, row = placed
+    return question_of(Conversation(row["messages"], place, row.get("tools")))
