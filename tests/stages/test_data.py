@@ -195,22 +195,22 @@ def test_a_context_that_does_not_hold_what_is_asked_is_said_before_training(proj
     question = figures["test_longest_question"]
     assert question > 80 > figures["train_longest"]
     assert figures["context_needed"] == question + 30
-    assert project.work.warnings == []
+    assert project.task.warnings == []
     num_ctx = "ollama.parameters.num_ctx"
     with pytest.raises(UserError, match=rf"t\.jsonl:2: the question has {question} tokens, and {num_ctx} holds 60 "):
         project.run(*given, f"{num_ctx}=60")
     project.run(*given, f"{num_ctx}={question + 29}")
-    (warning,) = project.work.warnings
+    (warning,) = project.task.warnings
     assert f"holds {question + 29} tokens with the answer: one of more than 29 is cut" in warning
     assert "eval.max_new_tokens is 30" in warning
     project.run(*given, f"{num_ctx}={question + 30}")
-    assert project.work.warnings == []
+    assert project.task.warnings == []
 
     shutil.copytree(base, own := project.folder / "base")
     (own / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 200}', encoding="utf-8")
     write(project.folder / "train.jsonl", [conversation("Why? " * 100)])
     project.run(f"model.base={own}", "train.max_length=600", "data.validation_fraction=0")
-    (warning,) = project.work.warnings
+    (warning,) = project.task.warnings
     assert re.search(r"the longest row has \d{3} tokens, and the base was made for 200: .* leaves out", warning)
 
 
