@@ -202,6 +202,16 @@ def test_manifest_records_what_a_reader_needs(config: Config) -> None:
     assert kinds == ["start", "done", *["start", "warning", "done"] * 2, "start", "done"]
 
 
+def test_the_machine_of_the_first_stage_is_kept(config: Config) -> None:
+    GRAPH.run(config, {}, [Node("first")])
+    manifest = read_manifest(config.run_folder)
+    assert manifest["first_machine"]["machine"] == manifest["machine"]
+    manifest["first_machine"]["machine"]["gpu_memory_bytes"] = 24 * 2**30  # it was another one
+    write_manifest(config.run_folder, manifest)
+    run(config)
+    assert read_manifest(config.run_folder)["first_machine"] == manifest["first_machine"]
+
+
 def test_status_says_what_is_missing_and_what_is_stale(config: Config) -> None:
     text = config.data.train.read_text()
     config.data.train.unlink()  # what was never read is not looked for: it could be a base on a hub
