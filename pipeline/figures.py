@@ -11,19 +11,24 @@ def main_figures(main: Sequence[str], figures: dict[str, Any]) -> str:
         main: the names of those that tell most, as the stage's declaration has them.
         figures: what the manifest has for the stage.
     """
-    names = [name for name in main or figures if name in figures]
+    names = [name for name in main if figures.get(name) is not None]
+    # A stage whose figures have no fixed names, such as shares by rung, shows them all, by these names.
     names = names or [name for name, value in figures.items() if isinstance(value, int | float | str)]
-    return ", ".join(f"{name.replace('_', ' ')} {written(name, figures[name])}" for name in names[:6])
+    return ", ".join(
+        f"{name.replace('_', ' ') if name in main else name} {written(name, figures[name])}" for name in names
+    )
 
 
 def written(name: str, value: Any) -> str:
-    """One value: bytes as a size, counts with separators, other numbers with four digits."""
+    """One value: bytes as a size, counts with separators, other numbers with four digits; nothing for None."""
+    if value is None:
+        return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if name.split("_")[-1] == "bytes":
         return size(value)
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, list):
@@ -33,17 +38,15 @@ def written(name: str, value: Any) -> str:
     return str(value)
 
 
-def size(count: float) -> str:
-    """Bytes for a person: "145 MB"."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
+def size(count: int) -> str:
+    """Bytes for a person: "145.0 MB", in powers of 1000."""
+    from rich.filesize import decimal
+
+    return decimal(count)
 
 
 def peak_memory(record: dict[str, Any]) -> str:
-    """A stage's peak memory, with a GPU's where it used one: "2.10 GB, GPU 9.80 GB".
+    """A stage's peak memory, with a GPU's where it used one: "2.1 GB, GPU 9.8 GB".
 
     Args:
         record: what the manifest, or `status`, has for the stage.
@@ -53,6 +56,10 @@ def peak_memory(record: dict[str, Any]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for a person: "8 min 20 s"."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+    """Seconds for a person: "4.2 s", "8 min 20 s", "5 h 3 min"."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return "{} h {} min".format(*divmod(round(seconds / 60), 60))
+    if whole >= 60:
+        return "{} min {} s".format(*divmod(whole, 60))
+    return f"{seconds:.1f} s"

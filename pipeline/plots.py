@@ -16,7 +16,8 @@ def loss_curve(history: list[dict[str, float]], path: Path) -> None:
     figure, axes = _figure()
     train = [(row["step"], row["loss"]) for row in history if "loss" in row]
     validation = [(row["step"], row["eval_loss"]) for row in history if "eval_loss" in row]
-    axes.plot(*zip(*train, strict=True), color="#9db8d9", linewidth=1, label="training, each step")
+    marker = "." if len(train) <= 20 else ""  # a line through one point is nothing to see
+    axes.plot(*zip(*train, strict=True), color="#9db8d9", linewidth=1, marker=marker, label="training, each step")
     if len(train) > 20:
         axes.plot(*_smoothed(train), color="#1f5fa8", linewidth=1.8, label="training, smoothed")
     if validation:
@@ -45,7 +46,9 @@ def ladder(answers: dict[str, tuple[float, float, float]], divergences: dict[str
     axes.errorbar(range(len(names)), shares, yerr=[low, high], color="#1f5fa8", marker="o", capsize=3, linewidth=1.2)
     axes.set_ylim(-0.03, 1.05)
     axes.set_ylabel("right answers", color="#1f5fa8")
-    axes.set_xticks(range(len(names)), names)
+    # parse_math: a name is no formula. Turned where there is no room for all of them side by side.
+    slanted = {"rotation": 25, "ha": "right", "rotation_mode": "anchor"} if len(names) > 6 else {}
+    axes.set_xticks(range(len(names)), names, parse_math=False, **slanted)
     found = [(place, divergences[name]) for place, name in enumerate(names) if divergences.get(name, 0) > 0]
     if found:
         right = axes.twinx()

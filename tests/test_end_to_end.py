@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.page import Page
 
 HOME = Path(__file__).parent.parent / "examples" / "home"
 STAGES = [
@@ -124,12 +125,27 @@ def test_talking_to_every_rung(run: Path) -> None:
 
 
 def test_the_page_is_whole_and_needs_nothing_else(run: Path) -> None:
-    page = (run / "report" / "report.html").read_text(encoding="utf-8")
-    assert page.rstrip().endswith("</html>")
-    assert "<svg" in page
-    assert not re.search(r"""(src|href)=["'](?!#)""", page.replace("xlink:href", ""))
-    for stage in STAGES:
-        assert stage in page
+    page = Page.of(run / "report" / "report.html")
+    assert page.elements[-1][0] == "td"  # of the last table
+    assert len(page.pictures()) == 2  # the ladder and the losses
+    addresses = [value for _, attributes in page.elements for name, value in attributes if name in ("src", "href")]
+    assert all(address and address.startswith("data:image/svg+xml;base64,") for address in addresses)
+    assert [row[0] for row in page.tables["Stages"][1:]] == STAGES
+    assert [row[0] for row in page.tables["Before and after"][1:]] == [
+        *("base", "adapter", "adapter-16bit", "merged", "gguf-16bit", "q4_k_m", "ollama"),
+    ]
+    assert len(page.tables["Answers side by side"]) == 1 + 4 * 7
+    shows_the_proof(page, run)
+
+
+def shows_the_proof(page: Page, run: Path) -> None:
+    """Every check of verify.json has its row, in its order."""
+    proof = json.loads((run / "verify" / "verify.json").read_text(encoding="utf-8"))
+    shown = [row[:3] for row in page.tables["Proof"][1:]]
+    assert shown == [
+        [check["verdict"], check["rung"], f"{check['sentence']} {check['id']}{check['words']}"]
+        for check in proof["checks"]
+    ]
 
 
 def test_a_broken_link_ends_the_command(run: Path) -> None:
@@ -139,6 +155,9 @@ def test_a_broken_link_ends_the_command(run: Path) -> None:
     assert "the first broken rung is quantize/q4_k_m: logits.quantized: mean KL" in answer.stderr
     assert re.search(r"logits\.quantized +quantize/q4_k_m +fail", answer.stdout)
     assert "labels.spans" not in answer.stdout
+    page = Page.of(run / "report" / "report.html")
+    assert "The first broken rung is quantize/q4_k_m: mean KL" in page.text
+    shows_the_proof(page, run)
     again = pipeline("run", run.parent)
     assert again.returncode == 0, again.stderr
     assert re.search(r"verify: \d+ pass, 0 fail, 0 not run", again.stderr)

@@ -1,10 +1,12 @@
 """report: one self-contained page. What was trained, what it cost, and what was lost where.
 
-Every figure comes from the run's folder; nothing is measured here. All text is escaped.
+Every figure comes from the run's folder; nothing is measured here. All text is escaped, and the two charts are images,
+so that nothing in the run can become part of the page's markup.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -19,19 +21,20 @@ from pipeline.stages import declared
 from pipeline.verify.rungs import GGUF_16BIT
 
 EXAMPLES = 8
+LONGEST = 400  # characters of a question or an answer that the page shows
 
 
 def main(task: Task) -> dict[str, Any]:
     """Write report.html."""
     from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
 
     manifest = read_manifest(task.run)
     # A type that the configuration no longer names is kept, and is no part of the result.
-    stages = {name: record for name, record in manifest["stages"].items() if name in manifest["nodes"]}
-    evaluation = _read(task.layout.evaluation)
+    # What a former page cost is none of it either.
+    names = [name for name in manifest["nodes"] if name in manifest["stages"] and name != "report"]
+    stages = {name: manifest["stages"][name] for name in names}
+    evaluation = _read(task.layout.evaluation) if "evaluate/table" in stages else {}  # left by a run that had test data
     deployed = _read(task.layout.deployment)
-    loss_svg = task.layout.loss_curve.read_text(encoding="utf-8")
     proof = _read(task.layout.verify_json)
     served = deployed["models"][0]["name"] if deployed.get("deployed") else None
     scores = [
@@ -52,9 +55,8 @@ def main(task: Task) -> dict[str, Any]:
         asked=len(evaluation.get("rows", ())),
         metric=task.config.eval.metric,
         proof=_proof(proof),
-        # Drawn by our own code from numbers: the only markup that is not escaped.
-        loss_svg=Markup(loss_svg[loss_svg.index("<svg") :]),  # noqa: S704
-        ladder_svg=Markup(_ladder(task, evaluation, proof)),  # noqa: S704
+        loss_chart=_image(task.layout.loss_curve),
+        ladder_chart=_ladder(task, evaluation, proof),
         examples=_examples(evaluation),
         files=_files(stages),
         stages=[_stage(name, record) for name, record in stages.items()],
@@ -78,8 +80,8 @@ def _proof(proof: dict[str, Any]) -> dict[str, Any]:
     checks = [
         check
         | {
-            "figure": "" if check["figure"] is None else written("", check["figure"]),
-            "threshold": "" if check["threshold"] is None else written("", check["threshold"]),
+            "figure": written("", check["figure"]),
+            "threshold": written("", check["threshold"]),
         }
         for check in proof.get("checks", ())
     ]
@@ -87,7 +89,7 @@ def _proof(proof: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ladder(task: Task, evaluation: dict[str, Any], proof: dict[str, Any]) -> str:
-    """The chart of right answers and divergences as SVG; nothing where no answers were judged."""
+    """The chart of right answers and divergences; nothing where no answers were judged."""
     rungs = evaluation.get("rungs", {})
     if not rungs:
         return ""
@@ -98,8 +100,12 @@ def _ladder(task: Task, evaluation: dict[str, Any], proof: dict[str, Any]) -> st
     }
     path = task.new(task.layout.ladder)
     ladder(answers, divergences, path)
-    svg = path.read_text(encoding="utf-8")
-    return svg[svg.index("<svg") :]
+    return _image(path)
+
+
+def _image(svg: Path) -> str:
+    """A picture as the address of an image, which holds all of it."""
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg.read_bytes()).decode()}"
 
 
 def _cards(config: Config, stages: dict[str, Any], evaluation: dict[str, Any]) -> list[dict[str, str]]:
@@ -140,12 +146,17 @@ def _examples(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     chosen += right[: EXAMPLES - len(chosen)]
     return [
         {
-            "question": row["messages"][-1]["content"],
-            "expected": row["expected"],
-            "answers": [(rung, answer[:400], row["correct"][rung]) for rung, answer in row["answers"].items()],
+            "question": _shortened(row["messages"][-1]["content"]),
+            "expected": _shortened(row["expected"]),
+            "answers": [(rung, _shortened(answer), row["correct"][rung]) for rung, answer in row["answers"].items()],
         }
         for row in chosen
     ]
+
+
+def _shortened(text: str) -> str:
+    more = len(text) - LONGEST
+    return f"{text[:LONGEST]}… ({more:,} more characters)" if more > 0 else text
 
 
 def _files(stages: dict[str, Any]) -> list[dict[str, str]]:

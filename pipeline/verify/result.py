@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import PipelineError
+from pipeline.figures import written
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -143,18 +144,9 @@ def table(content: dict[str, Any], verdicts: Sequence[str] = (PASS, FAIL, NOT_RU
             Text(row["id"]),
             Text(row["rung"]),
             Text(row["verdict"], style=colours[row["verdict"]]),
-            Text(shown(row["figure"])),
-            Text(shown(row["threshold"])),
+            Text(written("", row["figure"])),
+            Text(written("", row["threshold"])),
             Text(words, style="red" if row["verdict"] == FAIL else "" if row["verdict"] == NOT_RUN else "dim"),
             style="bold" if first else None,
         )
     return rows
-
-
-def shown(value: Any) -> str:
-    """A figure for a person."""
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

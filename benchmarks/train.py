@@ -1,0 +1,68 @@
+"""The train stage against a bare Unsloth and TRL script at equal settings: `python -m benchmarks.train`.
+
+Both train the example's first rows on the packaged base, once: the same tokens, batch, steps and optimizer. The script
+is what one writes by hand, so the trainer batches as Unsloth likes best, keeps no checkpoints and records nothing.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks.measure import Sample, child, medians, table
+from benchmarks.program import COMMAND, HOME, project, recorded, settings
+
+SPEED = "tokens/s"
+BARE, PROGRAM = "bare script", "pipeline train"
+
+
+@click.command()
+@click.option("--base", default="smollm2-135m-instruct", show_default=True, help="A packaged base, or a folder.")
+@click.option("--steps", default=8, show_default=True, help="Optimizer steps.")
+@click.option("--batch", default=8, show_default=True, help="Rows a step.")
+@click.option("--count", default=3, show_default=True, help="How often each side is run.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Another setting, for both sides.")
+def main(base: str, steps: int, batch: int, count: int, overrides: tuple[str, ...]) -> None:
+    """Measure tokens per second of the training loop, and what the whole process costs."""
+    lines = (HOME / "train.jsonl").read_text(encoding="utf-8").splitlines()[: steps * batch]
+    if len(lines) < steps * batch:
+        raise click.UsageError(f"the example has {len(lines)} rows: fewer than {steps} steps of {batch}")
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
+        folder = Path(name)
+        config = project(folder / "project", base, [json.loads(line) for line in lines])
+        options = settings([f"train.steps={steps}", f"train.batch={batch}", "train.accumulation=1", *overrides])
+        child(*COMMAND, "data", config, *options)
+        rows = config.parent / "run" / "data" / "train.tokens.jsonl"
+        tokens = sum(len(json.loads(line)["input_ids"]) for line in rows.read_text(encoding="utf-8").splitlines())
+        given = folder / "settings.json"
+        given.write_text(json.dumps(_given(base, rows, config, options, folder)), encoding="utf-8")
+
+        def bare() -> dict[str, Sample]:
+            whole = child(sys.executable, "-m", "benchmarks.bare_train", given)
+            seconds = json.loads((folder / "seconds.json").read_text(encoding="utf-8"))
+            return {BARE: {SPEED: tokens / seconds} | whole}
+
+        def program() -> dict[str, Sample]:
+            whole = child(*COMMAND, "train", config, "--force", *options)
+            seconds = recorded(config, "train")["figures"]["seconds_per_step"] * steps
+            return {PROGRAM: {SPEED: tokens / seconds} | whole}
+
+        measured = medians(count, bare, program)
+    print(table(measured, {PROGRAM: BARE}))
+
+
+def _given(base: str, rows: Path, config: Path, options: list[str], folder: Path) -> dict[str, Any]:
+    """What the bare script is told: the settings that the program would use."""
+    from pipeline.model.base import resolve_base
+
+    shown = subprocess.run([*COMMAND, "config", config, "--json", *options], stdout=subprocess.PIPE, check=True).stdout
+    result = folder / "seconds.json"
+    return {"base": str(resolve_base(base)), "rows": str(rows), "result": str(result)} | json.loads(shown)
+
+
+if __name__ == "__main__":
+    main()
