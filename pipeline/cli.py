@@ -108,8 +108,8 @@ def resolved(path: Path, overrides: Sequence[str]) -> tuple[Config, dict[str, st
     """The configuration with every default filled in, and where each value came from."""
     from pipeline.config import load_config
     from pipeline.defaults import Facts, resolve
+    from pipeline.hardware import gpu_memory
     from pipeline.model.facts import facts
-    from pipeline.run.provenance import gpu_memory
 
     if path.is_dir():
         path = path / "pipeline.toml"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.model.facts import context_of
 from pipeline.prompt.template import ChatTemplate, TemplateRefused
 
 # A longer context costs every user memory, used or not; whoever needs it sets ollama.parameters.num_ctx.
@@ -97,10 +98,8 @@ def _typed(key: str, value: Any, wanted: type) -> Any:
 
 def context_length(model: Path, longest: int) -> int:
     """Tokens of context: what the model was made for, up to a limit that every machine can bear."""
-    config = _json(model / "config.json")
-    text = config.get("text_config", {})
-    most = config.get("max_position_embeddings") or text.get("max_position_embeddings") or LARGEST_DEFAULT_CONTEXT
-    return max(min(int(most), LARGEST_DEFAULT_CONTEXT), min(longest, int(most)))
+    most = context_of(model) or LARGEST_DEFAULT_CONTEXT
+    return max(min(most, LARGEST_DEFAULT_CONTEXT), min(longest, most))
 
 
 def _generation(model: Path) -> dict[str, Any]:

@@ -158,7 +158,8 @@ def _one_by_one(
 
 
 def _transformers(work: Work, rows: list[tuple[Question, str]]) -> Answerer:
-    from pipeline.model.generate import answer_in_batches, answers, load_adapter, load_base, load_merged
+    from pipeline.model.generate import answer_in_batches, answers
+    from pipeline.model.load import load_adapter, load_base, load_merged
 
     settings, limit = work.config.model, work.config.eval.max_new_tokens
     questions, expected = [question for question, _ in rows], [answer for _, answer in rows]

@@ -18,8 +18,9 @@ from pipeline.data.sources import read_rows
 from pipeline.errors import UserError
 from pipeline.llamacpp.gguf_file import GGUFInfo, inspect
 from pipeline.model.held_out import first_tokens, read_held_out
+from pipeline.model.weights_file import read_weights, weight_files
 from pipeline.prompt.tokenizer import saved_tokenizer
-from pipeline.verify.reconvert import reconvert, stored_outtype, unquantized_type
+from pipeline.verify.reconvert import reconvert, unquantized_type
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -104,7 +105,7 @@ class Artefacts:
         """
         if not (model / "config.json").is_file():
             raise UserError(f"{model}: has no config.json; give the folder that the GGUF file was made from")
-        if not list(model.glob("*.safetensors")):
+        if not weight_files(model):
             raise UserError(f"{model}: has no *.safetensors; give the folder that the GGUF file was made from")
         if unquantized_type(gguf):
             return Artefacts(settings, model, gguf, {}, scratch)
@@ -142,7 +143,7 @@ class Artefacts:
         # Shared by all subjects of one folder: converting takes longer than most checks.
         folder = self.scratch / "again"
         folder.mkdir(parents=True, exist_ok=True)
-        return reconvert(self.model, folder, outtype or stored_outtype(self.model))
+        return reconvert(self.model, folder, outtype or read_weights(self.model).sixteen_bit_type)
 
     @property
     def reference(self) -> Path:

@@ -23,7 +23,9 @@ from pipeline.llamacpp.perplexity import compare, write_reference
 from pipeline.llamacpp.programs import failure, program, require_space, run
 from pipeline.llamacpp.server import LlamaServer
 from pipeline.model.held_out import loss_of, trained_places
-from pipeline.model.predict import fits_float32, load_float32, predict
+from pipeline.model.load import load_float32, round_matrices
+from pipeline.model.memory import fits_float32
+from pipeline.model.predict import predict
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.reconvert import unquantized_type
 from pipeline.verify.result import Claim, Result
@@ -63,6 +65,7 @@ def _sixteen_bit(artefacts: Artefacts) -> Iterator[Result]:
         yield from (claim.not_run("the model does not fit into the memory in float32") for claim in claims)
         return
     model = model or load_float32(artefacts.model)
+    round_matrices(model, artefacts.model, unquantized_type(path) or "")
     exact = _in_float32(path, artefacts.scratch)
     divergence, losses = _diverge(model, exact, rows, artefacts.held_out[0])
     if exact != path:

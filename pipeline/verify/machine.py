@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from pipeline import hardware
 from pipeline.config import Config
 from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.quantizer import quantization_type
+from pipeline.model import memory
 from pipeline.resources import resource
 from pipeline.setup.libraries import applicable, read_lock
 from pipeline.verify.result import Claim, Result
@@ -33,28 +35,25 @@ def check(config: Config, run_folder: Path, parameters: int, gpu_bytes: int | No
         parameters: weights of the base.
         gpu_bytes: memory of the CUDA device; None without one.
     """
-    import psutil
-
     needs = disk_needs(config, parameters)
     words = ", ".join(f"{what} {size / 1e9:.1f} GB" for what, size in needs.items())
     free = shutil.disk_usage(_existing(run_folder)).free
     yield _bytes(_DISK, sum(needs.values()), free, f"{words}; free some space, or choose another folder (run.folder)")
 
-    memory = psutil.virtual_memory().total
-    # In the stored type: the weights, one matrix more, and those of before they were dequantized.
-    copies = 2.3 if config.train.load_in_4bit and config.merge.base != "16bit" else 1.3
-    yield _bytes(_MEMORY, int(copies * 2 * parameters), memory, "take a smaller base or a larger machine")
-    if 4.4 * parameters <= memory:
-        yield _bytes(_FLOAT32, int(4.4 * parameters), memory)
+    in_4bit, there = config.train.load_in_4bit, hardware.memory()
+    merge = memory.merge(parameters, in_float32=False, dequantizes=in_4bit)
+    yield _bytes(_MEMORY, merge, there, "take a smaller base or a larger machine")
+    float32 = memory.float32_model(parameters)
+    if float32 <= there:
+        yield _bytes(_FLOAT32, float32, there)
     else:
         yield _FLOAT32.not_run(
-            f"{4.4 * parameters / 1e9:.0f} GB would be needed, {memory / 1e9:.0f} GB are there: the logits of the "
+            f"{float32 / 1e9:.0f} GB would be needed, {there / 1e9:.0f} GB are there: the logits of the "
             "merged model will not be compared with the 16-bit GGUF file's; its weights will be"
         )
     if gpu_bytes is not None:
-        # The adapter's optimizer and the activations come on top.
-        needed = config.train.bytes_per_weight * parameters + 2**30
-        yield _bytes(_GPU, int(needed), gpu_bytes, "take a smaller base or a larger GPU")
+        training = memory.training(parameters, in_4bit=in_4bit)
+        yield _bytes(_GPU, training, gpu_bytes, "take a smaller base or a larger GPU")
     yield _versions()
 
 

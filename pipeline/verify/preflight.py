@@ -15,16 +15,16 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.console import progress
+from pipeline.hardware import gpu_memory
 from pipeline.llamacpp.programs import failure, program, require_space, run
 from pipeline.model.base import resolve_base
-from pipeline.model.facts import facts
+from pipeline.model.weights_file import read_weights
 from pipeline.ollama.client import Client
 from pipeline.ollama.rendering import choose, refusal
 from pipeline.ollama.server import OllamaServer, find_ollama
 from pipeline.ollama.target import STORE, names_of, refuse_taken, server
 from pipeline.prompt.template import ChatTemplate
 from pipeline.prompt.tokenizer import load_tokenizer
-from pipeline.run.provenance import gpu_memory
 from pipeline.verify import logits, machine, prompt, quantization, tokenizer, toolchain, weights
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.chain import run_check
@@ -50,12 +50,11 @@ def preflight(config: Config, run_folder: Path, scratch: Path) -> dict[str, Any]
         UserError: there is no such base.
     """
     base = resolve_base(config.model.base, config.model.revision)
-    size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
-    parameters, _ = facts(config.model.base, config.model.revision)
+    parameters = read_weights(base).parameters
     # Converted, that in float32, and every type twice: quantized, and in Ollama.
-    quantized = machine.disk_needs(config, size // 2)["quantize"]
-    require_space(scratch, 3 * size + 2 * quantized, "preflight's copies of the base")
-    results = list(machine.check(config, run_folder, parameters or size // 2, gpu_memory()))
+    quantized = machine.disk_needs(config, parameters)["quantize"]
+    require_space(scratch, 6 * parameters + 2 * quantized, "preflight's copies of the base")
+    results = list(machine.check(config, run_folder, parameters, gpu_memory()))
     results += _run("toolchain", "convert", lambda: iter([toolchain.check_pin()]))
     results += _run("preflight.target", "deploy", partial(_target, config, run_folder, scratch))
     results += _run("preflight.template", "modelfile", partial(_template, config, base))

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import Config, Verify
+from pipeline.hardware import gpu_memory
 from pipeline.model.base import resolve_base
 from pipeline.resources import sha256_of
-from pipeline.run.provenance import gpu_memory
 from pipeline.run.stage import Work
 from pipeline.stages.train import COMPLETE, _last_checkpoint, _trainer, conversations_of, schedule
 from pipeline.verify.artefacts import Artefacts
