@@ -20,7 +20,8 @@ from pipeline.llamacpp.divergence import Divergence
 from pipeline.llamacpp.gguf_file import inspect
 from pipeline.llamacpp.library import LlamaModel
 from pipeline.llamacpp.perplexity import compare, write_reference
-from pipeline.llamacpp.programs import failure, program, require_space, run
+from pipeline.llamacpp.programs import require_space
+from pipeline.llamacpp.quantizer import quantize
 from pipeline.llamacpp.server import LlamaServer
 from pipeline.model.held_out import loss_of, trained_places
 from pipeline.model.load import load_float32, round_matrices
@@ -98,9 +99,7 @@ def _in_float32(path: Path, scratch: Path) -> Path:
         return path
     target = scratch / f"{path.stem}-float32.gguf"
     require_space(scratch, 2 * path.stat().st_size, "the 16-bit file's numbers as float32")
-    output: list[str] = []
-    if status := run([program("llama-quantize"), path, target, "F32"], on_line=output.append):
-        raise failure("llama-quantize to F32", status, output, scratch)
+    quantize(path, target, "F32")
     return target
 
 

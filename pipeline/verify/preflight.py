@@ -15,8 +15,10 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.console import progress
+from pipeline.errors import PipelineError
 from pipeline.hardware import gpu_memory
-from pipeline.llamacpp.programs import failure, program, require_space, run
+from pipeline.llamacpp.programs import require_space
+from pipeline.llamacpp.quantizer import quantize
 from pipeline.model.base import resolve_base
 from pipeline.model.weights_file import read_weights
 from pipeline.ollama.client import Client
@@ -90,11 +92,13 @@ def _convert(artefacts: Artefacts) -> Iterator[Result]:
     yield _CONVERTED.holds(True)
     for kind, target in artefacts.quantized.items():
         claim = Claim("preflight.quantize", f"quantize/{kind}", "llama-quantize makes this type of the base")
-        output: list[str] = []
-        with progress(f"quantizing the base to {kind}", None):
-            status = run([program("llama-quantize"), source, target, kind.upper()], on_line=output.append)
-        words = str(failure(f"llama-quantize to {kind}", status, output, target.parent)) if status else ""
-        yield claim.holds(not status, words)
+        try:
+            with progress(f"quantizing the base to {kind}", None):
+                quantize(source, target, kind)
+        except PipelineError as error:
+            yield claim.holds(False, str(error))
+        else:
+            yield claim.holds(True)
 
 
 def _judge(artefacts: Artefacts) -> list[Result]:
