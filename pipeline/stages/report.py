@@ -15,7 +15,7 @@ from pipeline.plots import ladder
 from pipeline.resources import resource
 from pipeline.run.folder import read_manifest
 from pipeline.run.stage import Work
-from pipeline.verify.rungs import GGUF_16BIT
+from pipeline.verify.rungs import BASE
 
 NEEDS = ("data", "train", "merge", "convert", "quantize", "modelfile", "deploy", "evaluate", "verify")
 CONFIG = ("model", "lora", "export", "ollama.name", "eval.metric")
@@ -99,12 +99,8 @@ def _ladder(work: Work, evaluation: dict[str, Any], proof: dict[str, Any]) -> st
     if not rungs:
         return ""
     answers = {name: (rung["exact_match"], *rung["interval_95"]) for name, rung in rungs.items()}
-    divergences = {
-        GGUF_16BIT if name == "convert" else name.rpartition("/")[2]: mean
-        for name, mean in proof.get("divergences", {}).items()
-    }
     path = work.output / "ladder.svg"
-    ladder(answers, divergences, path)
+    ladder(answers, proof.get("divergences", {}), path)
     svg = path.read_text(encoding="utf-8")
     return svg[svg.index("<svg") :]
 
@@ -112,11 +108,11 @@ def _ladder(work: Work, evaluation: dict[str, Any], proof: dict[str, Any]) -> st
 def _cards(config: Config, stages: dict[str, Any], evaluation: dict[str, Any]) -> list[dict[str, str]]:
     cards = []
     rungs = evaluation.get("rungs", {})
-    if "base" in rungs and len(rungs) > 1:
+    if BASE in rungs and len(rungs) > 1:
         last = list(rungs)[-1]
         cards.append(
             {
-                "value": f"{rungs['base']['exact_match']:.3f} → {rungs[last]['exact_match']:.3f}",
+                "value": f"{rungs[BASE]['exact_match']:.3f} → {rungs[last]['exact_match']:.3f}",
                 "meaning": f"exact match, base to {last}",
             }
         )

@@ -16,6 +16,7 @@ from pipeline.run.stage import Work
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.chain import verify
 from pipeline.verify.result import FAIL, explain, write
+from pipeline.verify.rungs import GGUF_16BIT
 
 NEEDS = ("data", "train", "merge", "convert", "quantize", "modelfile", "deploy", "evaluate")
 CONFIG = ("verify", "model", "export", "ollama.parameters", "ollama.system", "data.system", "eval")
@@ -36,5 +37,5 @@ def main(work: Work) -> dict[str, Any]:
         "verdict": content["verdict"],
         **{verdict.replace(" ", "_"): count for verdict, count in content["counts"].items()},
         "first_broken": content["first_broken"] and content["first_broken"]["id"],
-        "divergence": content.get("divergences", {}).get("convert"),
+        "divergence": content.get("divergences", {}).get(GGUF_16BIT),
     }

@@ -21,6 +21,7 @@ from pipeline.model.held_out import first_tokens, read_held_out
 from pipeline.model.weights_file import read_weights, weight_files
 from pipeline.prompt.tokenizer import saved_tokenizer
 from pipeline.verify.reconvert import reconvert, unquantized_type
+from pipeline.verify.rungs import GGUF_16BIT, made_by
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -130,11 +131,11 @@ class Artefacts:
 
     @property
     def files(self) -> Iterator[tuple[str, Path]]:
-        """Every GGUF file with its rung."""
+        """Every GGUF file with the stage that made it."""
         if self.sixteen_bit is not None:
-            yield "convert", self.sixteen_bit
+            yield made_by(GGUF_16BIT), self.sixteen_bit
         for kind, path in self.quantized.items():
-            yield f"quantize/{kind}", path
+            yield made_by(kind), path
 
     @cached_property
     def expected(self) -> GGUFInfo:
