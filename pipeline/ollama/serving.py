@@ -42,14 +42,19 @@ def deployed(run: Path, log: Path | None = None) -> Iterator[tuple[Client, str] 
             yield client, model["name"]
 
 
-def llama_server(gguf: Path, context: int = 4096) -> LlamaServer:
+def llama_server(gguf: Path, context: int = 4096, log: Path | None = None) -> LlamaServer:
     """A llama-server that renders a file's chat template as it was trained: it would give it a date, and say to think.
+
+    Args:
+        gguf: the file.
+        context: tokens of context.
+        log: where its log and the template are kept, if they are.
 
     Raises:
         UserError: there is no such file, or it carries no chat template.
     """
     template = guarded(template_of(gguf).source, thinking_not_said=True)
-    return LlamaServer(gguf, context=context, template=template)
+    return LlamaServer(gguf, context=context, template=template, log=log)
 
 
 def _check(client: Client, name: str, digest: str) -> None:

@@ -123,7 +123,8 @@ def _rung(work: Work, rows: list[tuple[Question, str]]) -> Iterator[Answerer | N
         else:
             model = work.folder("quantize", work.variant) / f"model-{work.variant}.gguf"
         context = context_for(work.folder("merge") / "model", questions, limit)
-        with llama_server(model, context) as server:
+        log = work.run / "logs" / f"llama-server-{work.variant}.log"
+        with llama_server(model, context, log) as server:
             work.command(server.command)
             # As Ollama asks: what a question shares with the last one is not computed again. Computed again it would
             # be rounded otherwise, and near ties would fall to another side than in Ollama.

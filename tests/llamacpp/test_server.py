@@ -16,6 +16,7 @@ from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.server import LlamaServer
 from pipeline.ollama.commands import _lines, _llama_server, _stream
 from pipeline.ollama.scratch_model import write_scratch_model
+from pipeline.ollama.serving import llama_server
 from pipeline.prompt.cases import Conversation
 from pipeline.prompt.guard import guarded
 from pipeline.prompt.template import ChatTemplate
@@ -68,6 +69,21 @@ def test_a_guarded_template_is_rendered_as_trained(tmp_path: Path) -> None:
         assert server.apply_template(MESSAGES) == template.render(MESSAGES)
         assert server.command[-2] == "--chat-template-file"
     assert not Path(server.command[-1]).exists()
+
+
+def test_a_recorded_command_can_be_typed_again(tmp_path: Path) -> None:
+    path = write_scratch_model(tmp_path / "dated.gguf", ChatTemplate(DATED))
+    with llama_server(path, 64, tmp_path / "logs" / "asked.log") as server:
+        rendered, command = server.apply_template(MESSAGES), server.command
+    template = Path(command[command.index("--chat-template-file") + 1])
+    assert template == tmp_path / "logs" / "asked.jinja"
+    assert rendered == ChatTemplate(DATED).render(MESSAGES)
+    assert template.read_text() == guarded(DATED, thinking_not_said=True)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as again:
+        transport = httpx.HTTPTransport(retries=20)  # until it listens
+        with httpx.Client(base_url=server.url, transport=transport, trust_env=False) as client:
+            assert client.get("/health").status_code in (httpx.codes.OK, httpx.codes.SERVICE_UNAVAILABLE)
+        again.terminate()
 
 
 def test_chat_and_verify_ask_with_the_guarded_template(tmp_path: Path) -> None:

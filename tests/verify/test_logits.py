@@ -14,8 +14,6 @@ from pipeline.verify.result import PASS
 from pipeline.verify.rungs import GGUF_16BIT
 
 TEXT = " ".join(f"Turn the light in room {room} on, then dim it to {room * 7 % 100} percent." for room in range(20))
-    f"Turn the light in room {number} on, then dim it to {number * 7 % 100} percent." for number in range(9)
-)
 
 
 @pytest.mark.parametrize(("tokens", "positions"), [(30, 30), (150, 150), (250, 124)])
