@@ -184,11 +184,6 @@ class LlamaServer:
         ids: list[int] = self._post("/tokenize", body)["tokens"]
         return ids
 
-    def detokenize(self, ids: Sequence[int]) -> str:
-        """The text of token ids."""
-        text: str = self._post("/detokenize", {"tokens": list(ids)})["content"]
-        return text
-
     def apply_template(self, messages: Sequence[Mapping[str, Any]], **fields: Any) -> str:
         """The prompt that llama.cpp renders from the GGUF's chat template.
 
@@ -246,11 +241,6 @@ class LlamaServer:
         }
         answer = self._post("/v1/chat/completions", body | fields)
         return answer["choices"][0]["message"].get("content") or ""
-
-    def props(self) -> dict[str, Any]:
-        """What the server says of itself: "chat_template", "default_generation_settings", "build_info"..."""
-        properties: dict[str, Any] = self.client.get("/props").raise_for_status().json()
-        return properties
 
 
 def _free_port() -> int:

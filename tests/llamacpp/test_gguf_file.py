@@ -25,7 +25,7 @@ def test_the_same_as_gguf_py_reads(make: Callable[[], Path]) -> None:
     ]
     assert [tensor.bytes for tensor in info.tensors] == [tensor.n_bytes for tensor in reader.tensors]
     assert info.parameter_count == 134_515_008
-    assert info.tied
+    assert "output.weight" not in info.names  # the head is the embedding
     seen = set()
     for ours, other in zip(info.tensors, reader.tensors, strict=True):
         if ours.type not in seen:
@@ -38,7 +38,6 @@ def test_a_good_file_passes() -> None:
     info = check(small_models.quantized()[0])
     assert info.architecture == "llama"
     assert info.bits_per_weight == pytest.approx(6.165, abs=0.001)
-    assert len(info.misfits(256)) == 181
     assert sum(info.parameters_by_type.values()) == info.parameter_count
 
 
