@@ -114,6 +114,19 @@ class GGUFInfo:
         """The tensors by name."""
         return {tensor.name: tensor for tensor in self.tensors}
 
+    @property
+    def implied(self) -> dict[str, int]:
+        """The widths of a head that the metadata does not name, as llama.cpp takes them: an equal part of the row.
+
+        Example: 576 numbers and 9 heads give attention.key_length and attention.value_length of 64.
+        """
+        names = (f"{self.architecture}.{name}" for name in ("embedding_length", "attention.head_count"))
+        width, heads = (self.metadata.get(name) for name in names)
+        if not isinstance(width, int) or not isinstance(heads, int) or not heads:  # some architectures have none
+            return {}
+        keys = (f"{self.architecture}.attention.{name}_length" for name in ("key", "value"))
+        return {key: width // heads for key in keys if key not in self.metadata}
+
     def data(self, tensor: TensorInfo) -> "NDArray[np.uint8]":
         """A tensor's bytes, mapped from the file."""
         import numpy as np

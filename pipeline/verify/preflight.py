@@ -58,7 +58,7 @@ def preflight(config: Config, run_folder: Path, scratch: Path) -> dict[str, Any]
     require_space(scratch, 6 * parameters + 2 * quantized, "preflight's copies of the base")
     results = list(machine.check(config, run_folder, parameters, gpu_memory()))
     results += _run("toolchain", "convert", lambda: iter([toolchain.check_pin()]))
-    results += _run("preflight.target", "deploy", partial(_target, config, run_folder, scratch))
+    results += _run("preflight.target", "deploy", partial(check_target, config, run_folder, scratch))
     results += _run("preflight.template", "modelfile", partial(_template, config, base))
     artefacts = _subject(config, base, scratch)
     results += _run("preflight.convert", "convert", partial(_convert, artefacts))
@@ -122,7 +122,8 @@ def _template(config: Config, base: Path) -> Iterator[Result]:
     yield _TEMPLATE.holds(choice.way != "refused", words, choice.way, "go or native")
 
 
-def _target(config: Config, run_folder: Path, scratch: Path) -> Iterator[Result]:
+def check_target(config: Config, run_folder: Path, scratch: Path) -> Iterator[Result]:
+    """Whether there is a server to deploy to, and whether the model's names are free there."""
     names = names_of(config.ollama.name, config.export.quant)
     with server(config.ollama.host, run_folder / STORE, scratch / "target.log") as found:
         if isinstance(found, str):  # which is no failure of a run

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ _GGUF = Claim("weights.gguf", "convert", "the 16-bit GGUF file holds the merged 
 _METADATA = Claim("weights.metadata", "convert", "the GGUF file describes the model as its config.json does")
 
 _LEFTOVER_SIGNS = ("lora_", "absmax", "quant_map", "quant_state", "bitsandbytes", ".SCB", "weight_format")
+# Bits of the mantissa, and the distance between the smallest numbers.
 _MANTISSA = {"F16": (10, 2.0**-24), "BF16": (7, 2.0**-133), "F32": (23, 2.0**-149)}
 _CHANGES = ("rope", "scal", "softcap", "window", "epsilon")
 # What config.json says that changes what a model computes.
@@ -154,12 +155,26 @@ def _scaling(module: str, settings: dict[str, Any]) -> float:
 
 
 def _step(scale: Any, mantissa: int, smallest: float) -> Any:
-    """The distance between neighbouring numbers of a type at this size, or up to twice that."""
+    """The distance between neighbouring numbers of a type at this size, or up to twice that.
+
+    Example: float16 has 10 bits of mantissa. Between 1 and 2 its numbers are 2**-10 apart, and so is the step of 1; the
+    step of 1.9 is nearly twice that. A sum that was rounded once is at most half a distance away.
+
+    Args:
+        scale: sizes of numbers, all positive.
+        mantissa: bits of the type's mantissa.
+        smallest: the distance between its smallest numbers, below which it cannot go.
+    """
     return (scale * 2.0**-mantissa).clamp_(min=smallest)
 
 
 def _how(change: Any, delta: Any) -> str:
-    """What was done to a module instead of adding its delta once."""
+    """What was done to a module instead of adding its delta once, in words.
+
+    The change is split into a multiple of the delta and a rest at right angles to it. Examples: a multiple of 0 is a
+    module that was not merged, 2 one that was merged twice, 0.5 one with half the scaling; a large rest is a change
+    that the adapter does not make at all.
+    """
     norm = float((delta * delta).sum())
     share = float((change * delta).sum()) / norm if norm else math.nan
     rest = float(((change - share * delta) ** 2).sum() / norm) ** 0.5 if norm else math.nan
@@ -327,7 +342,7 @@ def _same_description(rung: str, info: GGUFInfo, expected: GGUFInfo) -> Result:
     keys = {key for key in expected.metadata if key.startswith(prefix) and "vocab" not in key} | {
         key for key in info.metadata if key.startswith(prefix) and any(sign in key for sign in _CHANGES)
     }
-    found, right = (metadata | _implied(metadata, prefix) for metadata in (info.metadata, expected.metadata))
+    found, right = (of.metadata | of.implied for of in (info, expected))
     wrong = [
         f"{key} is {found.get(key)} instead of {right.get(key)}"
         for key in sorted(keys)
@@ -337,15 +352,6 @@ def _same_description(rung: str, info: GGUFInfo, expected: GGUFInfo) -> Result:
         wrong.insert(0, f"general.architecture is {info.architecture} instead of {expected.architecture}")
     claim = Claim(_METADATA.id, rung, _METADATA.sentence)
     return claim.holds(not wrong, "; ".join(wrong[:3]), len(wrong), "at most 0 keys")
-
-
-def _implied(metadata: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The widths of a head that a file does not name, as llama.cpp takes them."""
-    width, heads = (metadata.get(f"{prefix}{name}") for name in ("embedding_length", "attention.head_count"))
-    if not isinstance(width, int) or not isinstance(heads, int) or not heads:  # some architectures have none
-        return {}
-    lengths = (f"{prefix}attention.{name}_length" for name in ("key", "value"))
-    return {key: width // heads for key in lengths if key not in metadata}
 
 
 def _near(ours: Any, theirs: Any) -> bool:

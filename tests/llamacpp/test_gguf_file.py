@@ -11,7 +11,7 @@ from gguf.quants import dequantize
 from support import small_models
 
 from pipeline.errors import PipelineError, UserError
-from pipeline.llamacpp.gguf_file import check, inspect
+from pipeline.llamacpp.gguf_file import GGUFInfo, check, inspect
 
 
 @pytest.mark.parametrize("make", [small_models.original_gguf, lambda: small_models.quantized()[0]])
@@ -201,3 +201,14 @@ def test_what_is_no_gguf_file(tmp_path: Path) -> None:
     text.write_text("this is no GGUF file, only text")
     with pytest.raises(PipelineError, match="is not a GGUF file"):
         inspect(text)
+
+
+def test_widths_of_heads_are_implied_where_there_are_heads() -> None:
+    sizes: dict[str, Any] = {"x.embedding_length": 64, "x.attention.head_count": 4, "x.attention.key_length": 8}
+    for change, implied in (
+        ({}, {"x.attention.value_length": 16}),
+        ({"x.attention.head_count": 0}, {}),
+        ({"x.attention.head_count": [4, 0]}, {}),
+    ):
+        info = GGUFInfo(Path(), {"general.architecture": "x"} | sizes | change, [], 0)
+        assert info.implied == implied
