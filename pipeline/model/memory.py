@@ -84,7 +84,9 @@ def answers_together(model: Any, tokens: int, most: int = 32) -> int:
         most: more is not faster.
     """
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int):  # another architecture: what it keeps does not grow with the tokens
+        return most
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     kept = getattr(config, "num_key_value_heads", None) or heads
     row = tokens * 2 * config.num_hidden_layers * kept * width * model.dtype.itemsize  # keys and values

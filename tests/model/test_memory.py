@@ -62,3 +62,5 @@ def test_fewer_long_answers_are_written_at_once(monkeypatch: pytest.MonkeyPatch)
     # 8 billion parameters, Llama's sizes: 128 KiB for each token, so 4 GiB hold 32,768 of them.
     assert memory.answers_together(model, 4096) == 8
     assert memory.answers_together(model, 10**6) == 1
+    del text.num_attention_heads
+    assert memory.answers_together(model, 10**6) == 32
