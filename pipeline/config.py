@@ -123,11 +123,6 @@ class Train(Section):
             raise ValueError("train.epochs and train.steps exclude each other: keep one")
         return self
 
-    @property
-    def bytes_per_weight(self) -> float:
-        """What a weight of the base takes of a GPU's memory, the embeddings included, which stay in 16 bits."""
-        return 0.7 if self.load_in_4bit else 2.1
-
 
 class Merge(Section):
     """How the adapter becomes part of the weights."""

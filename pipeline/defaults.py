@@ -15,8 +15,7 @@ from typing import Any
 
 from pipeline.config import Config, fields
 from pipeline.errors import UserError
-
-GIB = 2**30
+from pipeline.model import memory
 
 # What stands in for each key whose default is None: in words, for docs/configuration.md and for `pipeline config`.
 # What depends on the base and the machine is worked out by `resolve`; the same page shows that for some of both.
@@ -89,7 +88,8 @@ def resolve(config: Config, given: dict[str, str], facts: Facts) -> tuple[Config
 
     size = facts.parameters
     large = f"for {size / 1e6:,.0f} M parameters" if size else "for a base of unknown size"
-    machine = f"for a GPU with {facts.gpu_memory / GIB:.0f} GiB" if facts.gpu_memory else "for a machine without a GPU"
+    gpu = facts.gpu_memory
+    machine = f"for a GPU with {gpu / memory.GIB:.0f} GiB" if gpu else "for a machine without a GPU"
     if facts.kept:
         machine += ", kept from this run's first stage"
 
@@ -100,17 +100,15 @@ def resolve(config: Config, given: dict[str, str], facts: Facts) -> tuple[Config
     rate = 1e-3 if size and size < 500e6 else 4e-4 if size and size < 2e9 else 2e-4 if not size or size < 20e9 else 1e-4
     choose("train.learning_rate", rate, large)
     batch = 8
-    if facts.gpu_memory:
-        # What the weights leave over is for activations.
-        free = facts.gpu_memory - config.train.bytes_per_weight * (size or 8e9)
-        batch = 16 if free > 60 * GIB else 8 if free > 30 * GIB else 4 if free > 12 * GIB else 2
+    if gpu:
+        batch = memory.training_batch(gpu, size, in_4bit=config.train.load_in_4bit)
     choose("train.batch", batch, machine)
-    accumulation = max(1, 16 // (config.train.batch or batch)) if facts.gpu_memory else 1
+    accumulation = max(1, 16 // (config.train.batch or batch)) if gpu else 1
     choose("train.accumulation", accumulation, machine)
-    choose("train.optimizer", "adamw_8bit" if facts.gpu_memory else "adamw_torch", machine)
+    choose("train.optimizer", "adamw_8bit" if gpu else "adamw_torch", machine)
     context = min(2048, facts.context or 2048)
     choose("train.max_length", context)
-    choose("train.gradient_checkpointing", bool(facts.gpu_memory) and (size or 8e9) > 1e9, machine)
+    choose("train.gradient_checkpointing", bool(gpu) and memory.checkpoints_gradients(size), machine)
     # The GGUF files are asked on the CPU, in llama-server and in Ollama, where a large model takes long to answer.
     choose("eval.limit", None if size and size < 1e9 else 100, large)
 

@@ -7,6 +7,7 @@ The format is read directly (it is one page: ggml/docs/gguf.md): an array of 150
 and a file that ends too early can be told from one that is wrong.
 """
 
+import math
 import mmap
 import struct
 from collections import Counter
@@ -56,10 +57,7 @@ class TensorInfo:
     @property
     def elements(self) -> int:
         """How many numbers it holds."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -117,13 +115,17 @@ class GGUFInfo:
         return {tensor.name: tensor for tensor in self.tensors}
 
     @property
-    def tied(self) -> bool:
-        """Whether the output head is the embedding."""
-        return "output.weight" not in self.names
+    def implied(self) -> dict[str, int]:
+        """The widths of a head that the metadata does not name, as llama.cpp takes them: an equal part of the row.
 
-    def misfits(self, block: int) -> list[TensorInfo]:
-        """The matrices whose rows are no multiple of a type's block, so that they cannot be stored in it."""
-        return [tensor for tensor in self.tensors if len(tensor.shape) > 1 and tensor.shape[0] % block]
+        Example: 576 numbers and 9 heads give attention.key_length and attention.value_length of 64.
+        """
+        names = (f"{self.architecture}.{name}" for name in ("embedding_length", "attention.head_count"))
+        width, heads = (self.metadata.get(name) for name in names)
+        if not isinstance(width, int) or not isinstance(heads, int) or not heads:  # some architectures have none
+            return {}
+        keys = (f"{self.architecture}.attention.{name}_length" for name in ("key", "value"))
+        return {key: width // heads for key in keys if key not in self.metadata}
 
     def data(self, tensor: TensorInfo) -> "NDArray[np.uint8]":
         """A tensor's bytes, mapped from the file."""
@@ -189,10 +191,8 @@ def _parse(path: Path, data: mmap.mmap, size: int) -> GGUFInfo:
             raise PipelineError(f"{path}: {name} has the type number {type_id}, which this llama.cpp does not know")
         if not shape or shape[0] % storage.block:
             raise PipelineError(f"{path}: {name} has the shape {shape}, which {storage.name} cannot store")
-        elements = 1
-        for extent in shape:
-            elements *= extent
-        tensors.append(TensorInfo(name, shape, storage.name, storage.size(elements), start + offset, storage))
+        size_stored = storage.size(math.prod(shape))
+        tensors.append(TensorInfo(name, shape, storage.name, size_stored, start + offset, storage))
     if len({tensor.name for tensor in tensors}) != len(tensors):
         raise PipelineError(f"{path}: holds a tensor twice")
     end = max((tensor.offset + tensor.bytes for tensor in tensors), default=start)

@@ -8,11 +8,11 @@ model, with the ids as they are. It holds log probabilities in 65,535 steps over
 import re
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import PipelineError
+from pipeline.llamacpp.divergence import DivergenceStatistics
 from pipeline.llamacpp.library import LlamaModel
 from pipeline.llamacpp.programs import failure, program, require_space, run
 
@@ -22,31 +22,12 @@ if TYPE_CHECKING:
 
 _DEPTH = 16.0  # nats below the likeliest token at which log probabilities are cut off
 _STEPS = 65535
+LEAST_POSITIONS = 100  # llama-perplexity gives no statistics over fewer (kl_divergence in tools/perplexity)
 
 
-@dataclass(frozen=True)
-class DivergenceStatistics:
-    """What llama-perplexity found of a model against the reference. Divergences in nats, shares from 0 to 1.
-
-    Attributes:
-        positions: how many positions were compared.
-        mean: mean KL divergence.
-        uncertainty: its standard error.
-        quantile_999: the divergence that 99.9 % of the positions do not exceed.
-        maximum: the largest.
-        median: the one in the middle.
-        same_top: the share of positions with the same likeliest token.
-        rms_probability: root mean square of the change of the right token's probability.
-    """
-
-    positions: int
-    mean: float
-    uncertainty: float
-    quantile_999: float
-    maximum: float
-    median: float
-    same_top: float
-    rms_probability: float
+def scored_positions(tokens: int, context: int) -> int:
+    """How many positions llama-perplexity compares: the second half of every whole chunk but its last token."""
+    return tokens // context * (context - 1 - context // 2)
 
 
 def write_reference(
@@ -68,7 +49,7 @@ def write_reference(
         on_chunk: called with the number of chunks done.
 
     Returns:
-        How many positions it holds.
+        How many positions it holds; `compare` needs LEAST_POSITIONS of them.
     """
     import numpy as np
 
@@ -150,7 +131,7 @@ def compare(
     status = run(arguments, on_line=read)
     if status:
         raise failure(f"llama-perplexity of {model.name}", status, output)
-    return parse("\n".join(output), chunks * (context - 1 - context // 2))
+    return parse("\n".join(output), scored_positions(chunks * context, context))
 
 
 def parse(text: str, positions: int) -> DivergenceStatistics:
@@ -171,5 +152,4 @@ def parse(text: str, positions: int) -> DivergenceStatistics:
         maximum=figures(r"Maximum KLD")[0],
         median=figures(r"Median\s+KLD")[0],
         same_top=figures(r"Same top p\s*")[0] / 100,
-        rms_probability=figures(r"RMS Δp\s*")[0] / 100,
     )

@@ -1,16 +1,20 @@
-"""The quantization types, as the pinned llama-quantize lists them: names, numbers, and what a name promises.
+"""The pinned llama-quantize: its types and what their names promise, what it makes of a file, and what it says of it.
 
-The list comes from the program's own help text, so that it cannot be another version's.
+The types come from the program's own help text, so that they cannot be another version's. A type's name is no promise
+that every tensor is stored in it: a row that is no multiple of the type's block falls back to another type, with a
+warning and exit status 0. What it says of every tensor is read here.
 """
 
 import difflib
 import re
 import subprocess
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 
 from pipeline.errors import PipelineError, UserError
-from pipeline.llamacpp.programs import program
+from pipeline.llamacpp.programs import failure, program, run
 
 # The help text gives a size in GiB on these models: their numbers of parameters make it bits per weight.
 _PARAMETERS = {"Llama-3-8B": 8_030_261_248, "Mistral-7B": 7_241_732_096}
@@ -19,6 +23,15 @@ _EXACT_BITS = {"F32": 32.0, "F16": 16.0, "BF16": 16.0}
 # (tensor_requires_imatrix in src/llama-quant.cpp).
 _NEED_IMPORTANCE_MATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "Q2_K_S")
 _LINE = re.compile(r"^\s*(\d+)\s+or\s+(\w+)\s*:\s*(.*)$")
+# Two lines of its output: a tensor that falls back, and the tensor with the type that it is stored in. Examples:
+#   warning: blk.0.attn_q.weight - ncols 576 not divisible by 256 (required for type q4_K) -> falling back to q5_0
+#   [ 4/272] blk.0.attn_q.weight - [ 576, 576, 1, 1], type = f16, converting to q5_0 .. size = 0.63 MiB -> 0.22 MiB
+_FALLBACK = re.compile(
+    r"warning: (\S+)\s+- ncols\s+(\d+) not divisible by\s+(\d+) \(required for type\s+(\S+)\)"
+    r"(?:.*-> falling back to\s+(\S+))?"
+)
+_TENSOR = re.compile(r"\[\s*(\d+)/\s*\d+\]\s+(\S+)\s+- \[.*?\], type =\s+(\w+),")
+_CONVERTED = re.compile(r"converting to (\S+) \.\.|\((\S+)\)\s*$")  # the second is that of a dry run
 
 
 @dataclass(frozen=True)
@@ -82,3 +95,125 @@ def _promised_bits(name: str, text: str) -> float | None:
     if size and size[2] in _PARAMETERS:
         return float(size[1]) * 2**30 * 8 / _PARAMETERS[size[2]]
     return None
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """A tensor whose rows do not fit the type that was meant for it.
+
+    Attributes:
+        tensor: its name.
+        row: numbers in a row.
+        block: what a row must be a multiple of.
+        meant: the type that does not fit.
+        taken: the type that it is stored in; "" where there is none, and quantizing failed.
+    """
+
+    tensor: str
+    row: int
+    block: int
+    meant: str
+    taken: str
+
+
+@dataclass
+class Quantization:
+    """What llama-quantize said of a file.
+
+    Attributes:
+        types: the type that every tensor is stored in, by name, e.g. "q4_K".
+        fallbacks: the tensors that are stored in another type than was meant.
+        warnings: other warnings, as they were printed.
+    """
+
+    types: dict[str, str] = field(default_factory=dict)
+    fallbacks: list[Fallback] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def read(self, line: str) -> None:
+        """Take in a line of its output."""
+        if match := _FALLBACK.search(line):
+            name, row, block, meant, taken = match.groups()
+            self.fallbacks.append(Fallback(name, int(row), int(block), meant, taken or ""))
+        elif match := _TENSOR.search(line):
+            converted = _CONVERTED.search(line, match.end())
+            self.types[match[2]] = next(filter(None, converted.groups())) if converted else match[3]
+        elif re.search(r"\bwarning\b", line, re.IGNORECASE) and "required fallback" not in line:
+            self.warnings.append(line.strip())
+
+
+def command(source: Path, target: Path, kind: str) -> list[str | Path]:
+    """The argument list that quantizes a file.
+
+    Args:
+        source: a GGUF file in 16 or 32 bits.
+        target: the file to write.
+        kind: a type's name, in upper or lower case.
+    """
+    return [program("llama-quantize"), source, target, kind.upper()]
+
+
+def quantize(
+    source: Path, target: Path, kind: str, on_line: Callable[[str, int], None] = lambda line, tensors: None
+) -> Quantization:
+    """Quantize a file.
+
+    Args:
+        source, target, kind: as `command` takes them.
+        on_line: called with every line of its output, and with how many tensors are done.
+
+    Raises:
+        UserError: this model cannot be stored in this type.
+        PipelineError: llama-quantize failed, with its words.
+    """
+    return _run(command(source, target, kind), kind, on_line, target.parent)
+
+
+def plan(source: Path, kind: str) -> Quantization:
+    """What `quantize` would make of a file: nothing is computed and nothing written.
+
+    Raises:
+        PipelineError: llama-quantize failed, with its words.
+    """
+    said = _run([program("llama-quantize"), "--dry-run", source, kind.upper()], f"--dry-run to {kind}")
+    if not said.types:
+        raise PipelineError(f"llama-quantize --dry-run to {kind.upper()} named no tensor")
+    return said
+
+
+def importance_matrix_needed(kind: str) -> UserError:
+    """The error for a type that is made only with an importance matrix."""
+    return UserError(
+        f"export.quant: {kind.upper()} needs an importance matrix, which this program does not compute: take a larger "
+        "type, e.g. q3_k_m or iq3_m"
+    )
+
+
+def _run(
+    arguments: list[str | Path],
+    kind: str,
+    on_line: Callable[[str, int], None] = lambda line, tensors: None,
+    folder: Path | None = None,
+) -> Quantization:
+    said = Quantization()
+    output: list[str] = []
+
+    def read(line: str) -> None:
+        said.read(line)
+        on_line(line, len(said.types))
+        if not _TENSOR.search(line):  # what is left tells why it failed
+            output.append(line)
+
+    status = run(arguments, on_line=read)
+    if status:
+        words = "\n".join(output)
+        if "requires an imatrix" in words or "importance matrix" in words:
+            raise importance_matrix_needed(kind)
+        if "no tensor type fallback" in words and said.fallbacks:
+            last = said.fallbacks[-1]
+            raise UserError(
+                f"export.quant: {kind.upper()} cannot store this model: the rows of {last.tensor} ({last.row}) are no "
+                f"multiple of {last.block}: take another type, e.g. q4_k_m"
+            )
+        raise failure(f"llama-quantize to {kind.upper()}", status, output, folder)
+    return said

@@ -34,7 +34,8 @@ class LlamaServer:
         context: tokens of context.
         jinja: use the GGUF's own Jinja chat template.
         template: a Jinja chat template to use instead of it.
-        log: where llama-server's log is kept; without it, in a temporary file that is removed at the end.
+        log: where llama-server's log is kept, and `template` beside it, as *.jinja, so that `command` can be typed
+            again; without it, in temporary files that are removed at the end.
         threads: threads to compute with; 0 for one a core.
 
     Raises (on entering):
@@ -93,6 +94,7 @@ class LlamaServer:
         if self.log is None:
             self.log = scratch / "llama-server.log"
             stack.callback(setattr, self, "log", None)
+        self.log.parent.mkdir(parents=True, exist_ok=True)
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.command = [
@@ -105,7 +107,7 @@ class LlamaServer:
         if self.adapter is not None:
             self.command += ["--lora", str(self.adapter)]
         if self.template is not None:
-            file = scratch / "template.jinja"
+            file = self.log.with_suffix(".jinja")
             file.write_bytes(self.template.encode())
             self.command += ["--chat-template-file", str(file)]
         log = stack.enter_context(self.log.open("wb"))
@@ -161,11 +163,6 @@ class LlamaServer:
         body = {"content": text, "add_special": add_special, "parse_special": parse_special}
         ids: list[int] = self._post("/tokenize", body)["tokens"]
         return ids
-
-    def detokenize(self, ids: Sequence[int]) -> str:
-        """The text of token ids."""
-        text: str = self._post("/detokenize", {"tokens": list(ids)})["content"]
-        return text
 
     def apply_template(self, messages: Sequence[Mapping[str, Any]], **fields: Any) -> str:
         """The prompt that llama.cpp renders from the GGUF's chat template.

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pipeline.errors import PipelineError, UserError
 from pipeline.model.packaged import PACKAGED, packaged_folder
+from pipeline.model.weights_file import read_weights
 from pipeline.resources import expanded
 
 # What is fetched from a hub. Pickled weights and Python files are not: they can run code.
@@ -130,7 +131,7 @@ def check_base(folder: Path) -> Path:
                 "read: save the model as safetensors (`save_pretrained`) and give that folder"
             )
         raise UserError(f"{where} has no *.safetensors: the weights are missing")
-    _check_shards(where, folder, weights)
+    _check_weights(folder)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(
             f"{where} has no tokenizer ({', '.join(TOKENIZER_FILES[:2])}): copy the tokenizer's files of the "
@@ -139,26 +140,16 @@ def check_base(folder: Path) -> Path:
     return folder
 
 
-def _check_shards(where: str, folder: Path, weights: list[Path]) -> None:
-    """Every shard of the index is there, whole, and holds 16- or 32-bit weights."""
-    from safetensors import SafetensorError, safe_open
-
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{where}: {index.name} cannot be read: {error}") from None
-        if missing := sorted(name for name in named if not (folder / name).is_file()):
-            raise UserError(f"{where}: {missing[0]} is missing ({len(missing)} of {len(named)} shards)")
-        weights = [folder / name for name in sorted(named)]
-    for path in weights:
-        try:
-            with safe_open(path, framework="np") as tensors:
-                types = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{where}: {path.name} is cut short or damaged ({error}): copy it again") from None
+def _check_weights(folder: Path) -> None:
+    """Every shard is there, whole, and holds 16- or 32-bit weights."""
+    try:
+        weights = read_weights(folder)
+    except UserError as error:
+        raise UserError(f"model.base: {error}") from None
+    for path in weights.files:
+        types = {weights.types[name] for name, file in weights.file_of.items() if file == path}
         if types and not types & set(WEIGHT_TYPES):
             raise UserError(
-                f"{where}: {path.name} holds {', '.join(sorted(types))} weights: a base must be stored in 16 or 32 bits"
+                f"model.base: {folder}: {path.name} holds {', '.join(sorted(types))} weights: a base must be stored in "
+                "16 or 32 bits"
             )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
-import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.model.config_file import context_length, text_config
+from pipeline.model.weights_file import read_weights
 from pipeline.resources import expanded
 
 if TYPE_CHECKING:
@@ -31,30 +31,12 @@ def facts(base: str, revision: str | None = None) -> tuple[int | None, int | Non
             return _hub_facts(base, revision)
     else:
         folder = resolve_base(base, revision)
-    return sum(_count(path) for path in _weights(folder)) or None, context_of(folder)
+    return read_weights(folder).stored_values, context_of(folder)
 
 
 def context_of(folder: Path) -> int | None:
     """The context length in tokens that a model's folder names."""
-    return _context(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-
-
-def _weights(folder: Path) -> list[Path]:
-    """The files that make up the model, as the hub counts them: some folders hold the weights a second time."""
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.is_file():
-        return [whole]
-    if index.is_file():
-        return [folder / name for name in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())]
-    return list(folder.glob("*.safetensors"))
-
-
-def _count(path: Path) -> int:
-    """The number of values in a safetensors file, from its header."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return context_length(text_config(folder))
 
 
 def _hub_facts(base: str, revision: str | None) -> tuple[int | None, int | None]:
@@ -65,13 +47,7 @@ def _hub_facts(base: str, revision: str | None) -> tuple[int | None, int | None]
         config = hf_hub_download(base, "config.json", revision=revision)
     except Exception:  # offline, gated or unknown: the defaults can do without, and resolving the base will say why
         return None, None
-    return sum(metadata.parameter_count.values()), _context(json.loads(Path(config).read_text(encoding="utf-8")))
-
-
-def _context(config: dict[str, object]) -> int | None:
-    text = config.get("text_config")
-    length = (text if isinstance(text, dict) else config).get("max_position_embeddings")
-    return length if isinstance(length, int) else None
+    return sum(metadata.parameter_count.values()), context_length(json.loads(Path(config).read_text(encoding="utf-8")))
 
 
 def base_files(model: Model) -> list[Path]:

@@ -4,88 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.errors import PipelineError
+from pipeline.model import memory
 from pipeline.model.drafts import draft, would_be_written
 from pipeline.model.predict import predict
-from pipeline.prompt.tokenizer import load_tokenizer, saved_tokenizer
-
-if TYPE_CHECKING:
-    from pipeline.config import Model
-
-
-def compute_type() -> Any:
-    """The type that this machine computes fast, and that Unsloth trains in: 16 bits where there is hardware."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if native else torch.float32
-
-
-def load_base(settings: Model) -> tuple[Any, Any]:
-    """The untouched base, and the tokenizer that it is trained with."""
-    from pipeline.model.base import resolve_base
-
-    folder, remote = resolve_base(settings.base, settings.revision), settings.trust_remote_code
-    return _load(folder, remote), load_tokenizer(folder, trust_remote_code=remote)[0]
-
-
-def _load(folder: Path, trust_remote_code: bool = False) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    device = "cuda" if torch.cuda.is_available() else None
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=compute_type(), device_map=device, trust_remote_code=trust_remote_code
-    ).eval()
-
-
-def load_merged(folder: Path) -> tuple[Any, Any]:
-    """A merged model and its tokenizer."""
-    return _load(folder), saved_tokenizer(folder)
-
-
-def load_adapter(settings: Model, adapter: Path, *, in_4bit: bool) -> tuple[Any, Any]:
-    """The adapter on the base that it was trained on, and the trained tokenizer.
-
-    Args:
-        settings: the base.
-        adapter: a PEFT adapter's folder.
-        in_4bit: on the base in 4-bit NF4, as it was trained. A CPU gets these weights dequantized once, which is what
-            it would otherwise compute again for every token.
-    """
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    from pipeline.model.base import resolve_base
-
-    tokenizer = saved_tokenizer(adapter)
-    if not in_4bit:
-        model, _ = load_base(settings)
-        return PeftModel.from_pretrained(model, adapter).eval(), tokenizer
-    cuda = torch.cuda.is_available()
-    compute = compute_type()
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute,
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        resolve_base(settings.base, settings.revision),
-        quantization_config=quantization,
-        dtype=compute,
-        device_map="cuda" if cuda else "cpu",
-        trust_remote_code=settings.trust_remote_code,
-    )
-    if not cuda:
-        model = model.dequantize(dtype=compute)
-    return PeftModel.from_pretrained(model, adapter).eval(), tokenizer
 
 
 def answers(
@@ -132,7 +56,6 @@ def answer_in_batches(
     questions: Sequence[Sequence[dict[str, Any]]],
     max_new_tokens: int,
     update: Callable[[float], None],
-    batch: int = 32,
 ) -> list[str]:
     """Greedy answers, in the order of the questions.
 
@@ -142,7 +65,6 @@ def answer_in_batches(
         questions: conversations that end where the assistant speaks.
         max_new_tokens: longest answer.
         update: called with the number of answers that are done.
-        batch: questions per forward pass; those of similar length go together.
     """
     import torch
 
@@ -154,6 +76,8 @@ def answer_in_batches(
     texts = [""] * len(ids)
     greedy = _greedy(model, tokenizer, max_new_tokens)
     done = 0
+    # Those of similar length go together.
+    batch = memory.answers_together(model, max(map(len, ids), default=0) + max_new_tokens)
     with torch.inference_mode():
         for start in range(0, len(order), batch):
             places = order[start : start + batch]

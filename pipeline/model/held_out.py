@@ -57,14 +57,12 @@ def loss_of(logits: Any, ids: Sequence[int], places: Sequence[int]) -> float:
         places: positions in it.
     """
     import numpy as np
+    from scipy.special import log_softmax
 
     if not places:
         return 0.0
-    rows = logits[places].astype(np.float64)
-    highest = rows.max(-1, keepdims=True)
-    log_sum = np.log(np.exp(rows - highest).sum(-1)) + highest[:, 0]
-    chosen = rows[np.arange(len(places)), [ids[place + 1] for place in places]]
-    return float((log_sum - chosen).sum())
+    likelihoods = log_softmax(logits[places].astype(np.float64), axis=-1)
+    return float(-likelihoods[np.arange(len(places)), [ids[place + 1] for place in places]].sum())
 
 
 def held_out_losses(model: Any, rows: Rows, update: Callable[[float], None]) -> list[RowLoss]:

@@ -3,29 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from pipeline.model.quiet import quiet_transformers
-
 _TOGETHER = 1024  # tokens in a batch: enough for the matrix products, little memory for the logits
-
-
-def fits_float32(folder: Path) -> bool:
-    """Whether a model of 16-bit safetensors fits into the free memory in float32."""
-    import psutil
-
-    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return 2.2 * stored < psutil.virtual_memory().available
-
-
-def load_float32(folder: Path) -> Any:
-    """A model in float32, ready to be asked."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with quiet_transformers():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
 
 
 def predict(model: Any, rows: Sequence[Sequence[int]]) -> Iterator[list[Any]]:

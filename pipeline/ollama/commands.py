@@ -205,7 +205,8 @@ def _made(path: Path, stage: str) -> Path:
 
 def _adapter(config: Config, folder: Path) -> Stream:
     """The adapter on its base as it was trained, answering greedily."""
-    from pipeline.model.generate import load_adapter, stream_answer
+    from pipeline.model.generate import stream_answer
+    from pipeline.model.load import load_adapter
 
     model, tokenizer = load_adapter(config.model, folder, in_4bit=config.train.load_in_4bit)
     return lambda messages: stream_answer(model, tokenizer, messages, config.eval.max_new_tokens)

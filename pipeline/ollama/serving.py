@@ -7,11 +7,16 @@ from pipeline.llamacpp.server import LlamaServer
 from pipeline.prompt.guard import guarded
 
 
-def llama_server(gguf: Path, context: int = 4096) -> LlamaServer:
+def llama_server(gguf: Path, context: int = 4096, log: Path | None = None) -> LlamaServer:
     """A llama-server that renders a file's chat template as it was trained: it would give it a date, and say to think.
+
+    Args:
+        gguf: the file.
+        context: tokens of context.
+        log: where its log and the template are kept, if they are.
 
     Raises:
         UserError: there is no such file, or it carries no chat template.
     """
     template = guarded(template_of(gguf).source, thinking_not_said=True)
-    return LlamaServer(gguf, context=context, template=template)
+    return LlamaServer(gguf, context=context, template=template, log=log)

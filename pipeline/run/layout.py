@@ -43,6 +43,10 @@ class Layout:
         """What libraries and programs printed in a stage."""
         return self.run / "logs" / f"{_flat(stage, variant)}.log"
 
+    def server_log(self, rung: str) -> Path:
+        """What llama-server said while a rung was asked."""
+        return self.run / "logs" / f"llama-server-{rung}.log"
+
     @property
     def tracker(self) -> Path:
         """What an experiment tracker writes."""

@@ -155,6 +155,13 @@ def memory() -> int | None:
     return None if not cards else cards[0].memory or UNKNOWN_MEMORY
 
 
+def free_memory() -> int:
+    """Bytes that are free on the current CUDA device; 0 without one. Imports torch."""
+    import torch
+
+    return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else 0
+
+
 def look(found: Gpus, cuda: int | None, torch_build: str | None) -> Iterator[Finding]:
     """Judge what training on a GPU needs. A machine without one gets one line that says so.
 

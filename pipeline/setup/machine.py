@@ -132,6 +132,13 @@ def memory_bytes() -> int:
     return total
 
 
+def free_memory() -> int:
+    """Bytes of it that programs can still take without swapping."""
+    import psutil
+
+    return min(int(psutil.virtual_memory().available), memory_bytes())
+
+
 def memory(least: float = 6 * GIB) -> Finding:
     """The machine's memory against what the example needs, in bytes."""
     total = memory_bytes()

@@ -6,7 +6,6 @@ the tokenizer is the right kind, and the end-of-sequence token and the chat temp
 
 import json
 import re
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from pipeline.errors import PipelineError
 from pipeline.llamacpp import converter
 from pipeline.llamacpp.gguf_file import GGUFInfo, check
 from pipeline.llamacpp.programs import require_space
+from pipeline.model.weights_file import Weights, read_weights
 from pipeline.run.stage import Stage, Task
 
 # Said for every model that transformers 5 saved: "default" is its name for no scaling, and that is what is written.
@@ -28,15 +28,15 @@ _LEFT_OUT = ("vision_config", "audio_config", "num_nextn_predict_layers", "mtp_n
 def main(task: Task) -> dict[str, Any]:
     """Write and check `model-f16.gguf` or `model-bf16.gguf`."""
     merged = task.layout.merged_model
-    weights = stored_weights(merged)
+    weights = read_weights(merged)
     asked = task.config.export.outtype
-    outtype = sixteen_bit_type(weights) if asked == "auto" else asked
+    outtype = weights.sixteen_bit_type if asked == "auto" else asked
     target = task.new(task.layout.converted(outtype))
-    require_space(task.output, 2 * parameter_count(merged, weights), "the 16-bit GGUF")
+    require_space(task.output, 2 * weights.parameters, "the 16-bit GGUF")
     convert(task, merged, target, outtype)
 
     info = check(target)
-    check_against(info, merged, weights, task)
+    check_against(info, weights, task)
     return {
         "file": target.name,
         "bytes": info.size,
@@ -71,41 +71,7 @@ def convert(task: Task, model: Path, target: Path, outtype: str) -> None:
         converter.convert(arguments, target.parent, read)
 
 
-def stored_weights(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and type (as safetensors names it, e.g. "BF16") of every tensor of a Hugging Face folder."""
-    from safetensors import safe_open
-
-    weights: dict[str, tuple[tuple[int, ...], str]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="np") as file:
-            for name in file.keys():  # noqa: SIM118
-                part = file.get_slice(name)
-                weights[name] = (tuple(part.get_shape()), part.get_dtype())
-    if not weights:
-        raise PipelineError(f"{folder} has no *.safetensors: run `pipeline merge` again")
-    return weights
-
-
-def sixteen_bit_type(weights: dict[str, tuple[tuple[int, ...], str]]) -> str:
-    """The 16-bit type that keeps the stored weights as they are: that of most parameters; f16 for a float32 model."""
-    counts: Counter[str] = Counter()
-    for shape, kind in weights.values():
-        counts[kind] += _elements(shape)
-    return "bf16" if counts.most_common(1)[0][0] == "BF16" else "f16"
-
-
-def parameter_count(folder: Path, weights: dict[str, tuple[tuple[int, ...], str]]) -> int:
-    """Parameters that a GGUF must hold: a tied head counts once, and buffers do not count."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    tied = config.get("text_config", config).get("tie_word_embeddings", config.get("tie_word_embeddings", False))
-    return sum(
-        _elements(shape)
-        for name, (shape, _) in weights.items()
-        if not (tied and name.endswith("lm_head.weight")) and not name.endswith(("rotary_emb.inv_freq", "masked_bias"))
-    )
-
-
-def check_against(info: GGUFInfo, merged: Path, weights: dict[str, tuple[tuple[int, ...], str]], task: Task) -> None:
+def check_against(info: GGUFInfo, weights: Weights, task: Task) -> None:
     """Compare a GGUF with the Hugging Face folder that it was made from.
 
     Raises:
@@ -113,8 +79,8 @@ def check_against(info: GGUFInfo, merged: Path, weights: dict[str, tuple[tuple[i
     """
     from pipeline.prompt.tokenizer import saved_tokenizer
 
+    merged, expected = weights.folder, weights.parameters
     config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
-    expected = parameter_count(merged, weights)
     found = sum(tensor.elements for tensor in info.tensors if not _COMPUTED.match(tensor.name))
     vocabulary = info.metadata["tokenizer.ggml.tokens"]
     if found != expected:
@@ -156,13 +122,6 @@ def is_byte_level(folder: Path) -> bool:
         return False
     tokenizer = json.loads(path.read_text(encoding="utf-8"))
     return tokenizer["model"].get("type") == "BPE" and '"ByteLevel"' in json.dumps(tokenizer.get("decoder"))
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for extent in shape:
-        count *= extent
-    return count
 
 
 STAGE = Stage(

@@ -127,7 +127,7 @@ def rung(task: Task, questions: Sequence[Question]) -> Iterator[Answerer | None]
         layout = task.layout
         model = layout.gguf_16bit() if task.variant == GGUF_16BIT else layout.quantized(task.variant)
         context = context_for(layout.merged_model, conversations, limit)
-        with llama_server(model, context) as server:
+        with llama_server(model, context, layout.server_log(task.variant)) as server:
             task.command(server.command)
             # As Ollama asks: what a question shares with the last one is not computed again. Computed again it would
             # be rounded otherwise, and near ties would fall to another side than in Ollama.
@@ -162,7 +162,8 @@ def _one_by_one(
 
 
 def _transformers(task: Task, asked: Sequence[Question]) -> Answerer:
-    from pipeline.model.generate import answer_in_batches, answers, load_adapter, load_base, load_merged
+    from pipeline.model.generate import answer_in_batches, answers
+    from pipeline.model.load import load_adapter, load_base, load_merged
 
     settings, limit = task.config.model, task.config.eval.max_new_tokens
     questions, expected = [question.messages for question in asked], [question.expected for question in asked]

@@ -15,10 +15,14 @@ from typing import Any
 
 from pipeline.console import progress
 from pipeline.errors import PipelineError
+from pipeline.model import memory
 from pipeline.model.facts import base_files
 from pipeline.model.held_out import first_tokens, held_out_losses, mean_loss, read_held_out, trained_places
+from pipeline.model.load import load_model
 from pipeline.model.nf4 import dequantize_base, restore_base
+from pipeline.model.weights_file import TORCH_TYPES, read_weights
 from pipeline.run.stage import Stage, Task
+from pipeline.setup import machine
 
 # Held-out tokens on which the two bases are compared: the difference of their losses is settled long before.
 HELD_OUT_TOKENS = 5000
@@ -29,18 +33,17 @@ def main(task: Task) -> dict[str, Any]:
     import torch
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
-    from transformers import AutoModelForCausalLM
 
     from pipeline.model.base import resolve_base
 
     base = resolve_base(task.config.model.base, task.config.model.revision)
     adapter = task.layout.adapter
-    stored = stored_type(base)
+    weights = read_weights(base)
+    stored = getattr(torch, TORCH_TYPES[weights.sixteen_bit_type])
     with progress("loading the base", None):
-        model = AutoModelForCausalLM.from_pretrained(
-            base, dtype=_arithmetic(base, stored), trust_remote_code=task.config.model.trust_remote_code
-        )
-    arithmetic = str(model.dtype).removeprefix("torch.")
+        needed = memory.merge(weights.parameters, in_float32=True, dequantizes=task.config.train.load_in_4bit)
+        arithmetic = torch.float32 if needed <= machine.free_memory() else stored
+        model = load_model(base, arithmetic, trust_remote_code=task.config.model.trust_remote_code)
     generation = model.generation_config
     model = PeftModel.from_pretrained(model, adapter).eval()
     _refuse_partial(model, adapter)
@@ -79,9 +82,9 @@ def main(task: Task) -> dict[str, Any]:
         **{f"held_out_loss_{name}": loss for name, loss in merged_into["losses"].items()},
         "relative_change": (change / size) ** 0.5,
         "rounding_to_change": rounding / change**0.5,
-        "arithmetic": arithmetic,
+        "arithmetic": str(arithmetic).removeprefix("torch."),
         "stored": str(stored).removeprefix("torch."),
-        "bytes": sum(path.stat().st_size for path in output.glob("*.safetensors")),
+        "bytes": read_weights(output).size,
     }
 
 
@@ -131,33 +134,6 @@ def _choose_base(task: Task, model: Any) -> dict[str, Any]:
             restore_base(model, before)
     task.new(task.layout.merge_base).write_text(json.dumps(chosen, indent=1) + "\n", encoding="utf-8")
     return chosen
-
-
-def stored_type(folder: Path) -> Any:
-    """The 16-bit type of a model folder: that of its largest tensor; a float32 base is merged into bfloat16."""
-    import torch
-    from safetensors import safe_open
-
-    sizes: dict[str, int] = {}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (the file is no mapping)
-                part = file.get_slice(name)
-                count = 1
-                for length in part.get_shape():
-                    count *= length
-                sizes[part.get_dtype()] = sizes.get(part.get_dtype(), 0) + count
-    largest = max(sizes, key=lambda name: sizes[name])
-    return {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.bfloat16}[largest]
-
-
-def _arithmetic(folder: Path, stored: Any) -> Any:
-    """float32 where it fits into the memory, with room for the stored weights beside it; else as stored."""
-    import psutil
-    import torch
-
-    stored_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return torch.float32 if 3.6 * stored_bytes < psutil.virtual_memory().available else stored
 
 
 def _refuse_partial(model: Any, adapter: Path) -> None:

@@ -18,7 +18,7 @@ from pipeline.resources import resource
 from pipeline.run.folder import read_manifest
 from pipeline.run.stage import EVERY_RUNG, Stage, Task
 from pipeline.stages import declared
-from pipeline.verify.rungs import GGUF_16BIT
+from pipeline.verify.rungs import BASE
 
 EXAMPLES = 8
 LONGEST = 400  # characters of a question or an answer that the page shows
@@ -94,12 +94,8 @@ def _ladder(task: Task, evaluation: dict[str, Any], proof: dict[str, Any]) -> st
     if not rungs:
         return ""
     answers = {name: (rung["exact_match"], *rung["interval_95"]) for name, rung in rungs.items()}
-    divergences = {
-        GGUF_16BIT if name == "convert" else name.rpartition("/")[2]: mean
-        for name, mean in proof.get("divergences", {}).items()
-    }
     path = task.new(task.layout.ladder)
-    ladder(answers, divergences, path)
+    ladder(answers, proof.get("divergences", {}), path)
     return _image(path)
 
 
@@ -111,11 +107,11 @@ def _image(svg: Path) -> str:
 def _cards(config: Config, stages: dict[str, Any], evaluation: dict[str, Any]) -> list[dict[str, str]]:
     cards = []
     rungs = evaluation.get("rungs", {})
-    if "base" in rungs and len(rungs) > 1:
+    if BASE in rungs and len(rungs) > 1:
         last = list(rungs)[-1]
         cards.append(
             {
-                "value": f"{rungs['base']['exact_match']:.3f} → {rungs[last]['exact_match']:.3f}",
+                "value": f"{rungs[BASE]['exact_match']:.3f} → {rungs[last]['exact_match']:.3f}",
                 "meaning": f"exact match, base to {last}",
             }
         )

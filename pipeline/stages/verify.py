@@ -15,6 +15,7 @@ from pipeline.stages import rungs
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.chain import verify
 from pipeline.verify.result import FAIL, explain, write
+from pipeline.verify.rungs import GGUF_16BIT
 
 
 def main(task: Task) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def main(task: Task) -> dict[str, Any]:
         "verdict": content["verdict"],
         **{verdict.replace(" ", "_"): count for verdict, count in content["counts"].items()},
         "first_broken": content["first_broken"] and content["first_broken"]["id"],
-        "divergence": content.get("divergences", {}).get("convert"),
+        "divergence": content.get("divergences", {}).get(GGUF_16BIT),
     }
 
 

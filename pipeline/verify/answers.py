@@ -14,7 +14,7 @@ from pipeline.data.sources import read_rows
 from pipeline.run.layout import Layout
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import Claim, Result
-from pipeline.verify.rungs import ADAPTER, BASE, GGUF_16BIT, MERGED, OLLAMA, rungs
+from pipeline.verify.rungs import ADAPTER, BASE, GGUF_16BIT, MERGED, OLLAMA, made_by, rungs
 from pipeline.verify.statistics import mcnemar, wilson_interval
 
 _SIGNIFICANT = 0.05
@@ -47,7 +47,7 @@ def _answers(artefacts: Artefacts) -> Iterator[Result]:
     ]
     sentence = "the quantized file answers no worse than the 16-bit one"
     for kind in artefacts.quantized:
-        pairs.append((GGUF_16BIT, kind, Claim("answers.quantized", f"quantize/{kind}", sentence)))
+        pairs.append((GGUF_16BIT, kind, Claim("answers.quantized", made_by(kind), sentence)))
     if artefacts.quantized:
         served = Claim("answers.ollama", "deploy", "Ollama answers no worse than the same file in llama-server")
         pairs.append((next(iter(artefacts.quantized)), OLLAMA, served))
@@ -102,13 +102,13 @@ def _losses(artefacts: Artefacts) -> Iterator[Result]:
     limit = artefacts.settings.loss_lost
     sentence = "the 16-bit GGUF file has the held-out loss of the merged model"
     steps = [
-        ("adapter on 4-bit", "merged", merged, limit),
-        ("merged", "16-bit GGUF", Claim("answers.loss", "convert", sentence), limit / 10),
+        (ADAPTER, MERGED, merged, limit),
+        (MERGED, GGUF_16BIT, Claim("answers.loss", "convert", sentence), limit / 10),
     ]
     if artefacts.without_metric:
         sentence = "the quantized file has nearly the held-out loss of the 16-bit one"
         for kind in artefacts.quantized:
-            steps.append(("16-bit GGUF", kind, Claim("answers.loss", f"quantize/{kind}", sentence), limit))
+            steps.append((GGUF_16BIT, kind, Claim("answers.loss", made_by(kind), sentence), limit))
     for before, after, claim, tolerance in steps:
         if before in losses and after in losses:
             words = f"{before}: {losses[before]:.4f}, {after}: {losses[after]:.4f}"

@@ -18,9 +18,11 @@ from pipeline.data.questions import Question, asked
 from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.gguf_file import GGUFInfo, inspect
 from pipeline.model.held_out import RowLoss, first_tokens, mean_loss, read_held_out
+from pipeline.model.weights_file import read_weights, weight_files
 from pipeline.prompt.tokenizer import saved_tokenizer
 from pipeline.run.layout import Layout
-from pipeline.verify.reconvert import reconvert, stored_outtype, unquantized_type
+from pipeline.verify.reconvert import reconvert, unquantized_type
+from pipeline.verify.rungs import GGUF_16BIT, made_by
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -103,7 +105,7 @@ class Artefacts:
         """
         if not (model / "config.json").is_file():
             raise UserError(f"{model}: has no config.json; give the folder that the GGUF file was made from")
-        if not list(model.glob("*.safetensors")):
+        if not weight_files(model):
             raise UserError(f"{model}: has no *.safetensors; give the folder that the GGUF file was made from")
         if unquantized_type(gguf):
             return Artefacts(settings, model, gguf, {}, scratch)
@@ -128,11 +130,11 @@ class Artefacts:
 
     @property
     def files(self) -> Iterator[tuple[str, Path]]:
-        """Every GGUF file with its rung."""
+        """Every GGUF file with the stage that made it."""
         if self.sixteen_bit is not None:
-            yield "convert", self.sixteen_bit
+            yield made_by(GGUF_16BIT), self.sixteen_bit
         for kind, path in self.quantized.items():
-            yield f"quantize/{kind}", path
+            yield made_by(kind), path
 
     @cached_property
     def expected(self) -> GGUFInfo:
@@ -141,7 +143,7 @@ class Artefacts:
         # Shared by all subjects of one folder: converting takes longer than most checks.
         folder = self.scratch / "again"
         folder.mkdir(parents=True, exist_ok=True)
-        return reconvert(self.model, folder, outtype or stored_outtype(self.model))
+        return reconvert(self.model, folder, outtype or read_weights(self.model).sixteen_bit_type)
 
     @property
     def reference(self) -> Path:

@@ -1,4 +1,4 @@
-"""All checks, one after the other, over one artefacts.
+"""All checks, one after the other, over the files of one chain.
 
 A check that breaks on what it judges has found it: its error is a failure. Only what a check itself says it cannot do,
 or what set-up has not brought, counts as not run.

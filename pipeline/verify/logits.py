@@ -10,25 +10,30 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline.console import progress
-from pipeline.errors import PipelineError
-from pipeline.llamacpp.divergence import Divergence
+from pipeline.errors import NotInstalled, PipelineError
+from pipeline.llamacpp.divergence import Divergence, DivergenceStatistics, compare_files
 from pipeline.llamacpp.gguf_file import inspect
 from pipeline.llamacpp.library import LlamaModel
-from pipeline.llamacpp.perplexity import compare, write_reference
-from pipeline.llamacpp.programs import failure, program, require_space, run
+from pipeline.llamacpp.perplexity import LEAST_POSITIONS, compare, scored_positions, write_reference
+from pipeline.llamacpp.programs import require_space
+from pipeline.llamacpp.quantizer import quantize
 from pipeline.llamacpp.server import LlamaServer
 from pipeline.model.held_out import loss_of, trained_places
-from pipeline.model.predict import fits_float32, load_float32, predict
+from pipeline.model.load import load_float32, round_matrices
+from pipeline.model.memory import fits_float32
+from pipeline.model.predict import predict
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.reconvert import unquantized_type
 from pipeline.verify.result import Claim, Result
+from pipeline.verify.rungs import GGUF_16BIT, MERGED, made_by
 
 CHUNK = 512  # tokens that llama-perplexity takes at once; it scores the second half of each
+_REFERENCE = "reference.bin"
 _ENOUGH = 200  # positions below which a divergence says little
 
 # The largest mean divergence by the bits that a type promises: four times or more of what the example loses, a small
@@ -63,6 +68,7 @@ def _sixteen_bit(artefacts: Artefacts) -> Iterator[Result]:
         yield from (claim.not_run("the model does not fit into the memory in float32") for claim in claims)
         return
     model = model or load_float32(artefacts.model)
+    round_matrices(model, artefacts.model, unquantized_type(path) or "")
     exact = _in_float32(path, artefacts.scratch)
     divergence, losses = _diverge(model, exact, rows, artefacts.held_out[0])
     if exact != path:
@@ -70,7 +76,7 @@ def _sixteen_bit(artefacts: Artefacts) -> Iterator[Result]:
     artefacts.shared["model"] = None
     artefacts.shared.setdefault("losses", {}).update(losses)
     where = f"over {divergence.positions:,} positions of {artefacts.held_out[0]}"
-    artefacts.shared["divergences"] = {"convert": divergence.mean}
+    artefacts.shared["divergences"] = {GGUF_16BIT: divergence.mean}
     yield mean.at_most(divergence.mean, settings.divergence, f"mean KL {divergence.mean:.2g} {where}")
     high = divergence.quantile(0.999)
     yield tail.at_most(
@@ -95,9 +101,7 @@ def _in_float32(path: Path, scratch: Path) -> Path:
         return path
     target = scratch / f"{path.stem}-float32.gguf"
     require_space(scratch, 2 * path.stat().st_size, "the 16-bit file's numbers as float32")
-    output: list[str] = []
-    if status := run([program("llama-quantize"), path, target, "F32"], on_line=output.append):
-        raise failure("llama-quantize to F32", status, output, scratch)
+    quantize(path, target, "F32")
     return target
 
 
@@ -107,6 +111,8 @@ def _cannot_load(path: Path) -> str:
         inspect(path)
         with LlamaServer(path, context=256) as server:
             server.complete([1, 1], 1)
+    except NotInstalled:
+        raise
     except PipelineError as error:
         return f"llama.cpp cannot run it: {error}"
     return ""
@@ -152,41 +158,59 @@ def _diverge(model: Any, path: Path, rows: Rows, where: str) -> tuple[Divergence
             update(done)
     if not trained:
         return divergence, {}
-    return divergence, {"merged": ours / trained, "16-bit GGUF": theirs / trained}
+    return divergence, {MERGED: ours / trained, GGUF_16BIT: theirs / trained}
 
 
 def _quantized(artefacts: Artefacts) -> Iterator[Result]:
     if not artefacts.quantized:
         return
-    ids = list(itertools.chain.from_iterable(row for row, _ in artefacts.compared_rows()))
-    context = min(CHUNK, len(ids))
-    reference = artefacts.scratch / "reference.bin"
-    threads = len(os.sched_getaffinity(0))
     broken = _cannot_load(artefacts.reference)
-    if not broken:
-        add_bos = inspect(artefacts.reference).metadata.get("tokenizer.ggml.add_bos_token")
-        if add_bos and artefacts.tokenizer.bos_token_id is not None:
-            ids = _with_bos(ids, artefacts.tokenizer.bos_token_id, context)
-        chunks = len(ids) // context
-        with (
-            LlamaModel(artefacts.reference, context=context) as model,
-            progress("logits of the 16-bit file", chunks, "chunks") as update,
-        ):
-            write_reference(model, ids, reference, context, update)
+    measure = None if broken else _measure(artefacts)
     for kind, path in artefacts.quantized.items():
-        claim = Claim("logits.quantized", f"quantize/{kind}", "quantizing changed the predictions little (mean KL)")
-        if broken:
+        claim = Claim("logits.quantized", made_by(kind), "quantizing changed the predictions little (mean KL)")
+        if measure is None:
             yield claim.not_run(f"the 16-bit file cannot be run: {broken}")
         elif why := _cannot_load(path):
             yield claim.holds(False, why)
         else:
             try:
-                yield _against_reference(artefacts, claim, path, reference, threads, len(ids) // context)
+                yield _judged(artefacts, claim, kind, measure(path))
                 if artefacts.without_metric:
                     artefacts.shared.setdefault("losses", {})[kind] = _loss(artefacts, path)
+            except NotInstalled:
+                raise
             except PipelineError as error:  # of this file, and no other
                 yield claim.holds(False, str(error))
-    reference.unlink(missing_ok=True)
+    (artefacts.scratch / _REFERENCE).unlink(missing_ok=True)
+
+
+def _measure(artefacts: Artefacts) -> Callable[[Path], DivergenceStatistics]:
+    """What compares a file with the 16-bit one: llama-perplexity, where there are enough tokens for it.
+
+    It scores the second half of every chunk, and gives no statistics over fewer than a hundred positions. Then all
+    positions of the rows are compared directly.
+    """
+    rows = [ids for ids, _ in artefacts.compared_rows()]
+    ids = list(itertools.chain.from_iterable(rows))
+    context = min(CHUNK, len(ids))
+    add_bos = inspect(artefacts.reference).metadata.get("tokenizer.ggml.add_bos_token")
+    if add_bos and artefacts.tokenizer.bos_token_id is not None:
+        ids = _with_bos(ids, artefacts.tokenizer.bos_token_id, context)
+    if scored_positions(len(ids), context) < LEAST_POSITIONS:
+        return lambda path: compare_files(artefacts.reference, path, rows).statistics
+    reference, chunks = artefacts.scratch / _REFERENCE, len(ids) // context
+    with (
+        LlamaModel(artefacts.reference, context=context) as model,
+        progress("logits of the 16-bit file", chunks, "chunks") as update,
+    ):
+        write_reference(model, ids, reference, context, update)
+    threads = len(os.sched_getaffinity(0))
+
+    def by_llama_perplexity(path: Path) -> DivergenceStatistics:
+        with progress(f"logits of {path.name}", chunks, "chunks") as update:
+            return compare(path, reference, threads, update)
+
+    return by_llama_perplexity
 
 
 def _loss(artefacts: Artefacts, path: Path) -> float:
@@ -212,16 +236,11 @@ def _with_bos(ids: list[int], bos: int, context: int) -> list[int]:
     return list(itertools.chain.from_iterable([bos, *part] for part in parts if len(part) == context - 1))
 
 
-def _against_reference(
-    artefacts: Artefacts, claim: Claim, path: Path, reference: Path, threads: int, chunks: int
-) -> Result:
-    with progress(f"logits of {claim.rung}", chunks, "chunks") as update:
-        found = compare(path, reference, threads, update)
-    artefacts.shared.setdefault("divergences", {})[claim.rung] = found.mean
-    artefacts.shared.setdefault("quantized", {})[claim.rung] = vars(found)
-    limit = artefacts.settings.quantized_divergence or _limit(
-        claim.rung.partition("/")[2], inspect(path).bits_per_weight
-    )
+def _judged(artefacts: Artefacts, claim: Claim, kind: str, found: DivergenceStatistics) -> Result:
+    artefacts.shared.setdefault("divergences", {})[kind] = found.mean
+    artefacts.shared.setdefault("quantized", {})[kind] = vars(found)
+    bits = inspect(artefacts.quantized[kind]).bits_per_weight
+    limit = artefacts.settings.quantized_divergence or _limit(kind, bits)
     few = "" if found.positions >= _ENOUGH else "; few positions, so this is rough"
     return claim.at_most(
         found.mean,

@@ -10,6 +10,7 @@ from pathlib import Path
 from pipeline.config import Config
 from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.quantizer import quantization_type
+from pipeline.model import memory
 from pipeline.setup import gpu, libraries
 from pipeline.setup.findings import OK, WARNING, Finding
 from pipeline.setup.machine import existing, memory_bytes
@@ -37,21 +38,20 @@ def check(config: Config, run_folder: Path, parameters: int, gpu_bytes: int | No
     free = shutil.disk_usage(existing(run_folder)).free
     yield _bytes(_DISK, sum(needs.values()), free, f"{words}; free some space, or choose another folder (run.folder)")
 
-    memory = memory_bytes()
-    # In the stored type: the weights, one matrix more, and those of before they were dequantized.
-    copies = 2.3 if config.train.load_in_4bit and config.merge.base != "16bit" else 1.3
-    yield _bytes(_MEMORY, int(copies * 2 * parameters), memory, "take a smaller base or a larger machine")
-    if 4.4 * parameters <= memory:
-        yield _bytes(_FLOAT32, int(4.4 * parameters), memory)
+    in_4bit, there = config.train.load_in_4bit, memory_bytes()
+    merge = memory.merge(parameters, in_float32=False, dequantizes=in_4bit)
+    yield _bytes(_MEMORY, merge, there, "take a smaller base or a larger machine")
+    float32 = memory.float32_model(parameters)
+    if float32 <= there:
+        yield _bytes(_FLOAT32, float32, there)
     else:
         yield _FLOAT32.not_run(
-            f"{4.4 * parameters / 1e9:.0f} GB would be needed, {memory / 1e9:.0f} GB are there: the logits of the "
+            f"{float32 / 1e9:.0f} GB would be needed, {there / 1e9:.0f} GB are there: the logits of the "
             "merged model will not be compared with the 16-bit GGUF file's; its weights will be"
         )
     if gpu_bytes is not None:
-        # The adapter's optimizer and the activations come on top.
-        needed = config.train.bytes_per_weight * parameters + 2**30
-        yield _bytes(_GPU, int(needed), gpu_bytes, "take a smaller base or a larger GPU")
+        training = memory.training(parameters, in_4bit=in_4bit)
+        yield _bytes(_GPU, training, gpu_bytes, "take a smaller base or a larger GPU")
     environment = libraries.this_environment()
     torch = next((package.version for package in environment.installed() if package.name == "torch"), None)
     for finding in gpu.look(gpu.gpus(), libraries.locked_cuda(), torch):

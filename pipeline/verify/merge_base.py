@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import Claim, Result
+from pipeline.verify.rungs import ADAPTER, ADAPTER_16BIT, BASE
 
 _CLAIM = Claim("merge_base.better", "merge", "the adapter is merged into the base that it fits")
 
@@ -26,11 +27,7 @@ def check(artefacts: Artefacts) -> Iterator[Result]:
     else:
         if artefacts.merge_measured_all:  # else they say nothing beside losses that were taken on more rows
             artefacts.shared.setdefault("losses", {}).update(
-                {
-                    "base": losses["base"],
-                    "adapter on 4-bit": losses["dequantized"],
-                    "adapter on 16-bit": losses["16bit"],
-                }
+                {BASE: losses["base"], ADAPTER: losses["dequantized"], ADAPTER_16BIT: losses["16bit"]}
             )
         other = "dequantized" if taken == "16bit" else "16bit"
         words = (

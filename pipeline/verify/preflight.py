@@ -15,9 +15,11 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.console import progress
-from pipeline.llamacpp.programs import failure, program, require_space, run
+from pipeline.errors import PipelineError
+from pipeline.llamacpp.programs import require_space
+from pipeline.llamacpp.quantizer import quantize
 from pipeline.model.base import resolve_base
-from pipeline.model.facts import facts
+from pipeline.model.weights_file import read_weights
 from pipeline.ollama.client import Client
 from pipeline.ollama.rendering import choose, refusal
 from pipeline.ollama.server import OllamaServer, find_ollama
@@ -52,14 +54,13 @@ def preflight(config: Config, run_folder: Path, scratch: Path, rungs: Sequence[s
         UserError: there is no such base.
     """
     base = resolve_base(config.model.base, config.model.revision)
-    size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
-    parameters, _ = facts(config.model.base, config.model.revision)
+    parameters = read_weights(base).parameters
     # Converted, that in float32, and every type twice: quantized, and in Ollama.
-    quantized = machine.disk_needs(config, size // 2)["quantize"]
-    require_space(scratch, 3 * size + 2 * quantized, "preflight's copies of the base")
-    results = list(machine.check(config, run_folder, parameters or size // 2, gpu.memory()))
+    quantized = machine.disk_needs(config, parameters)["quantize"]
+    require_space(scratch, 6 * parameters + 2 * quantized, "preflight's copies of the base")
+    results = list(machine.check(config, run_folder, parameters, gpu.memory()))
     results += _run("toolchain", "convert", lambda: iter([toolchain.check_pin()]))
-    results += _run("preflight.target", "deploy", partial(_target, config, run_folder, scratch))
+    results += _run("preflight.target", "deploy", partial(check_target, config, run_folder, scratch))
     results += _run("preflight.template", "modelfile", partial(_template, config, base))
     artefacts = _subject(config, base, scratch)
     results += _run("preflight.convert", "convert", partial(_convert, artefacts))
@@ -93,11 +94,13 @@ def _convert(artefacts: Artefacts) -> Iterator[Result]:
     yield _CONVERTED.holds(True)
     for kind, target in artefacts.quantized.items():
         claim = Claim("preflight.quantize", f"quantize/{kind}", "llama-quantize makes this type of the base")
-        output: list[str] = []
-        with progress(f"quantizing the base to {kind}", None):
-            status = run([program("llama-quantize"), source, target, kind.upper()], on_line=output.append)
-        words = str(failure(f"llama-quantize to {kind}", status, output, target.parent)) if status else ""
-        yield claim.holds(not status, words)
+        try:
+            with progress(f"quantizing the base to {kind}", None):
+                quantize(source, target, kind)
+        except PipelineError as error:
+            yield claim.holds(False, str(error))
+        else:
+            yield claim.holds(True)
 
 
 def _judge(artefacts: Artefacts) -> list[Result]:
@@ -121,7 +124,8 @@ def _template(config: Config, base: Path) -> Iterator[Result]:
     yield _TEMPLATE.holds(choice.way != "refused", words, choice.way, "go or native")
 
 
-def _target(config: Config, run_folder: Path, scratch: Path) -> Iterator[Result]:
+def check_target(config: Config, run_folder: Path, scratch: Path) -> Iterator[Result]:
+    """Whether there is a server to deploy to, and whether the model's names are free there."""
     names = names_of(config.ollama.name, config.export.quant)
     with server(config.ollama.host, Layout(run_folder).ollama_models, scratch / "target.log") as found:
         if isinstance(found, str):  # which is no failure of a run

@@ -6,7 +6,6 @@ What the name stands for on this very model is asked of the pinned llama-quantiz
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,13 +13,10 @@ from pipeline.console import progress
 from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.gguf_file import GGUFInfo, inspect
 from pipeline.llamacpp.gguf_file import check as check_gguf
-from pipeline.llamacpp.programs import failure, program, run
-from pipeline.llamacpp.quantizer import QuantizationType, quantization_type
+from pipeline.llamacpp.quantizer import QuantizationType, plan, quantization_type
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import Claim, Result
 
-_PLAN = re.compile(r"\[\s*\d+/\s*\d+\]\s+(\S+)\s+- \[.*?\], type =\s+(\S+), size =.*?(?:\((\S+)\))?\s*$")
-_FALLBACK = re.compile(r"warning: (\S+)\s+- ncols")
 # The largest relative error of a tensor by the bits that a type promises, three times what the example's worst has:
 # Q8_0 0.0065, Q6_K 0.017, Q5_K_M 0.041, Q5_0 0.054, Q4_K_M 0.062, Q4_0 0.10, Q3_K_S 0.16, IQ3_M 0.19.
 _ERRORS = ((16.0, 0.005), (8.0, 0.02), (6.0, 0.05), (5.0, 0.15), (4.0, 0.3), (3.0, 0.5), (0.0, 0.8))
@@ -55,22 +51,11 @@ def _file(artefacts: Artefacts, kind: str, path: Path) -> Iterator[Result]:
     except UserError:
         yield types.holds(False, f"neither its name nor general.file_type says what {path.name} is")
         return
-    plan, fallen = _plan(artefacts.reference, wanted)
+    meant = plan(artefacts.reference, wanted.name)
     yield _named(rung, info, wanted)
-    yield _types(types, info, plan)
-    yield from _bits(rung, artefacts, info, wanted, fallen)
+    yield _types(types, info, meant.types)
+    yield from _bits(rung, artefacts, info, wanted, [fallback.tensor for fallback in meant.fallbacks])
     yield _error(rung, artefacts, info, wanted)
-
-
-def _plan(source: Path, wanted: QuantizationType) -> tuple[dict[str, str], list[str]]:
-    """The type of every tensor, and the names of those that fall back, as llama-quantize would make them."""
-    output: list[str] = []
-    arguments: list[str | Path] = [program("llama-quantize"), "--dry-run", source, wanted.name]
-    status = run(arguments, on_line=output.append)
-    plan = {match[1]: match[3] or match[2] for line in output if (match := _PLAN.search(line))}
-    if status or not plan:
-        raise failure(f"llama-quantize --dry-run to {wanted.name}", status, output)
-    return plan, [match[1] for line in output if (match := _FALLBACK.search(line))]
 
 
 def _named(rung: str, info: GGUFInfo, wanted: QuantizationType) -> Result:
@@ -84,14 +69,14 @@ def _named(rung: str, info: GGUFInfo, wanted: QuantizationType) -> Result:
     )
 
 
-def _types(claim: Claim, info: GGUFInfo, plan: dict[str, str]) -> Result:
+def _types(claim: Claim, info: GGUFInfo, meant: dict[str, str]) -> Result:
     found = {tensor.name: tensor.type for tensor in info.tensors}
     wrong = [
         f"{name} is {found.get(name, 'missing')} instead of {kind}"
-        for name, kind in plan.items()
+        for name, kind in meant.items()
         if found.get(name, "").lower() != kind.lower()
     ]
-    more = f" ({len(wrong)} of {len(plan)} tensors)" if wrong else ""
+    more = f" ({len(wrong)} of {len(meant)} tensors)" if wrong else ""
     return claim.holds(not wrong, "; ".join(wrong[:2]) + more, len(wrong), "at most 0 tensors")
 
 

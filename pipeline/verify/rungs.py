@@ -1,4 +1,8 @@
-"""The ladder: every rung at which the test questions are asked, in the order of the work."""
+"""The ladder: every rung at which a model is asked or measured, in the order of the work.
+
+`verify.json` and the report name losses, divergences and answers by these. A check names what it judges by the stage,
+and its variant, that made it: `made_by` says which.
+"""
 
 from collections.abc import Sequence
 
@@ -8,6 +12,9 @@ ADAPTER_16BIT = "adapter-16bit"  # on the base as it is stored, where it was tra
 MERGED = "merged"
 GGUF_16BIT = "gguf-16bit"
 OLLAMA = "ollama"  # the first quantized file as Ollama serves it
+_MADE_BY = {
+    BASE: "base", ADAPTER: "train", ADAPTER_16BIT: "train", MERGED: "merge", GGUF_16BIT: "convert", OLLAMA: "deploy",
+}  # fmt: skip
 
 
 def rungs(types: Sequence[str], *, trained_on_4bit: bool) -> tuple[str, ...]:
@@ -18,3 +25,8 @@ def rungs(types: Sequence[str], *, trained_on_4bit: bool) -> tuple[str, ...]:
         trained_on_4bit: the adapter has two bases to be asked on.
     """
     return (BASE, ADAPTER, *((ADAPTER_16BIT,) if trained_on_4bit else ()), MERGED, GGUF_16BIT, *types, OLLAMA)
+
+
+def made_by(rung: str) -> str:
+    """The stage, with its variant, whose output is asked at a rung, e.g. "quantize/q4_k_m" at q4_k_m."""
+    return _MADE_BY.get(rung, f"quantize/{rung}")

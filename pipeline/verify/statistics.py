@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def wilson_interval(correct: int, asked: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % score interval of a share (E. B. Wilson, 1927, "Probable inference", JASA 22)."""
-    if asked == 0:
-        return 0.0, 1.0
-    share = correct / asked
-    middle = (share + z**2 / (2 * asked)) / (1 + z**2 / asked)
-    half = z / (1 + z**2 / asked) * (share * (1 - share) / asked + z**2 / (4 * asked**2)) ** 0.5
-    return max(0.0, middle - half), min(1.0, middle + half)
+def wilson_interval(correct: int, asked: int) -> tuple[float, float]:
+    """The 95 % score interval of a share (E. B. Wilson, 1927, "Probable inference", JASA 22).
+
+    Args:
+        correct: right answers.
+        asked: all answers, at least one.
+    """
+    from scipy.stats import binomtest
+
+    interval = binomtest(correct, asked).proportion_ci(0.95, "wilson")
+    return float(interval.low), float(interval.high)
 
 
 def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> tuple[int, int, float]:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,11 @@ from pipeline.console import progress
 from pipeline.errors import PipelineError
 from pipeline.llamacpp.gguf_file import GGUFInfo, inspect
 from pipeline.llamacpp.gguf_file import check as check_gguf
+from pipeline.model.config_file import text_config
+from pipeline.model.load import load_model
+from pipeline.model.memory import fits_float32
 from pipeline.model.nf4 import dequantized, quantized_modules
-from pipeline.model.predict import fits_float32
+from pipeline.model.weights_file import BUFFERS, Weights, read_weights
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import Claim, Result
 
@@ -34,6 +36,7 @@ _GGUF = Claim("weights.gguf", "convert", "the 16-bit GGUF file holds the merged 
 _METADATA = Claim("weights.metadata", "convert", "the GGUF file describes the model as its config.json does")
 
 _LEFTOVER_SIGNS = ("lora_", "absmax", "quant_map", "quant_state", "bitsandbytes", ".SCB", "weight_format")
+# Bits of the mantissa, and the distance between the smallest numbers.
 _MANTISSA = {"F16": (10, 2.0**-24), "BF16": (7, 2.0**-133), "F32": (23, 2.0**-149)}
 _CHANGES = ("rope", "scal", "softcap", "window", "epsilon")
 # What config.json says that changes what a model computes.
@@ -47,46 +50,21 @@ _COMPUTES = (
 
 def check(artefacts: Artefacts) -> Iterator[Result]:
     """Judge the merged folder and the 16-bit file."""
-    if artefacts.base is None or artefacts.adapter is None:
-        why = "the base and the adapter of this export are not known"
-        yield from (claim.not_run(why) for claim in (_MERGED, _TARGETS, _UNTOUCHED, _SHAPES))
-    else:
-        yield from _merge(artefacts, artefacts.base, artefacts.adapter)
+    yield from check_merge(artefacts)
     yield from check_folder(artefacts)
     yield from check_sixteen_bit(artefacts)
 
 
-@dataclass
-class Tensors:
-    """All tensors of a folder's safetensors, read one by one."""
-
-    folder: Path
-    where: dict[str, Any] = field(default_factory=dict)
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    types: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        for path in sorted(self.folder.glob("*.safetensors")):
-            try:
-                file = safe_open(path, framework="pt")
-            except SafetensorError as error:
-                raise PipelineError(f"{path}: is cut short or damaged: {error}") from None
-            for name in file.keys():  # noqa: SIM118  (the file is no mapping)
-                part = file.get_slice(name)
-                self.where[name] = file
-                self.shapes[name] = tuple(part.get_shape())
-                self.types[name] = part.get_dtype()
-
-    def __getitem__(self, name: str) -> Any:
-        return self.where[name].get_tensor(name)
-
-
-def _merge(artefacts: Artefacts, base_folder: Path, adapter_folder: Path) -> Iterator[Result]:
+def check_merge(artefacts: Artefacts) -> Iterator[Result]:
+    """The merged folder against the base and the adapter."""
     import torch
 
-    base, merged, adapter = Tensors(base_folder), Tensors(artefacts.model), Tensors(adapter_folder)
+    base_folder, adapter_folder = artefacts.base, artefacts.adapter
+    if base_folder is None or adapter_folder is None:
+        why = "the base and the adapter of this export are not known"
+        yield from (claim.not_run(why) for claim in (_MERGED, _TARGETS, _UNTOUCHED, _SHAPES))
+        return
+    base, merged, adapter = (read_weights(folder) for folder in (base_folder, artefacts.model, adapter_folder))
     settings = json.loads((adapter_folder / "adapter_config.json").read_text(encoding="utf-8"))
     modules = {
         _plain(name).removesuffix(".lora_A.weight") for name in adapter.shapes if name.endswith(".lora_A.weight")
@@ -140,11 +118,11 @@ def _plain(name: str) -> str:
     return name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
 
 
-def _trained(adapter: Tensors, name: str) -> Any:
+def _trained(adapter: Weights, name: str) -> Any:
     return next(adapter[full] for full in adapter.shapes if _plain(full) == name)
 
 
-def _expected(weight: Any, module: str, adapter: Tensors, settings: dict[str, Any]) -> tuple[Any, Any]:
+def _expected(weight: Any, module: str, adapter: Weights, settings: dict[str, Any]) -> tuple[Any, Any]:
     """scaling x B A (E. Hu et al., 2021, "LoRA", section 4.1), and the weight that it makes of the base's."""
     import torch
 
@@ -177,12 +155,26 @@ def _scaling(module: str, settings: dict[str, Any]) -> float:
 
 
 def _step(scale: Any, mantissa: int, smallest: float) -> Any:
-    """The distance between neighbouring numbers of a type at this size, or up to twice that."""
+    """The distance between neighbouring numbers of a type at this size, or up to twice that.
+
+    Example: float16 has 10 bits of mantissa. Between 1 and 2 its numbers are 2**-10 apart, and so is the step of 1; the
+    step of 1.9 is nearly twice that. A sum that was rounded once is at most half a distance away.
+
+    Args:
+        scale: sizes of numbers, all positive.
+        mantissa: bits of the type's mantissa.
+        smallest: the distance between its smallest numbers, below which it cannot go.
+    """
     return (scale * 2.0**-mantissa).clamp_(min=smallest)
 
 
 def _how(change: Any, delta: Any) -> str:
-    """What was done to a module instead of adding its delta once."""
+    """What was done to a module instead of adding its delta once, in words.
+
+    The change is split into a multiple of the delta and a rest at right angles to it. Examples: a multiple of 0 is a
+    module that was not merged, 2 one that was merged twice, 0.5 one with half the scaling; a large rest is a change
+    that the adapter does not make at all.
+    """
     norm = float((delta * delta).sum())
     share = float((change * delta).sum()) / norm if norm else math.nan
     rest = float(((change - share * delta) ** 2).sum() / norm) ** 0.5 if norm else math.nan
@@ -200,7 +192,7 @@ def _how(change: Any, delta: Any) -> str:
     return f"has its adapter {share:.3f} times: another scaling than alpha / r"
 
 
-def _targets(base: Tensors, modules: set[str], settings: dict[str, Any]) -> Result:
+def _targets(base: Weights, modules: set[str], settings: dict[str, Any]) -> Result:
     """Every module of a targeted name has an adapter, unless the configuration leaves layers out."""
     wanted = settings.get("target_modules") or []
     if isinstance(wanted, str) or settings.get("layers_to_transform") or settings.get("exclude_modules"):
@@ -217,15 +209,15 @@ def _targets(base: Tensors, modules: set[str], settings: dict[str, Any]) -> Resu
     return _TARGETS.holds(not missing and bool(should), words, len(modules), len(should))
 
 
-def _same_shape(model: Path, base_folder: Path, base: Tensors, merged: Tensors) -> Result:
+def _same_shape(model: Path, base_folder: Path, base: Weights, merged: Weights) -> Result:
     wrong = []
-    ours, theirs = _config(model), _config(base_folder)
+    ours, theirs = text_config(model), text_config(base_folder)
     for key in _COMPUTES:
         if ours.get(key) != theirs.get(key) and (key in ours or key not in ("rope_theta", "rope_scaling")):
             wrong.append(f"config.json: {key} is {ours.get(key)!r}, the base's {theirs.get(key)!r}")
     tied = bool(theirs.get("tie_word_embeddings", False))
     for name in sorted(base.shapes.keys() | merged.shapes.keys()):
-        if name.endswith(("rotary_emb.inv_freq", "masked_bias")) or (tied and name.endswith("lm_head.weight")):
+        if name.endswith(BUFFERS) or (tied and name.endswith("lm_head.weight")):
             continue
         if merged.shapes.get(name) != base.shapes.get(name):
             wrong.append(f"{name} is {merged.shapes.get(name)}, the base's {base.shapes.get(name)}")
@@ -234,19 +226,14 @@ def _same_shape(model: Path, base_folder: Path, base: Tensors, merged: Tensors) 
     return _SHAPES.holds(not wrong, "; ".join(wrong[:3]), len(wrong), "at most 0")
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return {**config, **config.get("text_config", {})}
-
-
 def check_folder(artefacts: Artefacts) -> Iterator[Result]:
     """What can be said of the folder alone."""
     import torch
 
-    tensors = Tensors(artefacts.model)
+    tensors = read_weights(artefacts.model)
     left = [name for name in tensors.shapes if any(sign in name for sign in _LEFTOVER_SIGNS)]
     odd = [f"{name} is stored as {kind}" for name, kind in tensors.types.items() if kind not in _MANTISSA]
-    if "quantization_config" in _config(artefacts.model):
+    if "quantization_config" in text_config(artefacts.model):
         left.insert(0, "quantization_config in config.json")
     yield _LEFTOVERS.holds(not left and not odd, "; ".join([*left[:3], *odd[:3]]), len(left) + len(odd), "at most 0")
     broken = [
@@ -256,24 +243,17 @@ def check_folder(artefacts: Artefacts) -> Iterator[Result]:
     yield _reload(artefacts, tensors)
 
 
-def _reload(artefacts: Artefacts, tensors: Tensors) -> Result:
+def _reload(artefacts: Artefacts, tensors: Weights) -> Result:
     """Build the model without weights and compare what it wants with what is stored."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from pipeline.model.quiet import quiet_transformers
+    from transformers import AutoConfig
 
     float32 = fits_float32(artefacts.model)
-    with quiet_transformers():
-        try:
-            model, report = AutoModelForCausalLM.from_pretrained(
-                artefacts.model,
-                dtype=torch.float32 if float32 else "auto",
-                output_loading_info=True,
-                trust_remote_code=False,
-            )
-        except Exception as error:
-            return _RELOAD.holds(False, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+    try:
+        dtype = torch.float32 if float32 else "auto"
+        model, report = load_model(artefacts.model, dtype, output_loading_info=True)
+    except Exception as error:
+        return _RELOAD.holds(False, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
     if float32:  # the logits are taken from it later
         artefacts.shared["model"] = model.eval()
     wrong = [f"{key.replace('_', ' ')}: {sorted(map(str, names))[0]}" for key, names in report.items() if names]
@@ -362,7 +342,7 @@ def _same_description(rung: str, info: GGUFInfo, expected: GGUFInfo) -> Result:
     keys = {key for key in expected.metadata if key.startswith(prefix) and "vocab" not in key} | {
         key for key in info.metadata if key.startswith(prefix) and any(sign in key for sign in _CHANGES)
     }
-    found, right = (metadata | _implied(metadata, prefix) for metadata in (info.metadata, expected.metadata))
+    found, right = (of.metadata | of.implied for of in (info, expected))
     wrong = [
         f"{key} is {found.get(key)} instead of {right.get(key)}"
         for key in sorted(keys)
@@ -372,15 +352,6 @@ def _same_description(rung: str, info: GGUFInfo, expected: GGUFInfo) -> Result:
         wrong.insert(0, f"general.architecture is {info.architecture} instead of {expected.architecture}")
     claim = Claim(_METADATA.id, rung, _METADATA.sentence)
     return claim.holds(not wrong, "; ".join(wrong[:3]), len(wrong), "at most 0 keys")
-
-
-def _implied(metadata: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The widths of a head that a file does not name, as llama.cpp takes them."""
-    width, heads = (metadata.get(f"{prefix}{name}") for name in ("embedding_length", "attention.head_count"))
-    if not isinstance(width, int) or not isinstance(heads, int) or not heads:  # some architectures have none
-        return {}
-    lengths = (f"{prefix}attention.{name}_length" for name in ("key", "value"))
-    return {key: width // heads for key in lengths if key not in metadata}
 
 
 def _near(ours: Any, theirs: Any) -> bool:

@@ -87,6 +87,8 @@ def test_llama_perplexity_finds_the_same_divergence(tmp_path: Path) -> None:
     assert theirs.positions == positions == ours.positions == 127 * chunks
     assert done[-1] == chunks
     assert theirs.mean == pytest.approx(ours.mean, rel=0.02)
+    assert theirs.uncertainty == pytest.approx(ours.statistics.uncertainty, rel=0.1)
+    assert theirs.median == pytest.approx(ours.statistics.median, rel=0.1)
     assert theirs.quantile_999 == pytest.approx(ours.quantile(0.999), rel=0.1)
     assert theirs.same_top == pytest.approx(ours.same_top, abs=0.01)
     assert theirs.mean > 0.001

@@ -33,11 +33,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaServer]:
         yield running
 
 
-def test_tokens_there_and_back(server: LlamaServer) -> None:
+def test_special_tokens_are_read_where_they_are_meant(server: LlamaServer) -> None:
     text = "<|im_start|>user\nHéllo 123 🦙<|im_end|>\n"
     ids = server.tokenize(text)
     assert (ids[0], ids[-2]) == (1, 2)
-    assert server.detokenize(ids) == text
     assert server.tokenize(text, parse_special=False)[0] != 1
     assert server.tokenize("") == []
 
@@ -48,7 +47,6 @@ def test_the_template_is_the_trained_one(server: LlamaServer) -> None:
     tokenizer = AutoTokenizer.from_pretrained(small_models.base_folder())
     expected = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
     assert server.apply_template(MESSAGES) == expected
-    assert server.props()["chat_template"] == tokenizer.chat_template
 
 
 # As Llama 3.1's: llama.cpp says what day it is, transformers does not. It also says to think, without being asked to.
@@ -68,6 +66,21 @@ def test_a_guarded_template_is_rendered_as_trained(tmp_path: Path) -> None:
         assert server.apply_template(MESSAGES) == template.render(MESSAGES)
         assert server.command[-2] == "--chat-template-file"
     assert not Path(server.command[-1]).exists()
+
+
+def test_a_recorded_command_can_be_typed_again(tmp_path: Path) -> None:
+    path = write_scratch_model(tmp_path / "dated.gguf", ChatTemplate(DATED))
+    with llama_server(path, 64, tmp_path / "logs" / "asked.log") as server:
+        rendered, command = server.apply_template(MESSAGES), server.command
+    template = Path(command[command.index("--chat-template-file") + 1])
+    assert template == tmp_path / "logs" / "asked.jinja"
+    assert rendered == ChatTemplate(DATED).render(MESSAGES)
+    assert template.read_text() == guarded(DATED, thinking_not_said=True)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as again:
+        transport = httpx.HTTPTransport(retries=20)  # until it listens
+        with httpx.Client(base_url=server.url, transport=transport, trust_env=False) as client:
+            assert client.get("/health").status_code in (httpx.codes.OK, httpx.codes.SERVICE_UNAVAILABLE)
+        again.terminate()
 
 
 def test_chat_and_verify_ask_with_the_guarded_template(tmp_path: Path) -> None:

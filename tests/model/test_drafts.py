@@ -5,7 +5,7 @@ from support.small_models import base_folder
 
 from pipeline.model.drafts import draft
 from pipeline.model.generate import answer_in_batches, answers
-from pipeline.model.predict import load_float32
+from pipeline.model.load import load_float32
 from pipeline.prompt.tokenizer import saved_tokenizer
 
 QUESTIONS = (

@@ -10,6 +10,7 @@ from support import small_models
 
 from pipeline.errors import PipelineError
 from pipeline.llamacpp.gguf_file import inspect
+from pipeline.model.weights_file import read_weights
 from pipeline.stages import convert
 
 
@@ -59,20 +60,6 @@ def test_the_base_converts_to_its_own_gguf() -> None:
     assert [Path(argument).name for argument in task.commands[0][1:3]] == ["convert_hf_to_gguf.py", "model"]
 
 
-def test_the_type_follows_the_stored_weights() -> None:
-    assert convert.sixteen_bit_type({"a": ((4, 4), "BF16"), "norm": ((4,), "F32")}) == "bf16"
-    assert convert.sixteen_bit_type({"a": ((4, 4), "F16"), "norm": ((4,), "BF16")}) == "f16"
-    assert convert.sixteen_bit_type({"a": ((4, 4), "F32")}) == "f16"
-
-
-def test_a_tied_head_counts_once(tmp_path: Path) -> None:
-    weights = {"model.embed_tokens.weight": ((8, 4), "F16"), "lm_head.weight": ((8, 4), "F16")}
-    (tmp_path / "config.json").write_text('{"tie_word_embeddings": true}')
-    assert convert.parameter_count(tmp_path, weights) == 32
-    (tmp_path / "config.json").write_text('{"tie_word_embeddings": false}')
-    assert convert.parameter_count(tmp_path, weights) == 64
-
-
 def test_an_unknown_pre_tokenizer_is_explained(merged: Path, tmp_path: Path) -> None:
     tokenizer = json.loads((merged / "tokenizer.json").read_text())
     tokenizer["pre_tokenizer"] = {
@@ -106,7 +93,7 @@ class TestChecks:
     def check(self, merged: Path, tmp_path: Path) -> None:
         info = inspect(small_models.converted()[0])
         task = small_models.make_task(tmp_path, "convert")
-        convert.check_against(info, merged, convert.stored_weights(merged), task)
+        convert.check_against(info, read_weights(merged), task)
 
     def test_the_same_folder_passes(self, merged: Path, tmp_path: Path) -> None:
         self.check(merged, tmp_path)
@@ -126,7 +113,11 @@ class TestChecks:
         import numpy as np
         from safetensors.numpy import save_file
 
-        save_file({"model.extra.weight": np.ones(7, np.float16)}, merged / "extra.safetensors")
+        shards = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+        (merged / "model.safetensors").rename(merged / shards[0])
+        save_file({"model.extra.weight": np.ones(7, np.float16)}, merged / shards[1])
+        index = {"weight_map": dict(enumerate(shards))}
+        (merged / "model.safetensors.index.json").write_text(json.dumps(index))
         with pytest.raises(PipelineError, match="holds 134,515,008 parameters, the merged model 134,515,015"):
             self.check(merged, tmp_path)
 
@@ -134,6 +125,4 @@ class TestChecks:
         info = inspect(small_models.converted()[0])
         info.metadata["tokenizer.ggml.model"] = "llama"
         with pytest.raises(PipelineError, match=r'"llama" for a byte-level BPE tokenizer'):
-            convert.check_against(
-                info, merged, convert.stored_weights(merged), small_models.make_task(tmp_path, "convert")
-            )
+            convert.check_against(info, read_weights(merged), small_models.make_task(tmp_path, "convert"))

@@ -13,8 +13,9 @@ from support.good_run import CONFIG, good_run
 from support.small_models import make_config, make_task
 
 from pipeline.model.held_out import held_out_losses, mean_loss
+from pipeline.model.load import load_float32
 from pipeline.model.nf4 import dequantized
-from pipeline.model.predict import load_float32
+from pipeline.model.weights_file import read_weights
 from pipeline.stages import merge
 from pipeline.verify import merge_base, weights
 from pipeline.verify.artefacts import Artefacts
@@ -46,11 +47,10 @@ def leave_only(adapter: Path, targets: Sequence[str]) -> None:
 
 def test_modules_without_an_adapter_were_4_bit_too(tmp_path: Path) -> None:
     artefacts, _ = merged(tmp_path, "dequantized", targets=("q_proj", "v_proj"))
+    results = {result.id: result for result in weights.check_merge(artefacts)}
     assert artefacts.base is not None
-    assert artefacts.adapter is not None
-    results = {result.id: result for result in weights._merge(artefacts, artefacts.base, artefacts.adapter)}
     assert {result.verdict for result in results.values()} == {PASS}
-    base, result = weights.Tensors(artefacts.base), weights.Tensors(artefacts.model)
+    base, result = read_weights(artefacts.base), read_weights(artefacts.model)
     name = "model.layers.0.mlp.down_proj.weight"
     assert torch.equal(result[name], dequantized(base[name]).to(result[name].dtype))
     assert not torch.equal(result[name], base[name])
@@ -64,7 +64,7 @@ def test_what_is_measured_is_what_is_merged(tmp_path: Path, wanted: str) -> None
     assert losses["16bit"] != losses["dequantized"]
     assert taken == (min(("16bit", "dequantized"), key=lambda name: losses[name]) if wanted == "auto" else wanted)
 
-    results = {result.id: result for result in weights._merge(artefacts, artefacts.base, artefacts.adapter)}  # type: ignore[arg-type]
+    results = {result.id: result for result in weights.check_merge(artefacts)}
     assert {result.verdict for result in results.values()} == {PASS}
     assert results["weights.merged"].figure <= 0.5  # rounded once, to the nearest
 

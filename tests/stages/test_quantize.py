@@ -8,7 +8,7 @@ from support import small_models
 
 from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.gguf_file import inspect
-from pipeline.llamacpp.quantizer import quantization_type, quantization_types
+from pipeline.llamacpp.quantizer import quantization_type
 from pipeline.run.stage import Task
 from pipeline.stages import quantize
 
@@ -53,23 +53,6 @@ def test_f16_keeps_every_bit(tmp_path: Path) -> None:
     copied, source = inspect(task.output / "model-f16.gguf"), inspect(small_models.converted()[0])
     for tensor in source.tensors:
         assert (copied.data(copied.names[tensor.name]) == source.data(tensor)).all()
-
-
-def test_every_name_in_any_case() -> None:
-    types = quantization_types()
-    assert len(types) > 30
-    for name in types:
-        assert quantization_type(name.lower()) == quantization_type(name) == types[name]
-    assert quantization_type("q4_k").name == "Q4_K_M"
-    assert quantization_type("q8_0").number == 7
-    assert quantization_type("bf16").promised_bits == 16
-    assert quantization_type("iq4_xs").promised_bits == 4.25
-
-
-@pytest.mark.parametrize(("name", "near"), [("q4_k_n", "Q4_K_M"), ("q4km", "Q4_K_M"), ("int4", "known are: ")])
-def test_an_unknown_name(name: str, near: str) -> None:
-    with pytest.raises(UserError, match=rf"export\.quant: llama-quantize has no type {name}; .*{near}"):
-        quantization_type(name)
 
 
 def test_the_variants_are_the_types_of_the_configuration() -> None:

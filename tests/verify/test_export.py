@@ -20,7 +20,6 @@ from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.chain import EXPORT_CHECKS
 from pipeline.verify.chain import verify as run
 from pipeline.verify.command import show
-from pipeline.verify.weights import _implied
 
 QUICK = ("--set", "verify.tokens=600", "--set", "verify.strings=600", "--set", "verify.stopping_prompts=1")
 
@@ -132,10 +131,3 @@ def change(path: Path) -> None:
     tensors = load_file(path)
     tensors["model.layers.1.mlp.up_proj.weight"] *= -1
     save_file(tensors, path, {"format": "pt"})
-
-
-def test_widths_of_heads_are_implied_where_there_are_heads() -> None:
-    sizes = {"x.embedding_length": 64, "x.attention.head_count": 4, "x.attention.key_length": 8}
-    assert _implied(sizes, "x.") == {"x.attention.value_length": 16}
-    assert _implied(sizes | {"x.attention.head_count": 0}, "x.") == {}
-    assert _implied(sizes | {"x.attention.head_count": [4, 0]}, "x.") == {}

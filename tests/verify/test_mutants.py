@@ -465,15 +465,11 @@ def test_a_model_that_never_stops(tmp_path: Path) -> None:
 
 def quantized_as(run: Path, kind: str) -> Path:
     """Put a file of another type under the name of Q4_K_M."""
-    import subprocess
-
-    from pipeline.llamacpp.programs import program
+    from pipeline.llamacpp.quantizer import quantize
 
     path = run / "quantize" / "q4_k_m" / "model-q4_k_m.gguf"
     path.unlink()
-    subprocess.run(
-        [program("llama-quantize"), run / "convert" / "model-f16.gguf", path, kind], check=True, capture_output=True
-    )
+    quantize(run / "convert" / "model-f16.gguf", path, kind)
     return path
 
 

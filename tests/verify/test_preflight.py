@@ -20,7 +20,7 @@ from pipeline.config import load_config
 from pipeline.ollama.scratch_model import write_scratch_model
 from pipeline.verify import machine
 from pipeline.verify.chain import run_check
-from pipeline.verify.preflight import _target, preflight
+from pipeline.verify.preflight import check_target, preflight
 from pipeline.verify.result import FAIL, NOT_RUN, PASS
 
 
@@ -93,7 +93,7 @@ def test_every_failure_is_named_at_once(project: Path) -> None:
 def target(project: Path, *overrides: str) -> tuple[str, str]:
     """What preflight says of the server and of the names there: the verdict, and why."""
     settings, _ = load_config(project / "pipeline.toml", overrides)
-    check = partial(_target, settings, project / "run", project)
+    check = partial(check_target, settings, project / "run", project)
     (result,) = run_check("preflight.target", "deploy", check)
     return result.verdict, result.words
 

@@ -1,0 +1,32 @@
+"""The config.json of a model: what it says of the language model in it, which may stand in a part of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def text_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the language model: those of `text_config`, which multimodal models have, before the others.
+
+    Example: Gemma 3 has "max_position_embeddings" in text_config only, and "tie_word_embeddings" at the top.
+    """
+    text = config.get("text_config")
+    return {**config, **(text if isinstance(text, dict) else {})}
+
+
+def text_config(folder: Path) -> dict[str, Any]:
+    """The settings of the language model in a model's folder.
+
+    Raises:
+        OSError, ValueError: config.json is missing, or is no JSON.
+    """
+    return text_settings(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+
+
+def context_length(settings: Mapping[str, Any]) -> int | None:
+    """The longest sequence that a model was made for, in tokens; None where its configuration does not say."""
+    length = text_settings(settings).get("max_position_embeddings")
+    return length if isinstance(length, int) and length > 0 else None

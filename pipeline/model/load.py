@@ -1,0 +1,133 @@
+"""A transformers model, loaded: the base, an adapter on the base that it was trained on, or the merged model.
+
+Where it is computed, and in which type, is decided here: on the GPU where there is one with room for it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.model import memory
+from pipeline.model.base import resolve_base
+from pipeline.model.quiet import quiet_transformers
+from pipeline.model.weights_file import TORCH_TYPES, read_weights
+from pipeline.prompt.tokenizer import load_tokenizer, saved_tokenizer
+from pipeline.setup import gpu
+
+if TYPE_CHECKING:
+    from pipeline.config import Model
+
+
+def device_for(needed: int) -> str:
+    """Where something is computed: "cuda" where so many bytes are free there, else "cpu"."""
+    return "cuda" if needed <= gpu.free_memory() else "cpu"
+
+
+def compute_type(device: str) -> Any:
+    """The type that a device computes fast: 16 bits where it has the circuits for them."""
+    import torch
+
+    if device == "cuda":
+        # Emulated bfloat16, as on a T4, is slower than float16.
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def load_model(folder: Path, dtype: Any, device: str = "cpu", *, trust_remote_code: bool = False, **more: Any) -> Any:
+    """A folder's causal language model.
+
+    Args:
+        folder: with config.json and safetensors.
+        dtype: a torch type, or "auto" for the stored one.
+        device: "cpu" or "cuda".
+        trust_remote_code: run the folder's own Python code.
+        more: other arguments of transformers' `from_pretrained`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    # bitsandbytes takes a GPU where no device is named; PEFT treats a model with a named CPU as an offloaded one.
+    device_map = None if device == "cpu" and "quantization_config" not in more else device
+    with quiet_transformers():
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, **more
+        )
+
+
+def load_float32(folder: Path, **more: Any) -> Any:
+    """A model with its stored numbers in float32, on the CPU, ready to be asked."""
+    import torch
+
+    return load_model(folder, torch.float32, **more).eval()
+
+
+def round_matrices(model: Any, folder: Path, outtype: str) -> None:
+    """Round a float32 model's matrices to the 16 bits that a GGUF file of it holds; other models stay as they are.
+
+    What a 16-bit file of a float32 base loses in the rounding is no fault of the file, and not what it is judged for.
+
+    Args:
+        model: the folder's model in float32.
+        folder: where it was loaded from.
+        outtype: the file's type, "f32", "f16" or "bf16".
+    """
+    import torch
+
+    if outtype not in TORCH_TYPES or read_weights(folder).main_type != "F32":
+        return
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:  # the converter keeps vectors in float32
+                parameter.copy_(parameter.to(getattr(torch, TORCH_TYPES[outtype])))
+
+
+def _load_16bit(folder: Path, trust_remote_code: bool = False) -> Any:
+    device = device_for(memory.asked_model(read_weights(folder).parameters))
+    return load_model(folder, compute_type(device), device, trust_remote_code=trust_remote_code).eval()
+
+
+def load_base(settings: Model) -> tuple[Any, Any]:
+    """The untouched base, and the tokenizer that it is trained with."""
+    folder, remote = resolve_base(settings.base, settings.revision), settings.trust_remote_code
+    return _load_16bit(folder, remote), load_tokenizer(folder, trust_remote_code=remote)[0]
+
+
+def load_merged(folder: Path) -> tuple[Any, Any]:
+    """A merged model and its tokenizer."""
+    return _load_16bit(folder), saved_tokenizer(folder)
+
+
+def load_adapter(settings: Model, adapter: Path, *, in_4bit: bool) -> tuple[Any, Any]:
+    """The adapter on the base that it was trained on, and the trained tokenizer.
+
+    Args:
+        settings: the base.
+        adapter: a PEFT adapter's folder.
+        in_4bit: on the base in 4-bit NF4, as it was trained. A CPU gets these weights dequantized once, which is what
+            it would otherwise compute again for every token.
+    """
+    from peft import PeftModel
+
+    tokenizer = saved_tokenizer(adapter)
+    model = _load_4bit(settings) if in_4bit else load_base(settings)[0]
+    return PeftModel.from_pretrained(model, adapter).eval(), tokenizer
+
+
+def _load_4bit(settings: Model) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    folder = resolve_base(settings.base, settings.revision)
+    device = device_for(memory.training(read_weights(folder).parameters, in_4bit=True))
+    compute = compute_type(device)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+    model = load_model(
+        folder, compute, device, trust_remote_code=settings.trust_remote_code, quantization_config=quantization
+    )
+    return model.dequantize(dtype=compute) if device == "cpu" else model

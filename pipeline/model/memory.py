@@ -1,0 +1,94 @@
+"""The memory that a model needs when it is loaded, merged, trained or asked. Sizes in bytes.
+
+Every formula counts bytes for each parameter, and leaves room for what comes beside the weights. What the machine has
+is asked in `pipeline.setup`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.model.weights_file import read_weights
+from pipeline.setup import gpu, machine
+
+GIB = 2**30
+_UNKNOWN = 8e9  # parameters of a base whose size could not be learned: a common size, and none of the smallest
+
+
+def float32_model(parameters: float) -> int:
+    """A model in float32: 4 bytes for each parameter, and a tenth for the activations of some short rows."""
+    return int(4.4 * parameters)
+
+
+def fits_float32(folder: Path) -> bool:
+    """Whether a folder's model fits into the free memory in float32."""
+    return float32_model(read_weights(folder).parameters) <= machine.free_memory()
+
+
+def merge(parameters: float, *, in_float32: bool, dequantizes: bool) -> int:
+    """Merging an adapter.
+
+    Args:
+        parameters: of the base.
+        in_float32: the weights are summed in float32; else in 16 bits, which is the least that a merge needs.
+        dequantizes: the adapter was trained on 4 bits. Then the 16-bit weights of before are kept beside those that
+            NF4 leaves of them, until the losses of both are known.
+    """
+    # 0.3 of the weights: the delta of the largest module, its sum, and a shard that is being written.
+    return int(parameters * (1.3 * (4 if in_float32 else 2) + (2 if dequantizes else 0)))
+
+
+def trained_base(parameters: float, *, in_4bit: bool) -> int:
+    """The base on the GPU while it is trained.
+
+    NF4 takes half a byte and its scales 0.016 (double quantization: "QLoRA", T. Dettmers et al., 2023, section 3);
+    embeddings and head stay in 16 bits, which makes 0.7 of it on average. In 16 bits, 2 bytes and a twentieth.
+    """
+    return int(parameters * (0.7 if in_4bit else 2.1))
+
+
+def training(parameters: float, *, in_4bit: bool) -> int:
+    """The least that training needs of a GPU: the base, and a GiB for the adapter, its optimizer and one short row."""
+    return trained_base(parameters, in_4bit=in_4bit) + GIB
+
+
+def training_batch(gpu_bytes: int, parameters: float | None, *, in_4bit: bool) -> int:
+    """How many rows a GPU trains at once: what the base leaves over is for activations.
+
+    Args:
+        gpu_bytes: the GPU's memory.
+        parameters: of the base; None where that is not known.
+        in_4bit: the base is trained in 4 bits.
+    """
+    free = gpu_bytes - trained_base(parameters or _UNKNOWN, in_4bit=in_4bit)
+    return 16 if free > 60 * GIB else 8 if free > 30 * GIB else 4 if free > 12 * GIB else 2
+
+
+def checkpoints_gradients(parameters: float | None) -> bool:
+    """Whether activations are better computed again than kept: they are what fills a GPU from about a billion on."""
+    return (parameters or _UNKNOWN) > 1e9
+
+
+def asked_model(parameters: float) -> int:
+    """A model in 16 bits that answers: 2 bytes for each parameter, a tenth, and a GiB for its cache of keys."""
+    return int(2.2 * parameters) + GIB
+
+
+def answers_together(model: Any, tokens: int, most: int = 32) -> int:
+    """How many answers fit into half of the free memory at once.
+
+    Args:
+        model: a loaded transformers model.
+        tokens: of the longest question and its answer.
+        most: more is not faster.
+    """
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int):  # another architecture: what it keeps does not grow with the tokens
+        return most
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kept = getattr(config, "num_key_value_heads", None) or heads
+    row = tokens * 2 * config.num_hidden_layers * kept * width * model.dtype.itemsize  # keys and values
+    free = gpu.free_memory() if model.device.type == "cuda" else machine.free_memory()
+    return max(1, min(most, free // 2 // row))

@@ -1,0 +1,141 @@
+"""The weights of a Hugging Face folder: which files hold them, and every tensor's name, shape and type.
+
+All of it stands in the files' headers. The numbers of a tensor are read when they are asked for, one tensor at a time,
+so that a folder of any size fits into the memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.model.config_file import text_config
+
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Values that a model computes from its configuration; old files carry them.
+BUFFERS = ("rotary_emb.inv_freq", "masked_bias")
+_16_BIT = {"F16": "f16", "BF16": "bf16", "F32": "bf16"}
+TORCH_TYPES = {"f16": "float16", "bf16": "bfloat16"}  # torch's names of what `sixteen_bit_type` says
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that make up a model, as transformers chooses them: some folders hold the weights a second time.
+
+    Args:
+        folder: a model's, or an adapter's, whose one file has another name.
+
+    Returns:
+        model.safetensors; else the shards of the index; else every *.safetensors. Empty where there is none.
+
+    Raises:
+        UserError: the index cannot be read, or a shard that it names is missing.
+    """
+    if (folder / WHOLE).is_file():
+        return [folder / WHOLE]
+    index = folder / INDEX
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{folder}: {INDEX} cannot be read: {error}") from None
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise UserError(f"{folder}: {missing[0]} is missing ({len(missing)} of {len(names)} shards)")
+    return [folder / name for name in names]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a folder. `weights[name]` reads one, as a torch tensor of its stored type.
+
+    Attributes:
+        folder: where they are.
+        files: the files that hold them.
+        shapes: of every tensor, by name.
+        types: of every tensor, as safetensors names them, e.g. "BF16".
+        file_of: which file holds a tensor.
+    """
+
+    folder: Path
+    files: list[Path]
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    types: dict[str, str] = field(default_factory=dict)
+    file_of: dict[str, Path] = field(default_factory=dict, repr=False)
+    _open: dict[Path, Any] = field(default_factory=dict, repr=False)
+
+    def __getitem__(self, name: str) -> Any:
+        from safetensors import safe_open
+
+        path = self.file_of[name]
+        if path not in self._open:
+            self._open[path] = safe_open(path, framework="pt")
+        return self._open[path].get_tensor(name)
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(path.stat().st_size for path in self.files)
+
+    @property
+    def stored_values(self) -> int:
+        """How many numbers the files hold, as the hub counts them."""
+        return sum(map(math.prod, self.shapes.values()))
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model has of its own: a tied head that is stored too counts once, buffers do not."""
+        tied = text_config(self.folder).get("tie_word_embeddings", False)
+        left_out = (*BUFFERS, "lm_head.weight") if tied else BUFFERS
+        return sum(math.prod(shape) for name, shape in self.shapes.items() if not name.endswith(left_out))
+
+    @property
+    def main_type(self) -> str:
+        """The type of most numbers, as safetensors names it."""
+        counts: Counter[str] = Counter()
+        for name, kind in self.types.items():
+            counts[kind] += math.prod(self.shapes[name])
+        return counts.most_common(1)[0][0]
+
+    @property
+    def sixteen_bit_type(self) -> str:
+        """The 16-bit type that this model is merged into and converted to: "f16" or "bf16".
+
+        That of most numbers. A float32 model becomes bfloat16, whose range is that of float32: in float16 a number
+        beyond 65,504 would become infinite, and one below 6e-8 zero.
+
+        Raises:
+            UserError: the weights are not stored in 16 or 32 bits.
+        """
+        if self.main_type not in _16_BIT:
+            raise UserError(f"{self.folder}: holds {self.main_type} weights: they must be stored in 16 or 32 bits")
+        return _16_BIT[self.main_type]
+
+
+def read_weights(folder: Path) -> Weights:
+    """Read the headers of a folder's weights.
+
+    Raises:
+        UserError: there are none, a shard is missing, or a file is cut short.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    weights = Weights(folder, weight_files(folder))
+    for path in weights.files:
+        try:
+            with safe_open(path, framework="np") as file:
+                for name in file.keys():  # noqa: SIM118  (the file is no mapping)
+                    header = file.get_slice(name)
+                    weights.shapes[name] = tuple(header.get_shape())
+                    weights.types[name] = header.get_dtype()
+                    weights.file_of[name] = path
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{folder}: {path.name} is cut short or damaged ({error}): copy it again") from None
+    if not weights.shapes:
+        raise UserError(f"{folder}: has no weights (*.safetensors)")
+    return weights

@@ -1,0 +1,66 @@
+"""What a model needs of the memory, against models that are loaded here; and the batches that follow."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from support.small_models import base_folder
+
+from pipeline.model import memory
+from pipeline.model.load import load_float32
+from pipeline.model.weights_file import read_weights
+from pipeline.setup import gpu, machine
+
+
+def test_the_machine_is_asked() -> None:
+    assert machine.memory_bytes() == psutil.virtual_memory().total
+    assert 0 < machine.free_memory() <= machine.memory_bytes()
+    assert (gpu.free_memory() > 0) == torch.cuda.is_available()
+
+
+def test_float32_is_what_a_loaded_model_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = read_weights(base_folder()).parameters
+    held = sum(tensor.nbytes for tensor in load_float32(base_folder()).parameters())
+    assert held == 4 * parameters
+    assert held < memory.float32_model(parameters) < 1.2 * held
+    for free, fits in ((held, False), (1.2 * held, True)):
+        monkeypatch.setattr(machine, "free_memory", lambda free=free: free)
+        assert memory.fits_float32(base_folder()) == fits
+
+
+def test_a_merge_keeps_two_copies_where_it_measures_both_bases() -> None:
+    least = memory.merge(1e9, in_float32=False, dequantizes=False)
+    assert 2e9 < least < 3e9
+    assert memory.merge(1e9, in_float32=False, dequantizes=True) - least == 2e9
+    assert memory.merge(1e9, in_float32=True, dequantizes=True) > 4e9 + 2e9
+
+
+@pytest.mark.parametrize(
+    ("gpu", "parameters", "in_4bit", "batch"),
+    [
+        (80, 8e9, True, 16),
+        (24, 8e9, True, 4),
+        (24, None, True, 4),
+        (16, 8e9, True, 2),
+        (80, 8e9, False, 16),
+        (24, 8e9, False, 2),
+    ],
+)
+def test_a_batch_fills_what_the_base_leaves(gpu: int, parameters: float | None, in_4bit: bool, batch: int) -> None:
+    assert memory.training_batch(gpu * memory.GIB, parameters, in_4bit=in_4bit) == batch
+
+
+def test_fewer_long_answers_are_written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = SimpleNamespace(num_attention_heads=32, num_key_value_heads=8, head_dim=128, hidden_size=4096,
+                           num_hidden_layers=32)  # fmt: skip
+    config = SimpleNamespace(get_text_config=lambda: text)
+    model: Any = SimpleNamespace(config=config, dtype=torch.bfloat16, device=torch.device("cpu"))
+    monkeypatch.setattr(machine, "free_memory", lambda: 8 * memory.GIB)
+    assert memory.answers_together(model, 100) == 32
+    # 8 billion parameters, Llama's sizes: 128 KiB for each token, so 4 GiB hold 32,768 of them.
+    assert memory.answers_together(model, 4096) == 8
+    assert memory.answers_together(model, 10**6) == 1
+    del text.num_attention_heads
+    assert memory.answers_together(model, 10**6) == 32
