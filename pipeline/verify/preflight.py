@@ -62,7 +62,7 @@ def preflight(config: Config, run_folder: Path, scratch: Path, rungs: Sequence[s
     results += _run("toolchain", "convert", lambda: iter([toolchain.check_pin()]))
     results += _run("preflight.target", "deploy", partial(check_target, config, run_folder, scratch))
     results += _run("preflight.template", "modelfile", partial(_template, config, base))
-    artefacts = _subject(config, base, scratch)
+    artefacts = _artefacts(config, base, scratch)
     results += _run("preflight.convert", "convert", partial(_convert, artefacts))
     if not any(result.verdict == FAIL for result in results if result.rung == "convert"):
         results += _judge(artefacts)
@@ -77,7 +77,7 @@ def _run(name: str, rung: str, check: Callable[[], Iterator[Result]]) -> list[Re
     return [replace(result, verdict=FAIL) if (result.id, result.sentence) == missing else result for result in results]
 
 
-def _subject(config: Config, base: Path, scratch: Path) -> Artefacts:
+def _artefacts(config: Config, base: Path, scratch: Path) -> Artefacts:
     settings = config.verify.model_copy(
         update={"tokens": min(_TOKENS, config.verify.tokens), "strings": min(_STRINGS, config.verify.strings)}
     )
