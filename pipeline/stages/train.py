@@ -6,6 +6,7 @@ is what is trained; every batch that the trainer really used is written down for
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -19,6 +20,7 @@ from pipeline.config import Config
 from pipeline.console import progress
 from pipeline.data.sources import read_rows
 from pipeline.errors import PipelineError, UserError
+from pipeline.prompt.labels import IGNORED
 from pipeline.run.folder import write_whole
 from pipeline.run.stage import Work
 
@@ -286,9 +288,9 @@ def _trainer(
         args=arguments,
         train_dataset=Dataset.from_list(train_rows),
         eval_dataset=Dataset.from_list(validation_rows) if validation_rows else None,
-        processing_class=tokenizer,
+        processing_class=copy.deepcopy(tokenizer),  # a trainer may give it a pad token, which is not to be saved
         # Packed rows need the trainer's own collator, which keeps them apart.
-        data_collator=None if packing else DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id),
+        data_collator=None if packing else DataCollatorForLanguageModeling(_padding(model, tokenizer)),
         callbacks=[
             MarkComplete(),
             *([EarlyStoppingCallback(settings.early_stopping)] if settings.early_stopping else []),
@@ -300,18 +302,33 @@ def _trainer(
     return trainer
 
 
+def _padding(model: Any, tokenizer: Any) -> int:
+    """The id that fills up rows: nothing looks at it, so any will do that the model has an embedding of."""
+    own = tokenizer.pad_token_id
+    return own if own is not None and own < model.get_input_embeddings().weight.shape[0] else 0
+
+
 def conversations_of(batch: Any) -> tuple[list[list[int]], list[list[int]]]:
-    """The token ids and the labels of a batch, a list for each conversation.
+    """The token ids and the labels of a batch, a list for each conversation, without padding.
 
     In a packed batch, which has one long row, a conversation begins where positions start anew.
+
+    Raises:
+        PipelineError: padding would be trained, or does not stand on the right.
     """
-    if "position_ids" not in batch:
-        return batch["input_ids"].tolist(), batch["labels"].tolist()
-    (positions,) = batch["position_ids"].tolist()
-    starts = [place for place, position in enumerate(positions) if position == 0]
-    cut = [slice(start, end) for start, end in itertools.pairwise([*starts, len(positions)])]
-    (ids,), (labels,) = batch["input_ids"].tolist(), batch["labels"].tolist()
-    return [ids[part] for part in cut], [labels[part] for part in cut]
+    ids, labels = batch["input_ids"].tolist(), batch["labels"].tolist()
+    if "position_ids" in batch:
+        (positions,), (ids,), (labels,) = batch["position_ids"].tolist(), ids, labels
+        starts = [place for place, position in enumerate(positions) if position == 0]
+        cut = [slice(start, end) for start, end in itertools.pairwise([*starts, len(positions)])]
+        return [ids[part] for part in cut], [labels[part] for part in cut]
+    lengths = batch["attention_mask"].sum(-1).tolist()
+    for row, length, mask in zip(labels, lengths, batch["attention_mask"].tolist(), strict=True):
+        if not all(mask[:length]) or any(label != IGNORED for label in row[length:]):
+            raise PipelineError("the trainer's padding is trained, or does not stand on the right")
+    return [row[:end] for row, end in zip(ids, lengths, strict=True)], [
+        row[:end] for row, end in zip(labels, lengths, strict=True)
+    ]
 
 
 def _reporter(update: Any, work: Work) -> Any:

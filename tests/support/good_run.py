@@ -103,7 +103,7 @@ def _base(folder: Path) -> Path:
 
 
 def _data(run: Path, base: Path) -> None:
-    """What the data and the train stage leave: conversations, tokens, and the batches as they were collated."""
+    """What the data and the train stage leave: conversations, tokens, and the batches."""
     from transformers import AutoTokenizer
 
     from pipeline.prompt.labels import tokenize_conversation
@@ -119,20 +119,15 @@ def _data(run: Path, base: Path) -> None:
             [{"input_ids": row.input_ids, "labels": row.labels} for row in tokens],
         )
         if name == "train":
-            batches = [_collated(tokens[at : at + 4], tokenizer.pad_token_id, at // 4) for at in (0, 4)]
+            batches = [_batch(tokens[at : at + 4], at // 4) for at in (0, 4)]
             write_rows(run / "train" / "batches.jsonl", batches)
             longest = max(len(row.input_ids) for row in tokens)
             write_rows(run / "data" / "summary.json", [{"train_longest": longest}])
     write_rows(run / "data" / "test.jsonl", [{"messages": row["messages"][:2]} for row in conversations(12, 8)])
 
 
-def _collated(rows: list[Any], pad: int, step: int) -> dict[str, Any]:
-    width = max(len(row.input_ids) for row in rows)
-    return {
-        "step": step,
-        "input_ids": [row.input_ids + [pad] * (width - len(row.input_ids)) for row in rows],
-        "labels": [row.labels + [-100] * (width - len(row.labels)) for row in rows],
-    }
+def _batch(rows: list[Any], step: int) -> dict[str, Any]:
+    return {"step": step, "input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]}
 
 
 def _adapter(run: Path, base: Path) -> None:
