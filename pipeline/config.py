@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import UserError
-from pipeline.resources import expanded
+from pipeline.resources import chat_templates, expanded
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 TARGET_MODULES = {
@@ -51,6 +51,11 @@ class Model(Section):
     base: str = Field(description="a packaged model's name, a hub id (owner/name), or a local folder", min_length=1)
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    chat_template: str | None = Field(
+        None,
+        min_length=1,
+        description="instead of the base's own: the name of a well-known chat template, or the path of a Jinja file",
+    )
 
 
 class Data(Section):
@@ -300,6 +305,13 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict
         values["ollama"]["template"] = str(
             path.parent / expanded(template, f"{places.get('ollama.template')}: ollama.template")
         )
+    own = values.get("model", {}).get("chat_template") if isinstance(values.get("model"), dict) else None
+    if isinstance(own, str) and own and own not in chat_templates():
+        where = f"{places.get('model.chat_template')}: model.chat_template"
+        file = path.parent / expanded(own, where)
+        if problem := _unreadable(file):
+            raise UserError(f"{where}: {file}: {problem}; well-known ones are {', '.join(chat_templates())}")
+        values["model"]["chat_template"] = str(file)
     base = values.get("model", {}).get("base") if isinstance(values.get("model"), dict) else None
     if isinstance(base, str) and base:
         values["model"]["base"] = _base(base, path.parent, f"{places.get('model.base')}: model.base")

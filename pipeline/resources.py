@@ -23,6 +23,11 @@ def resource(name: str) -> Path:
     raise FileNotFoundError(f"{name} is missing from the installation of this program: install it again")
 
 
+def chat_templates() -> dict[str, Path]:
+    """The well-known chat templates by name: Jinja files."""
+    return {path.stem: path for path in sorted(resource("templates/chat").glob("*.jinja"))}
+
+
 def expanded(path: str | Path, source: str) -> Path:
     """A path with the home folder that its ~ stands for.
 

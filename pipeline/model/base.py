@@ -9,6 +9,7 @@ import difflib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import PipelineError, UserError
 from pipeline.model.packaged import PACKAGED, packaged_folder
@@ -50,6 +51,28 @@ def resolve_base(base: str, revision: str | None = None) -> Path:
     nearest = difflib.get_close_matches(base.lower(), PACKAGED, 1)
     hint = f"did you mean {nearest[0]}?" if nearest else f"packaged are: {', '.join(PACKAGED)}"
     raise UserError(f"model.base: {base}: no such folder, no packaged model and no hub id (owner/name); {hint}")
+
+
+def as_trained(base: Path, tokenizer: Any, folder: Path) -> Path:
+    """The untouched base with the tokenizer that it is trained with: what a merge of nothing would leave.
+
+    Args:
+        base: its folder; links to its files are made.
+        tokenizer: of transformers.
+        folder: a new one.
+    """
+    folder.mkdir(parents=True)
+    tokenizer.save_pretrained(folder)
+    for name in (
+        "config.json",
+        "generation_config.json",
+        "tokenizer.model",
+        "*.safetensors",
+        "*.safetensors.index.json",
+    ):
+        for path in base.glob(name):
+            (folder / path.name).symlink_to(path.resolve())
+    return folder
 
 
 def cached_base(base: str, revision: str | None = None) -> Path | None:

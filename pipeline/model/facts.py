@@ -68,9 +68,11 @@ def _context(config: dict[str, object]) -> int | None:
     return length if isinstance(length, int) else None
 
 
-def base_files(base: str, revision: str | None = None) -> list[Path]:
+def base_files(base: str, revision: str | None = None, chat_template: str | None = None) -> list[Path]:
     """The files of a base that decide what is trained: configuration, weights, tokenizer, chat template."""
     from pipeline.model.base import resolve_base
+    from pipeline.prompt.chat_templates import template_file
 
     folder = resolve_base(base, revision)
-    return sorted(path for path in folder.iterdir() if path.suffix in {".json", ".safetensors", ".jinja", ".model"})
+    kinds = {".json", ".safetensors", ".jinja", ".model"}
+    return [*sorted(path for path in folder.iterdir() if path.suffix in kinds), template_file(chat_template)]

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from pipeline.config import Config
 
 NEEDS = ()
-CONFIG = ("data", "model.base", "model.revision", "train.max_length", "train.seed", "eval.metric", "eval.limit")
+CONFIG = ("data", "model", "train.max_length", "train.seed", "eval.metric", "eval.limit")
 
 BATCH = 1000  # rows tokenized in one call: enough for the tokenizer's threads, little memory
 EXAMPLES = 3  # rows shown in the summary
@@ -48,7 +48,7 @@ def inputs(config: Config) -> list[Path]:
 
     data = config.data
     given = [path for path in (data.train, data.validation, data.test) if path is not None]
-    base = base_files(config.model.base, config.model.revision)
+    base = base_files(config.model.base, config.model.revision, config.model.chat_template)
     return [*given, *(path for path in base if path.suffix != ".safetensors")]
 
 
@@ -93,9 +93,9 @@ def main(work: Work) -> dict[str, Any]:
 
     model = work.config.model
     base = resolve_base(model.base, model.revision)
-    tokenizer, changes = load_tokenizer(base, trust_remote_code=model.trust_remote_code)
-    if changes:
-        work.warn(f"the tokenizer is trained as llama.cpp will read texts: {'; '.join(changes)}")
+    tokenizer, said = load_tokenizer(base, trust_remote_code=model.trust_remote_code, chat_template=model.chat_template)
+    for words in said:
+        work.warn(words)
     asked = [row for row in test if not row.tools][: work.config.eval.limit]
     check_room(tokenizer, asked, context_of(base))
     figures: dict[str, Any] = {"test_rows": len(test), "duplicates_dropped": duplicates}

@@ -18,6 +18,7 @@ from pipeline.console import progress
 from pipeline.errors import PipelineError
 from pipeline.model.held_out import first_tokens, held_out_loss, read_held_out, trained_places
 from pipeline.model.nf4 import dequantize_base, restore_base
+from pipeline.prompt.tokenizer import saved_tokenizer
 from pipeline.run.stage import Work
 
 NEEDS = ("data", "train")
@@ -29,7 +30,7 @@ def inputs(config: Config) -> list[Path]:
     """The base's files."""
     from pipeline.model.facts import base_files
 
-    return base_files(config.model.base, config.model.revision)
+    return base_files(config.model.base, config.model.revision, config.model.chat_template)
 
 
 def main(work: Work) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def main(work: Work) -> dict[str, Any]:
             base, dtype=_arithmetic(base, stored), trust_remote_code=work.config.model.trust_remote_code
         )
     arithmetic = str(model.dtype).removeprefix("torch.")
-    generation = model.generation_config
+    generation = _stopping(model.generation_config, saved_tokenizer(adapter).eos_token_id)
     model = PeftModel.from_pretrained(model, adapter).eval()
     _refuse_partial(model, adapter)
     merged_into = _choose_base(work, model)
@@ -91,6 +92,15 @@ def main(work: Work) -> dict[str, Any]:
         "stored": str(stored).removeprefix("torch."),
         "bytes": sum(path.stat().st_size for path in output.glob("*.safetensors")),
     }
+
+
+def _stopping(generation: Any, eos: int | None) -> Any:
+    """The base's generation configuration, which ends an answer at the trained EOS too."""
+    own = generation.eos_token_id
+    ends = own if isinstance(own, list) else [] if own is None else [own]
+    if eos is not None and eos not in ends:
+        generation.eos_token_id = [eos, *ends]
+    return generation
 
 
 def _choose_base(work: Work, model: Any) -> dict[str, Any]:

@@ -26,7 +26,11 @@ def inputs(config: Config) -> list[Path]:
     from pipeline.model.facts import base_files
 
     own = [] if config.ollama.template in ("auto", "go", "native") else [Path(config.ollama.template)]
-    return [*base_files(config.model.base, config.model.revision), *own, resource("third_party/pins.toml")]
+    return [
+        *base_files(config.model.base, config.model.revision, config.model.chat_template),
+        *own,
+        resource("third_party/pins.toml"),
+    ]
 
 
 def main(work: Work) -> dict[str, Any]:

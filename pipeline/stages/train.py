@@ -36,7 +36,7 @@ def inputs(config: Config) -> list[Path]:
     """The base's files."""
     from pipeline.model.facts import base_files
 
-    return base_files(config.model.base, config.model.revision)
+    return base_files(config.model.base, config.model.revision, config.model.chat_template)
 
 
 def main(work: Work) -> dict[str, Any]:
@@ -57,7 +57,9 @@ def main(work: Work) -> dict[str, Any]:
     if settings.early_stopping and not validation_rows:
         raise UserError("train.early_stopping needs validation data: give data.validation or data.validation_fraction")
 
-    tokenizer, _ = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
+    tokenizer, _ = load_tokenizer(
+        folder, trust_remote_code=config.model.trust_remote_code, chat_template=config.model.chat_template
+    )
     assert settings.max_length is not None
     cuda = torch.cuda.is_available()
     model, _ = FastLanguageModel.from_pretrained(

@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.console import progress
 from pipeline.llamacpp.programs import failure, program, require_space, run
-from pipeline.model.base import resolve_base
+from pipeline.model.base import as_trained, resolve_base
 from pipeline.model.facts import facts
 from pipeline.ollama.client import Client
 from pipeline.ollama.rendering import choose, refusal
@@ -49,7 +49,10 @@ def preflight(config: Config, run_folder: Path, scratch: Path) -> dict[str, Any]
     Raises:
         UserError: there is no such base.
     """
-    base = resolve_base(config.model.base, config.model.revision)
+    model = config.model
+    base = resolve_base(model.base, model.revision)
+    trained, _ = load_tokenizer(base, trust_remote_code=model.trust_remote_code, chat_template=model.chat_template)
+    base = as_trained(base, trained, scratch / "base")
     size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
     parameters, _ = facts(config.model.base, config.model.revision)
     # Converted, that in float32, and every type twice: quantized, and in Ollama.
@@ -79,9 +82,7 @@ def _subject(config: Config, base: Path, scratch: Path) -> Artefacts:
         update={"tokens": min(_TOKENS, config.verify.tokens), "strings": min(_STRINGS, config.verify.strings)}
     )
     types = {kind: scratch / f"model-{kind}.gguf" for kind in config.export.quant}
-    artefacts = Artefacts(settings=settings, model=base, sixteen_bit=None, quantized=types, scratch=scratch)
-    artefacts.tokenizer, _ = load_tokenizer(base, trust_remote_code=config.model.trust_remote_code)
-    return artefacts
+    return Artefacts(settings=settings, model=base, sixteen_bit=None, quantized=types, scratch=scratch)
 
 
 def _convert(artefacts: Artefacts) -> Iterator[Result]:
