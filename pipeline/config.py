@@ -19,13 +19,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pipeline.errors import UserError
 from pipeline.resources import chat_templates, expanded
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-TARGET_MODULES = {
-    "minimal": ("q_proj", "v_proj"),
-    "attention": ATTENTION,
-    "all": (*ATTENTION, "gate_proj", "up_proj", "down_proj"),
-}
-
 # Those of transformers that need no library beyond the locked ones.
 Optimizer = Literal[
     "adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit",
@@ -82,15 +75,26 @@ class Lora(Section):
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases are trained")
     target_modules: Literal["minimal", "attention", "all"] | Names = Field(
-        "all", description="a preset (minimal, attention, all) or a list of module names"
+        "all",
+        description="which modules get an adapter: minimal (query and value), attention, all (attention and "
+        "feed-forward, in every architecture), or a list of names, full names and regular expressions",
+    )
+    exclude: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (), description="modules that get none, given as a list in target_modules is"
     )
     rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead of alpha / r")
     dora: bool = Field(False, description="weight-decomposed LoRA")
 
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """The names of the modules that get an adapter."""
-        return TARGET_MODULES[self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
+    @field_validator("target_modules")
+    @classmethod
+    def _no_embeddings(cls, value: Any) -> Any:
+        for name in value if isinstance(value, tuple) else ():
+            if name.rpartition(".")[2] in ("lm_head", "embed_tokens"):
+                raise ValueError(
+                    f"lora.target_modules: an adapter on {name} is not trained (Unsloth would train the whole matrix, "
+                    "and with tied embeddings a merge would change both): leave it out"
+                )
+        return value
 
 
 class Train(Section):

@@ -5,6 +5,7 @@ import math
 import struct
 from pathlib import Path
 
+from pipeline.config import Model
 from pipeline.resources import expanded
 
 
@@ -68,11 +69,11 @@ def _context(config: dict[str, object]) -> int | None:
     return length if isinstance(length, int) else None
 
 
-def base_files(base: str, revision: str | None = None, chat_template: str | None = None) -> list[Path]:
+def base_files(model: Model) -> list[Path]:
     """The files of a base that decide what is trained: configuration, weights, tokenizer, chat template."""
     from pipeline.model.base import resolve_base
     from pipeline.prompt.chat_templates import template_file
 
-    folder = resolve_base(base, revision)
+    folder = resolve_base(model.base, model.revision)
     kinds = {".json", ".safetensors", ".jinja", ".model"}
-    return [*sorted(path for path in folder.iterdir() if path.suffix in kinds), template_file(chat_template)]
+    return [*sorted(path for path in folder.iterdir() if path.suffix in kinds), template_file(model.chat_template)]

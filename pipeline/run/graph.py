@@ -27,14 +27,28 @@ from typing import Any
 from pipeline import console
 from pipeline.config import Config
 from pipeline.errors import PipelineError, UserError
-from pipeline.run.folder import hash_outside, locked, read_manifest, record_files, unchanged, write_manifest, write_whole
+from pipeline.run.folder import (
+    hash_outside,
+    locked,
+    read_manifest,
+    record_files,
+    unchanged,
+    write_manifest,
+    write_whole,
+)
 from pipeline.run.stage import append_event
 
 STAGES = (
     "preflight", "data", "train", "merge", "convert", "quantize", "modelfile", "deploy", "evaluate", "verify", "report",
 )  # fmt: skip
 # What has no effect on a stage's outputs, however much of it the stage imports.
-_NO_PART_OF_THE_CODE = {"pipeline.config", "pipeline.console", "pipeline.errors", "pipeline.run.folder", "pipeline.run.stage"}
+_NO_PART_OF_THE_CODE = {
+    "pipeline.config",
+    "pipeline.console",
+    "pipeline.errors",
+    "pipeline.run.folder",
+    "pipeline.run.stage",
+}
 PARTIAL = ".partial"
 _NOTHING = 2**20  # bytes: with so few, a stage could not even say what is wrong
 PARENT = "PIPELINE_PARENT"  # tells a stage's process whose it is

@@ -17,6 +17,7 @@ from pipeline.console import progress
 from pipeline.data.checks import NEAR, check_expected, drop_duplicates, find_leaks
 from pipeline.data.formats import Conversation, read_conversations
 from pipeline.errors import UserError
+from pipeline.model import targets
 from pipeline.model.base import resolve_base
 from pipeline.model.facts import context_of
 from pipeline.prompt.labels import (
@@ -29,14 +30,18 @@ from pipeline.prompt.labels import (
     training_texts,
 )
 from pipeline.prompt.lengths import check_room, fit
-from pipeline.prompt.tokenizer import load_tokenizer
+from pipeline.prompt.template import render
+from pipeline.prompt.tokenizer import beyond_embedding, load_tokenizer
 from pipeline.run.stage import Work
 
 if TYPE_CHECKING:
     from pipeline.config import Config
 
 NEEDS = ()
-CONFIG = ("data", "model", "train.max_length", "train.seed", "eval.metric", "eval.limit")
+CONFIG = (
+    "data", "model", "lora.r", "lora.dora", "lora.target_modules", "lora.exclude", "train.max_length", "train.seed",
+    "eval.metric", "eval.limit",
+)  # fmt: skip
 
 BATCH = 1000  # rows tokenized in one call: enough for the tokenizer's threads, little memory
 EXAMPLES = 3  # rows shown in the summary
@@ -48,7 +53,7 @@ def inputs(config: Config) -> list[Path]:
 
     data = config.data
     given = [path for path in (data.train, data.validation, data.test) if path is not None]
-    base = base_files(config.model.base, config.model.revision, config.model.chat_template)
+    base = base_files(config.model)
     return [*given, *(path for path in base if path.suffix != ".safetensors")]
 
 
@@ -96,9 +101,22 @@ def main(work: Work) -> dict[str, Any]:
     tokenizer, said = load_tokenizer(base, trust_remote_code=model.trust_remote_code, chat_template=model.chat_template)
     for words in said:
         work.warn(words)
+    beyond = beyond_embedding(base)
+    beyond.refuse_in(render(tokenizer, [{"role": "user", "content": ""}], add_generation_prompt=True), "chat template")
+    for row in (*train, *validation, *test):
+        said_in_row = (str(value) for message in row.messages for value in message.values())
+        beyond.refuse_in("\n".join((*said_in_row, str(row.tools))), row.place)
     asked = [row for row in test if not row.tools][: work.config.eval.limit]
     check_room(tokenizer, asked, context_of(base))
-    figures: dict[str, Any] = {"test_rows": len(test), "duplicates_dropped": duplicates}
+    adapter = targets.of_base(base, work.config.lora, trust_remote_code=model.trust_remote_code)
+    if adapter.experts:
+        work.warn(
+            f"lora.target_modules: the experts of this mixture are not trained ({adapter.experts[0]} and the like are "
+            f"tensors, no modules): the adapter is on {', '.join(adapter.names)}"
+        )
+    figures: dict[str, Any] = {"adapter_modules": adapter.names}
+    figures |= {"adapter_parameters": adapter.parameters(work.config.lora)}
+    figures |= {"test_rows": len(test), "duplicates_dropped": duplicates}
     figures |= {f"{name}_leaks": count for name, count in leaks.items()}
     summary: dict[str, Any] = {}
     _write(work.output / "test.jsonl", (row.as_row() for row in test))

@@ -30,7 +30,7 @@ def inputs(config: Config) -> list[Path]:
     """The base's files."""
     from pipeline.model.facts import base_files
 
-    return base_files(config.model.base, config.model.revision, config.model.chat_template)
+    return base_files(config.model)
 
 
 def main(work: Work) -> dict[str, Any]:

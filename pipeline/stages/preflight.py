@@ -27,7 +27,7 @@ def inputs(config: Config) -> list[Path]:
 
     own = [] if config.ollama.template in ("auto", "go", "native") else [Path(config.ollama.template)]
     return [
-        *base_files(config.model.base, config.model.revision, config.model.chat_template),
+        *base_files(config.model),
         *own,
         resource("third_party/pins.toml"),
     ]

@@ -36,7 +36,7 @@ def inputs(config: Config) -> list[Path]:
     """The base's files."""
     from pipeline.model.facts import base_files
 
-    return base_files(config.model.base, config.model.revision, config.model.chat_template)
+    return base_files(config.model)
 
 
 def main(work: Work) -> dict[str, Any]:
@@ -47,6 +47,7 @@ def main(work: Work) -> dict[str, Any]:
     from transformers import set_seed
     from unsloth import FastLanguageModel
 
+    from pipeline.model import targets
     from pipeline.model.base import resolve_base
     from pipeline.prompt.tokenizer import load_tokenizer
 
@@ -73,13 +74,20 @@ def main(work: Work) -> dict[str, Any]:
         use_exact_model_name=True,
     )
     set_seed(settings.seed)
+    chosen = targets.find(model, config.lora)
+    merged = targets.of_base(folder, config.lora, trust_remote_code=config.model.trust_remote_code)
+    if other := chosen.modules.keys() ^ merged.modules.keys():
+        raise UserError(
+            f"model.base: Unsloth and transformers name the modules of this base differently (e.g. {min(other)}), so "
+            "that an adapter trained here could not be merged: give the text model alone as the base"
+        )
     model = FastLanguageModel.get_peft_model(
         model,
         r=config.lora.r,
         lora_alpha=config.lora.alpha,
         lora_dropout=config.lora.dropout,
         bias=config.lora.bias,
-        target_modules=_existing(model, config.lora.modules),
+        target_modules=chosen.peft,
         use_rslora=config.lora.rslora,
         use_dora=config.lora.dora,
         use_gradient_checkpointing="unsloth" if settings.gradient_checkpointing else False,
@@ -112,7 +120,7 @@ def main(work: Work) -> dict[str, Any]:
         raise PipelineError("the training loss is not finite; try a smaller train.learning_rate")
     if max(losses) == 0:
         raise PipelineError("the training loss is 0 from the start: no token is trained; look at data/summary.json")
-    _save(trainer.model, tokenizer, history, work)
+    _save(trainer.model, tokenizer, chosen.names, history, work)
 
     validation = [row["eval_loss"] for row in history if "eval_loss" in row]
     seconds = result.metrics["train_runtime"]
@@ -159,20 +167,6 @@ def _read_rows(path: Path) -> list[dict[str, list[int]]]:
     if not path.is_file():
         return []
     return [{key: row[key] for key in ("input_ids", "labels")} for row in read_rows(path)]
-
-
-def _existing(model: Any, wanted: tuple[str, ...]) -> list[str]:
-    """The wanted module names, each of which the model must have."""
-    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    missing = [name for name in wanted if name not in names]
-    if missing:
-        import torch
-
-        linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
-        raise UserError(
-            f"lora.target_modules: the base has no module named {', '.join(missing)}; it has {', '.join(linear)}"
-        )
-    return list(wanted)
 
 
 def _count_parameters(model: Any) -> tuple[int, int]:
@@ -381,7 +375,7 @@ def _epoch(trainer: Any) -> float:
     return float(trainer.state.global_step / trainer.state.epoch) if trainer.state.epoch else 1.0
 
 
-def _save(model: Any, tokenizer: Any, history: list[dict[str, float]], work: Work) -> None:
+def _save(model: Any, tokenizer: Any, modules: list[str], history: list[dict[str, float]], work: Work) -> None:
     from pipeline.model.card import write_model_card
     from pipeline.plots import loss_curve
 
@@ -392,7 +386,7 @@ def _save(model: Any, tokenizer: Any, history: list[dict[str, float]], work: Wor
     # Embeddings are not trained; without this PEFT asks the hub whether they were.
     model.save_pretrained(adapter, save_embedding_layers=False)
     tokenizer.save_pretrained(adapter)
-    write_model_card(adapter / "README.md", work.config, history)
+    write_model_card(adapter / "README.md", work.config, modules, history)
     shutil.copy(work.scratch / "batches.jsonl", work.output / "batches.jsonl")
     (work.output / "history.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
     loss_curve(history, work.output / "loss.svg")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -165,8 +166,6 @@ def _expected(weight: Any, module: str, adapter: Tensors, settings: dict[str, An
 
 def _scaling(module: str, settings: dict[str, Any]) -> float:
     def of(pattern: str, default: float) -> float:
-        import re
-
         for key, value in (settings.get(pattern) or {}).items():
             if re.fullmatch(rf"(.*\.)?({key})", module):
                 return float(value)
@@ -203,13 +202,13 @@ def _how(change: Any, delta: Any) -> str:
 def _targets(base: Tensors, modules: set[str], settings: dict[str, Any]) -> Result:
     """Every module of a targeted name has an adapter, unless the configuration leaves layers out."""
     wanted = settings.get("target_modules") or []
-    if isinstance(wanted, str) or settings.get("layers_to_transform") or settings.get("exclude_modules"):
-        return _TARGETS.not_run("the adapter chooses its modules by a pattern")
-    should = {
-        name.removesuffix(".weight")
-        for name, shape in base.shapes.items()
-        if len(shape) == 2 and name.removesuffix(".weight").rpartition(".")[2] in wanted
-    }
+    if settings.get("layers_to_transform") or settings.get("exclude_modules"):
+        return _TARGETS.not_run("the adapter leaves out modules by a pattern")
+    matrices = {name.removesuffix(".weight") for name, shape in base.shapes.items() if len(shape) == 2}
+    if isinstance(wanted, str):
+        should = {name for name in matrices if re.fullmatch(wanted, name)}
+    else:
+        should = {name for name in matrices if name.rpartition(".")[2] in wanted}
     missing = sorted(should - modules)
     words = f"{len(missing)} of {len(should)} modules have no adapter, the first is {missing[0]}" if missing else ""
     if not should:
