@@ -6,6 +6,7 @@ import struct
 from pathlib import Path
 
 from pipeline.config import Model
+from pipeline.model.four_bit import PART
 from pipeline.resources import expanded
 
 
@@ -49,7 +50,12 @@ def _count(path: Path) -> int:
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    # bitsandbytes packs two values of 4 bits into a byte, and keeps what unpacks them beside it.
+    return sum(
+        math.prod(entry["shape"]) * (2 if entry["dtype"] == "U8" else 1)
+        for name, entry in header.items()
+        if name != "__metadata__" and not PART.match(name)
+    )
 
 
 def _hub_facts(base: str, revision: str | None) -> tuple[int | None, int | None]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import PipelineError
 from pipeline.model.drafts import draft, would_be_written
+from pipeline.model.four_bit import is_4bit
 from pipeline.model.predict import predict
 from pipeline.prompt.labels import tokenize_prompt
 from pipeline.prompt.tokenizer import load_tokenizer, saved_tokenizer
@@ -41,9 +42,10 @@ def _load(folder: Path, trust_remote_code: bool = False) -> Any:
     from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else None
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=compute_type(), device_map=device, trust_remote_code=trust_remote_code
     ).eval()
+    return model.dequantize(dtype=compute_type()) if is_4bit(folder) and not device else model
 
 
 def load_merged(folder: Path) -> tuple[Any, Any]:

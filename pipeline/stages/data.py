@@ -18,7 +18,7 @@ from pipeline.data.checks import NEAR, check_expected, drop_duplicates, find_lea
 from pipeline.data.formats import Conversation, read_conversations
 from pipeline.errors import UserError
 from pipeline.model import targets
-from pipeline.model.base import resolve_base
+from pipeline.model.base import check_bits, resolve_base
 from pipeline.model.facts import context_of
 from pipeline.prompt.labels import (
     IGNORED,
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 NEEDS = ()
 CONFIG = (
     "data", "model", "lora.r", "lora.dora", "lora.target_modules", "lora.exclude", "train.max_length", "train.seed",
-    "eval.metric", "eval.limit",
+    "train.load_in_4bit", "merge.base", "eval.metric", "eval.limit",
 )  # fmt: skip
 
 BATCH = 1000  # rows tokenized in one call: enough for the tokenizer's threads, little memory
@@ -98,6 +98,7 @@ def main(work: Work) -> dict[str, Any]:
 
     model = work.config.model
     base = resolve_base(model.base, model.revision)
+    check_bits(base, work.config)
     tokenizer, said = load_tokenizer(base, trust_remote_code=model.trust_remote_code, chat_template=model.chat_template)
     for words in said:
         work.warn(words)

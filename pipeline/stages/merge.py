@@ -16,6 +16,7 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.console import progress
 from pipeline.errors import PipelineError
+from pipeline.model.four_bit import in_16bit
 from pipeline.model.held_out import first_tokens, held_out_loss, read_held_out, trained_places
 from pipeline.model.nf4 import dequantize_base, restore_base
 from pipeline.prompt.tokenizer import saved_tokenizer
@@ -42,7 +43,8 @@ def main(work: Work) -> dict[str, Any]:
 
     from pipeline.model.base import resolve_base
 
-    base = resolve_base(work.config.model.base, work.config.model.revision)
+    given = resolve_base(work.config.model.base, work.config.model.revision)
+    base = in_16bit(given, work.scratch / "base")
     adapter = work.folder("train") / "adapter"
     stored = stored_type(base)
     with progress("loading the base", None):
@@ -53,7 +55,7 @@ def main(work: Work) -> dict[str, Any]:
     generation = _stopping(model.generation_config, saved_tokenizer(adapter).eos_token_id)
     model = PeftModel.from_pretrained(model, adapter).eval()
     _refuse_partial(model, adapter)
-    merged_into = _choose_base(work, model)
+    merged_into = _choose_base(work, model, only=base != given)
 
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     change, size = 0.0, 0.0
@@ -103,12 +105,13 @@ def _stopping(generation: Any, eos: int | None) -> Any:
     return generation
 
 
-def _choose_base(work: Work, model: Any) -> dict[str, Any]:
+def _choose_base(work: Work, model: Any, *, only: bool) -> dict[str, Any]:
     """Leave those weights under the adapter that it is to be merged into; write base.json.
 
     Args:
         work: the stage's task.
         model: the PEFT model on the base as it is stored.
+        only: the base is stored in 4 bits, and the model has what they unpack to.
 
     Returns:
         "taken" ("16bit" or "dequantized"), "losses" (nats for each trained token; empty where nothing was measured)
@@ -124,7 +127,9 @@ def _choose_base(work: Work, model: Any) -> dict[str, Any]:
             return held_out_loss(model, rows, update)
 
     chosen: dict[str, Any] = {"taken": "16bit", "losses": {}, "rows": where}
-    if not trained_on_4bit:
+    if only:
+        chosen |= {"taken": "dequantized", "why": "the base is stored in 4 bits"}
+    elif not trained_on_4bit:
         chosen["why"] = "the adapter was trained on the 16-bit base"
     else:
         losses = chosen["losses"]

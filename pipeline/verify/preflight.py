@@ -18,6 +18,7 @@ from pipeline.console import progress
 from pipeline.llamacpp.programs import failure, program, require_space, run
 from pipeline.model.base import as_trained, resolve_base
 from pipeline.model.facts import facts
+from pipeline.model.four_bit import in_16bit
 from pipeline.ollama.client import Client
 from pipeline.ollama.rendering import choose, refusal
 from pipeline.ollama.server import OllamaServer, find_ollama
@@ -52,7 +53,7 @@ def preflight(config: Config, run_folder: Path, scratch: Path) -> dict[str, Any]
     model = config.model
     base = resolve_base(model.base, model.revision)
     trained, _ = load_tokenizer(base, trust_remote_code=model.trust_remote_code, chat_template=model.chat_template)
-    base = as_trained(base, trained, scratch / "base")
+    base = as_trained(in_16bit(base, scratch / "base-16bit"), trained, scratch / "base")
     size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
     parameters, _ = facts(config.model.base, config.model.revision)
     # Converted, that in float32, and every type twice: quantized, and in Ollama.
