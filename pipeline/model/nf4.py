@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
+
+RECORD = "four_bit.json"  # beside the adapter: the modules that training had in 4 bits
 
 
 def dequantized(weight: Any) -> Any:
@@ -15,11 +18,25 @@ def dequantized(weight: Any) -> Any:
     return dequantize_4bit(values, state).float()
 
 
-def dequantize_base(model: Any) -> dict[str, Any]:
-    """Replace the base's weights by what NF4 keeps of them, with an adapter or without: all of them were 4-bit.
+def write_record(folder: Path, model: Any) -> None:
+    """Write down which modules of a model, as Unsloth loaded it, are in 4 bits: routers, towers and heads are not."""
+    from bitsandbytes.nn import Linear4bit
+
+    names = [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
+    (folder / RECORD).write_text(json.dumps(names, indent=1) + "\n", encoding="utf-8")
+
+
+def quantized_modules(folder: Path) -> set[str]:
+    """The modules that were in 4 bits in a training, by what it has written down in its folder."""
+    return set(json.loads((folder / RECORD).read_text(encoding="utf-8")))
+
+
+def dequantize_base(model: Any, modules: set[str]) -> dict[str, Any]:
+    """Replace the base's weights by what NF4 keeps of them.
 
     Args:
         model: a PEFT model whose adapter is not merged.
+        modules: those that were in 4 bits, with an adapter or without.
 
     Returns:
         The weights as they were, by the names of their modules, for `restore_base`.
@@ -28,9 +45,10 @@ def dequantize_base(model: Any) -> dict[str, Any]:
 
     before = {}
     with torch.no_grad():
-        for name, module in _linear(model).items():
-            before[name] = _small_copy(module.weight.detach())
-            module.weight.copy_(dequantized(module.weight).to(module.weight.dtype))
+        for name, module in _named(model).items():
+            if name in modules:
+                before[name] = _small_copy(module.weight.detach())
+                module.weight.copy_(dequantized(module.weight).to(module.weight.dtype))
     return before
 
 
@@ -38,30 +56,21 @@ def restore_base(model: Any, before: dict[str, Any]) -> None:
     """Undo `dequantize_base`."""
     import torch
 
+    named = _named(model)
     with torch.no_grad():
-        for name, module in _linear(model).items():
-            module.weight.copy_(before[name])  # in whatever type it was kept
+        for name, weight in before.items():
+            named[name].weight.copy_(weight)  # in whatever type it was kept
 
 
-def quantized_modules(folder: Path) -> set[str]:
-    """The modules of a base whose weights 4-bit training quantizes."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return set(_linear(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))))
-
-
-def _linear(model: Any) -> dict[str, Any]:
-    """The linear modules of a model, PEFT's own and its copies apart; bitsandbytes leaves the head as it is stored."""
+def _named(model: Any) -> dict[str, Any]:
+    """The linear modules of a PEFT model by the names that they have in the base; PEFT's own and its copies apart."""
     from torch.nn import Linear
 
     return {
-        name.replace(".base_layer", ""): module
+        name.replace(".base_layer", "").removeprefix("base_model.model."): module
         for name, module in model.named_modules()
         if isinstance(module, Linear)
         and not re.search(r"(^|\.)(lora_\w+|modules_to_save|original_module)\.", f"{name}.")
-        and name.replace(".base_layer", "").rpartition(".")[2] != "lm_head"
     }
 
 

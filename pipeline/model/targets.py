@@ -28,7 +28,8 @@ _QUERY_OR_VALUE = re.compile(r"(q|v|qkv|kv|query|value|c_attn|Wqkv|in_proj)(_|$)
 _NEVER = re.compile(r"(^|\.)(gate|router|shared_expert_gate|mamba|ssm)(\.|$)")
 # In a mixture whose experts are one tensor PEFT makes these its experts' (its utils/transformers_weight_conversion.py).
 _TAKEN_FOR_EXPERTS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
-_OTHER_SENSES = re.compile(r"vision|visual|audio|speech|image|projector|connector|merger|multi_modal")
+# What a language model is not, in the names of a vision-language model's parts.
+OTHER_SENSES = re.compile(r"vision|visual|audio|speech|image|projector|connector|merger|multi_modal")
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def find(model: Any, lora: Lora) -> Targets:
     """
     every = [name for name, _ in model.named_modules()]
     linear = {name: shape for name, module in model.named_modules() if (shape := _shape(module)) is not None}
-    text = {name: shape for name, shape in linear.items() if _LAYER.search(name) and not _OTHER_SENSES.search(name)}
+    text = {name: shape for name, shape in linear.items() if _LAYER.search(name) and not OTHER_SENSES.search(name)}
     wanted = lora.target_modules
     experts = tuple(name for name, value in model.named_parameters() if value.dim() == 3 and ".experts." in name)
     if experts:

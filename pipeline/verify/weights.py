@@ -20,6 +20,7 @@ from pipeline.llamacpp.gguf_file import GGUFInfo, inspect
 from pipeline.llamacpp.gguf_file import check as check_gguf
 from pipeline.model.nf4 import dequantized, quantized_modules
 from pipeline.model.predict import fits_float32
+from pipeline.model.targets import OTHER_SENSES
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import Claim, Result
 
@@ -89,25 +90,32 @@ def _merge(artefacts: Artefacts, base_folder: Path, adapter_folder: Path) -> Ite
 
     base, merged, adapter = Tensors(base_folder), Tensors(artefacts.model), Tensors(adapter_folder)
     settings = json.loads((adapter_folder / "adapter_config.json").read_text(encoding="utf-8"))
-    modules = {
+    adapted = {
         _plain(name).removesuffix(".lora_A.weight") for name in adapter.shapes if name.endswith(".lora_A.weight")
     }
+    stored_as, loaded_as = _beginnings(adapted, base)
+    modules = {_replaced(name, loaded_as, stored_as) for name in adapted}
     trained = {_plain(name) for name in adapter.shapes if ".lora_" not in name}
-    yield _targets(base, modules, settings)
+    matrices = {
+        _replaced(name.removesuffix(".weight"), stored_as, loaded_as) for name in base.shapes if _is_matrix(base, name)
+    }
+    yield _targets(matrices, adapted, settings)
     yield _same_shape(artefacts.model, base_folder, base, merged)
 
     stored = _MANTISSA
     worst, worst_words, wrong = 0.0, "", 0
     touched, touched_words = 0, ""
     limit = artefacts.settings.rounding
-    in_4bit = quantized_modules(base_folder) if artefacts.merged_into == "dequantized" else set()
+    in_4bit: set[str] = set()
+    if artefacts.merged_into == "dequantized":
+        in_4bit = {_replaced(name, loaded_as, stored_as) for name in quantized_modules(adapter_folder.parent)}
     names = [name for name in base.shapes if merged.shapes.get(name) == base.shapes[name]]
     with torch.no_grad(), progress("weights", len(names), "tensors") as update:
         for number, name in enumerate(names, 1):
             module = name.removesuffix(".weight")
             if module in modules:
                 weight = dequantized(base[name]) if module in in_4bit else base[name].float()
-                delta, expected = _expected(weight, module, adapter, settings)
+                delta, expected = _expected(weight, _replaced(module, stored_as, loaded_as), adapter, settings)
                 found = merged[name].float()
                 scale = torch.maximum(torch.maximum(weight.abs(), expected.abs()), delta.abs())
                 error = float(((found - expected).abs() / _step(scale, *stored[merged.types[name]])).max())
@@ -133,6 +141,31 @@ def _merge(artefacts: Artefacts, base_folder: Path, adapter_folder: Path) -> Ite
         ok = wrong == 0
         yield _MERGED.holds(ok, worst_words + count, worst, f"at most {limit:g} steps of rounding")
     yield _UNTOUCHED.at_most(touched, 0, touched_words)
+
+
+def _beginnings(modules: set[str], base: Tensors) -> tuple[str, str]:
+    """What names begin with in the base's files, and what the same begin with in the loaded model.
+
+    transformers renames the parts of some vision-language models as it loads them.
+    """
+    for module in sorted(modules):
+        within = module[module.find("layers.") :]
+        found = [
+            name
+            for name in base.shapes
+            if name.endswith(f".{within}.weight") and not OTHER_SENSES.search(name) and _is_matrix(base, name)
+        ]
+        if f"{module}.weight" not in base.shapes and len(found) == 1:
+            return found[0].removesuffix(f"{within}.weight"), module.removesuffix(within)
+    return "", ""
+
+
+def _replaced(name: str, old: str, new: str) -> str:
+    return new + name.removeprefix(old) if name.startswith(old) else name
+
+
+def _is_matrix(tensors: Tensors, name: str) -> bool:
+    return name.endswith(".weight") and len(tensors.shapes[name]) == 2
 
 
 def _plain(name: str) -> str:
@@ -199,12 +232,11 @@ def _how(change: Any, delta: Any) -> str:
     return f"has its adapter {share:.3f} times: another scaling than alpha / r"
 
 
-def _targets(base: Tensors, modules: set[str], settings: dict[str, Any]) -> Result:
-    """Every module of a targeted name has an adapter, unless the configuration leaves layers out."""
+def _targets(matrices: set[str], modules: set[str], settings: dict[str, Any]) -> Result:
+    """Every module that the adapter's configuration means has an adapter, unless it leaves layers out."""
     wanted = settings.get("target_modules") or []
     if settings.get("layers_to_transform") or settings.get("exclude_modules"):
         return _TARGETS.not_run("the adapter leaves out modules by a pattern")
-    matrices = {name.removesuffix(".weight") for name, shape in base.shapes.items() if len(shape) == 2}
     if isinstance(wanted, str):
         should = {name for name in matrices if re.fullmatch(wanted, name)}
     else:

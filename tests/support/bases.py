@@ -11,6 +11,15 @@ import pytest
 from pipeline.setup.toolchain import tokenizer_folder
 from support.small_models import scratch
 
+VISION = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 56,
+    "patch_size": 14,
+}
+
 
 def tokenizer_files(name: str, folder: Path, *, chat_template: bool = True) -> Path:
     """Copy the files of a pinned tokenizer into a folder, without its chat template where that is asked for."""
@@ -57,6 +66,10 @@ def base(name: str, tokenizer: str, model_type: str = "llama", *, chat_template:
         "pad_token_id": loaded.pad_token_id,
         "tie_word_embeddings": False,
     }
+    if model_type.startswith("gemma"):
+        settings["query_pre_attn_scalar"] = settings["head_dim"]  # which llama.cpp takes it to be
+    if model_type == "gemma3":
+        settings = {"text_config": settings, "vision_config": VISION, "mm_tokens_per_image": 4}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
     model.to(torch.bfloat16).save_pretrained(folder)
