@@ -18,7 +18,7 @@ from pipeline.console import progress
 from pipeline.errors import PipelineError
 from pipeline.model.four_bit import in_16bit
 from pipeline.model.held_out import first_tokens, held_out_loss, read_held_out, trained_places
-from pipeline.model.nf4 import dequantize_base, quantized_modules, restore_base
+from pipeline.model.nf4 import Record, dequantize_base, restore_base
 from pipeline.prompt.tokenizer import saved_tokenizer
 from pipeline.run.stage import Work
 
@@ -138,7 +138,7 @@ def _choose_base(work: Work, model: Any, *, only: bool) -> dict[str, Any]:
                 losses["base"] = loss("base")
             losses["16bit"] = loss("adapter on 16-bit")
         with progress("dequantizing", None):
-            before = dequantize_base(model, quantized_modules(work.folder("train")))
+            before = dequantize_base(model, Record.read(work.folder("train")))
         if measurable:
             losses["dequantized"] = loss("adapter on 4-bit")
         if wanted != "auto":

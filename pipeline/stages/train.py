@@ -49,7 +49,7 @@ def main(work: Work) -> dict[str, Any]:
 
     from pipeline.model import targets
     from pipeline.model.base import resolve_base
-    from pipeline.model.nf4 import write_record
+    from pipeline.model.nf4 import Record
     from pipeline.prompt.tokenizer import load_tokenizer
 
     config, settings = work.config, work.config.train
@@ -75,7 +75,7 @@ def main(work: Work) -> dict[str, Any]:
         use_exact_model_name=True,
     )
     set_seed(settings.seed)
-    write_record(work.output, model)
+    Record.of(model).write(work.output)
     chosen = targets.find(model, config.lora)
     merged = targets.of_base(folder, config.lora, trust_remote_code=config.model.trust_remote_code)
     if other := chosen.modules.keys() ^ merged.modules.keys():

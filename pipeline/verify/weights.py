@@ -18,7 +18,7 @@ from pipeline.console import progress
 from pipeline.errors import PipelineError
 from pipeline.llamacpp.gguf_file import GGUFInfo, inspect
 from pipeline.llamacpp.gguf_file import check as check_gguf
-from pipeline.model.nf4 import dequantized, quantized_modules
+from pipeline.model.nf4 import Record, dequantized
 from pipeline.model.predict import fits_float32
 from pipeline.model.targets import OTHER_SENSES
 from pipeline.verify.artefacts import Artefacts
@@ -106,17 +106,23 @@ def _merge(artefacts: Artefacts, base_folder: Path, adapter_folder: Path) -> Ite
     worst, worst_words, wrong = 0.0, "", 0
     touched, touched_words = 0, ""
     limit = artefacts.settings.rounding
-    in_4bit: set[str] = set()
-    if artefacts.merged_into == "dequantized":
-        in_4bit = {_replaced(name, loaded_as, stored_as) for name in quantized_modules(adapter_folder.parent)}
+    record = Record.read(adapter_folder.parent)
+    in_4bit, transposed = (
+        {_replaced(name, loaded_as, stored_as) for name in names} for names in (record.in_4bit, record.transposed)
+    )
+    if artefacts.merged_into == "16bit":
+        in_4bit = set()
     names = [name for name in base.shapes if merged.shapes.get(name) == base.shapes[name]]
     with torch.no_grad(), progress("weights", len(names), "tensors") as update:
         for number, name in enumerate(names, 1):
             module = name.removesuffix(".weight")
             if module in modules:
-                weight = dequantized(base[name]) if module in in_4bit else base[name].float()
-                delta, expected = _expected(weight, _replaced(module, stored_as, loaded_as), adapter, settings)
+                turned = module in transposed
+                weight = dequantized(base[name], transposed=turned) if module in in_4bit else base[name].float()
                 found = merged[name].float()
+                if turned:
+                    weight, found = weight.T, found.T
+                delta, expected = _expected(weight, _replaced(module, stored_as, loaded_as), adapter, settings)
                 scale = torch.maximum(torch.maximum(weight.abs(), expected.abs()), delta.abs())
                 error = float(((found - expected).abs() / _step(scale, *stored[merged.types[name]])).max())
                 if not error <= limit:
@@ -129,7 +135,9 @@ def _merge(artefacts: Artefacts, base_folder: Path, adapter_folder: Path) -> Ite
                     wrong += 1
                     worst_words = worst_words or f"{name} is not what was trained"
             else:
-                before = dequantized(base[name]) if module in in_4bit else base[name]
+                before = base[name]
+                if module in in_4bit:
+                    before = dequantized(before, transposed=module in transposed)
                 if not torch.equal(merged[name], before.to(merged[name].dtype)):
                     touched += 1
                     touched_words = touched_words or f"{name} differs from the base, and no adapter changes it"
@@ -185,8 +193,6 @@ def _expected(weight: Any, module: str, adapter: Tensors, settings: dict[str, An
     prefix = f"base_model.model.{module}"
     a, b = adapter[f"{prefix}.lora_A.weight"].float(), adapter[f"{prefix}.lora_B.weight"].float()
     delta = _scaling(module, settings) * (b @ a)
-    if settings.get("fan_in_fan_out"):
-        delta = delta.T
     expected = weight + delta
     if settings.get("use_dora"):  # S. Liu et al., 2024, "DoRA", equation 5
         magnitude = next(

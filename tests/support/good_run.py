@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.model.nf4 import RECORD
+from pipeline.model.nf4 import Record
 from pipeline.verify.artefacts import Artefacts
 from support.small_models import base_folder, make_work, scratch
 
@@ -150,8 +150,8 @@ def _adapter(run: Path, base: Path) -> None:
             torch.nn.init.normal_(parameter, std=0.02)
     adapter = run / "train" / "adapter"
     model.save_pretrained(adapter)
-    every = [f"model.layers.{layer}.{part}" for layer in range(2) for part in PARTS]
-    (run / "train" / RECORD).write_text(json.dumps(every), encoding="utf-8")  # as if it had been trained in 4 bits
+    every = frozenset(f"model.layers.{layer}.{part}" for layer in range(2) for part in PARTS)
+    Record(in_4bit=every).write(run / "train")  # as if it had been trained in 4 bits
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(base / name, adapter / name)
 
