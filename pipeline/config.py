@@ -18,15 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic.fields import FieldInfo
 
 from pipeline.errors import UserError
-from pipeline.resources import expanded
+from pipeline.resources import chat_templates, expanded
 from pipeline.run.layout import Layout
-
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-TARGET_MODULES = {
-    "minimal": ("q_proj", "v_proj"),
-    "attention": ATTENTION,
-    "all": (*ATTENTION, "gate_proj", "up_proj", "down_proj"),
-}
 
 # Those of transformers that need no library beyond the locked ones.
 Optimizer = Literal[
@@ -53,6 +46,11 @@ class Model(Section):
     base: str = Field(description="a packaged model's name, a hub id (owner/name), or a local folder", min_length=1)
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    chat_template: str | None = Field(
+        None,
+        min_length=1,
+        description="instead of the base's own: the name of a well-known chat template, or the path of a Jinja file",
+    )
 
 
 class Data(Section):
@@ -79,15 +77,26 @@ class Lora(Section):
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases are trained")
     target_modules: Literal["minimal", "attention", "all"] | Names = Field(
-        "all", description="a preset (minimal, attention, all) or a list of module names"
+        "all",
+        description="which modules get an adapter: minimal (query and value), attention, all (attention and "
+        "feed-forward, in every architecture), or a list of names, full names and regular expressions",
+    )
+    exclude: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (), description="modules that get none, given as a list in target_modules is"
     )
     rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead of alpha / r")
     dora: bool = Field(False, description="weight-decomposed LoRA")
 
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """The names of the modules that get an adapter."""
-        return TARGET_MODULES[self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
+    @field_validator("target_modules")
+    @classmethod
+    def _no_embeddings(cls, value: Any) -> Any:
+        for name in value if isinstance(value, tuple) else ():
+            if name.rpartition(".")[2] in ("lm_head", "embed_tokens"):
+                raise ValueError(
+                    f"lora.target_modules: an adapter on {name} is not trained (Unsloth would train the whole matrix, "
+                    "and with tied embeddings a merge would change both): leave it out"
+                )
+        return value
 
 
 class Train(Section):
@@ -294,6 +303,13 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict
         values["ollama"]["template"] = str(
             path.parent / expanded(template, f"{places.get('ollama.template')}: ollama.template")
         )
+    own = values.get("model", {}).get("chat_template") if isinstance(values.get("model"), dict) else None
+    if isinstance(own, str) and own and own not in chat_templates():
+        where = f"{places.get('model.chat_template')}: model.chat_template"
+        file = path.parent / expanded(own, where)
+        if problem := _unreadable(file):
+            raise UserError(f"{where}: {file}: {problem}; well-known ones are {', '.join(chat_templates())}")
+        values["model"]["chat_template"] = str(file)
     base = values.get("model", {}).get("base") if isinstance(values.get("model"), dict) else None
     if isinstance(base, str) and base:
         values["model"]["base"] = _base(base, path.parent, f"{places.get('model.base')}: model.base")

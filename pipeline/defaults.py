@@ -21,6 +21,7 @@ from pipeline.model import memory
 # What depends on the base and the machine is worked out by `resolve`; the same page shows that for some of both.
 RULES = {
     "model.revision": "the hub's main branch",
+    "model.chat_template": "the base's own; for a base without one zephyr, whose turns end with EOS",
     "data.validation": "the rows that data.validation_fraction splits off",
     "data.test": "none: no rung is asked",
     "data.system": "none is added",

@@ -33,6 +33,11 @@ def checkout_at(folder: Path) -> bool:
     return all((folder / name).is_file() for name in ("pyproject.toml", "requirements.lock", "pipeline/__init__.py"))
 
 
+def chat_templates() -> dict[str, Path]:
+    """The well-known chat templates by name: Jinja files."""
+    return {path.stem: path for path in sorted(resource("templates/chat").glob("*.jinja"))}
+
+
 def expanded(path: str | Path, source: str) -> Path:
     """A path with the home folder that its ~ stands for.
 

@@ -85,6 +85,15 @@ def test_only_base_and_data_must_be_given(tmp_path: Path) -> None:
         (MINIMAL + '[lora]\ndora = "yes"\n', ["lora.dora = 'yes'", "boolean"]),
         (MINIMAL + "[lora]\ntarget_modules = []\n", ["pipeline.toml:7: lora.target_modules = []"]),
         (
+            MINIMAL + '[lora]\ntarget_modules = ["q_proj", "lm_head"]\n',
+            ["pipeline.toml:7: lora.target_modules: an adapter on lm_head is not trained", "a merge would change both"],
+        ),
+        (MINIMAL + '[lora]\ntarget_modules = ["model.embed_tokens"]\n', ["an adapter on model.embed_tokens is not"]),
+        (
+            MINIMAL.replace("[data]", 'chat_template = "zefyr"\n[data]'),
+            ["model.chat_template: ", "zefyr: no such file", "well-known ones are alpaca, chatml, gemma, llama-3"],
+        ),
+        (
             MINIMAL + '[train]\nload_in_4bit = false\n[merge]\nbase = "dequantized"\n',
             ['pipeline.toml:9: merge.base = "dequantized" needs', "train.load_in_4bit"],
         ),

@@ -1,7 +1,7 @@
-"""The base of a fine-tune as a folder: 16-bit safetensors, config.json, and a fast tokenizer.
+"""The base of a fine-tune as a folder: safetensors in 16 bits or bitsandbytes' 4, config.json, and a fast tokenizer.
 
 `[model] base` is a packaged name, a hub id or a local folder. Whichever it is, every later stage sees a folder,
-and one that cannot work - pickled weights, GGUF only, weights that are already 4-bit, no tokenizer - is refused
+and one that cannot work - pickled weights, GGUF only, weights quantized otherwise, no tokenizer - is refused
 here, by name.
 """
 
@@ -9,8 +9,11 @@ import difflib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
+from pipeline.config import Config
 from pipeline.errors import PipelineError, UserError
+from pipeline.model.four_bit import in_4bit, is_4bit
 from pipeline.model.packaged import PACKAGED, packaged_folder
 from pipeline.model.weights_file import read_weights
 from pipeline.resources import expanded
@@ -51,6 +54,46 @@ def resolve_base(base: str, revision: str | None = None) -> Path:
     nearest = difflib.get_close_matches(base.lower(), PACKAGED, 1)
     hint = f"did you mean {nearest[0]}?" if nearest else f"packaged are: {', '.join(PACKAGED)}"
     raise UserError(f"model.base: {base}: no such folder, no packaged model and no hub id (owner/name); {hint}")
+
+
+def as_trained(base: Path, tokenizer: Any, folder: Path) -> Path:
+    """The untouched base with the tokenizer that it is trained with: what a merge of nothing would leave.
+
+    Args:
+        base: its folder; links to its files are made.
+        tokenizer: of transformers.
+        folder: a new one.
+    """
+    folder.mkdir(parents=True)
+    tokenizer.save_pretrained(folder)
+    for name in (
+        "config.json",
+        "generation_config.json",
+        "tokenizer.model",
+        "*.safetensors",
+        "*.safetensors.index.json",
+    ):
+        for path in base.glob(name):
+            (folder / path.name).symlink_to(path.resolve())
+    return folder
+
+
+def check_bits(base: Path, config: Config) -> None:
+    """Refuse what does not go with a base that is stored in 4 bits.
+
+    Raises:
+        UserError: with the key.
+    """
+    if not is_4bit(base):
+        return
+    stored = f"model.base: {base} is stored in 4 bits"
+    if not config.train.load_in_4bit:
+        raise UserError(f"train.load_in_4bit = false: {stored}: remove the key, or give the 16-bit model as the base")
+    if config.merge.base == "16bit":
+        raise UserError(
+            f'merge.base = "16bit": {stored}, and an adapter on it is merged into what they unpack to: remove the key, '
+            "or give the 16-bit model as the base"
+        )
 
 
 def cached_base(base: str, revision: str | None = None) -> Path | None:
@@ -117,12 +160,14 @@ def check_base(folder: Path) -> Path:
         raise UserError(f"{where}: config.json cannot be read: {error}") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise UserError(f"{where}: config.json names no model_type: it is not the configuration of a model")
-    if quantization := config.get("quantization_config"):
+    if (quantization := config.get("quantization_config")) and not (
+        isinstance(quantization, dict) and in_4bit(quantization)
+    ):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        bits = " in 8 bits" if isinstance(quantization, dict) and quantization.get("load_in_8bit") else ""
         raise UserError(
-            f"{where} is already quantized ({method or 'quantization_config'} in config.json). The adapter must "
-            "be merged into 16-bit weights: give the 16-bit model that it was made from; training quantizes it "
-            "by itself"
+            f"{where} is already quantized ({method or 'quantization_config'}{bits} in config.json). Give the 16-bit "
+            "model that it was made from, which training quantizes by itself, or one in bitsandbytes' 4 bits"
         )
     if not weights:
         if pickled := sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]):

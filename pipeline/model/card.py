@@ -8,8 +8,8 @@ from pipeline.config import Config
 from pipeline.resources import resource
 
 
-def write_model_card(path: Path, config: Config, history: list[dict[str, float]]) -> None:
-    """Write README.md for an adapter from the configuration and the losses by step."""
+def write_model_card(path: Path, config: Config, modules: list[str], history: list[dict[str, float]]) -> None:
+    """Write README.md for an adapter from the configuration, the modules that have one, and the losses by step."""
     from huggingface_hub import ModelCardData
     from jinja2 import Environment, StrictUndefined
 
@@ -30,7 +30,7 @@ def write_model_card(path: Path, config: Config, history: list[dict[str, float]]
         revision=config.model.revision,
         version=__version__,
         lora=config.lora,
-        modules=config.lora.modules,
+        modules=modules,
         train=config.train,
         steps=max(int(row["step"]) for row in history),
         losses=[row["loss"] for row in history if "loss" in row],

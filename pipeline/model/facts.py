@@ -53,8 +53,10 @@ def _hub_facts(base: str, revision: str | None) -> tuple[int | None, int | None]
 def base_files(model: Model) -> list[Path]:
     """The files of a base that decide what is trained: configuration, weights, tokenizer, chat template, run code."""
     from pipeline.model.base import resolve_base
+    from pipeline.prompt.chat_templates import template_file
 
     folder = resolve_base(model.base, model.revision)
     kinds = {".json", ".safetensors", ".jinja", ".model"}
     found = [path for path in folder.iterdir() if path.suffix in kinds]
-    return sorted(found + (list(folder.rglob("*.py")) if model.trust_remote_code else []))
+    code = list(folder.rglob("*.py")) if model.trust_remote_code else []
+    return [*sorted(found + code), template_file(model.chat_template)]

@@ -10,6 +10,7 @@ from pipeline.errors import PipelineError
 from pipeline.model import memory
 from pipeline.model.drafts import draft, would_be_written
 from pipeline.model.predict import predict
+from pipeline.prompt.labels import tokenize_prompt
 
 
 def answers(
@@ -68,10 +69,7 @@ def answer_in_batches(
     """
     import torch
 
-    from pipeline.prompt.template import render
-
-    prompts = [render(tokenizer, question, add_generation_prompt=True) for question in questions]
-    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    ids = [tokenize_prompt(tokenizer, question) for question in questions]
     order = sorted(range(len(ids)), key=lambda place: len(ids[place]))
     texts = [""] * len(ids)
     greedy = _greedy(model, tokenizer, max_new_tokens)
@@ -105,18 +103,17 @@ def stream_answer(model: Any, tokenizer: Any, messages: list[dict[str, Any]], ma
     """
     from threading import Thread
 
+    import torch
     from transformers import TextIteratorStreamer
 
-    from pipeline.prompt.template import render
-
-    prompt = render(tokenizer, messages, add_generation_prompt=True)
-    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
+    ids = torch.tensor([tokenize_prompt(tokenizer, messages)]).to(model.device)
     pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failures: list[Exception] = []
 
     def generate() -> None:
         try:
-            model.generate(**ids, streamer=pieces, generation_config=_greedy(model, tokenizer, max_new_tokens))
+            greedy = _greedy(model, tokenizer, max_new_tokens)
+            model.generate(ids, attention_mask=torch.ones_like(ids), streamer=pieces, generation_config=greedy)
         except Exception as error:
             failures.append(error)
             pieces.on_finalized_text("", stream_end=True)  # else its reader waits for ever

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.model import memory
 from pipeline.model.base import resolve_base
+from pipeline.model.four_bit import is_4bit
 from pipeline.model.quiet import quiet_transformers
 from pipeline.model.weights_file import TORCH_TYPES, read_weights
 from pipeline.prompt.tokenizer import load_tokenizer, saved_tokenizer
@@ -85,13 +86,16 @@ def round_matrices(model: Any, folder: Path, outtype: str) -> None:
 
 def _load_16bit(folder: Path, trust_remote_code: bool = False) -> Any:
     device = device_for(memory.asked_model(read_weights(folder).parameters))
-    return load_model(folder, compute_type(device), device, trust_remote_code=trust_remote_code).eval()
+    compute = compute_type(device)
+    model = load_model(folder, compute, device, trust_remote_code=trust_remote_code).eval()
+    return model.dequantize(dtype=compute) if is_4bit(folder) and device == "cpu" else model
 
 
 def load_base(settings: Model) -> tuple[Any, Any]:
     """The untouched base, and the tokenizer that it is trained with."""
     folder, remote = resolve_base(settings.base, settings.revision), settings.trust_remote_code
-    return _load_16bit(folder, remote), load_tokenizer(folder, trust_remote_code=remote)[0]
+    tokenizer, _ = load_tokenizer(folder, trust_remote_code=remote, chat_template=settings.chat_template)
+    return _load_16bit(folder, remote), tokenizer
 
 
 def load_merged(folder: Path) -> tuple[Any, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.model.config_file import text_config
+from pipeline.model.four_bit import PART
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Values that a model computes from its configuration; old files carry them.
@@ -85,14 +86,21 @@ class Weights:
     @property
     def stored_values(self) -> int:
         """How many numbers the files hold, as the hub counts them."""
-        return sum(map(math.prod, self.shapes.values()))
+        return sum(self._values(name) for name in self.shapes)
+
+    def _values(self, name: str) -> int:
+        """How many numbers of the model a tensor holds."""
+        if PART.match(name):  # it unpacks another
+            return 0
+        packed = 2 if self.types[name] == "U8" else 1  # bitsandbytes packs two values of 4 bits into a byte
+        return packed * math.prod(self.shapes[name])
 
     @property
     def parameters(self) -> int:
         """How many numbers the model has of its own: a tied head that is stored too counts once, buffers do not."""
         tied = text_config(self.folder).get("tie_word_embeddings", False)
         left_out = (*BUFFERS, "lm_head.weight") if tied else BUFFERS
-        return sum(math.prod(shape) for name, shape in self.shapes.items() if not name.endswith(left_out))
+        return sum(self._values(name) for name in self.shapes if not name.endswith(left_out))
 
     @property
     def main_type(self) -> str:

@@ -6,11 +6,15 @@ cannot be taught otherwise by a GGUF file, so a model is trained on the ids that
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.prompt.chat_templates import DEFAULT, put_on
+from pipeline.resources import chat_templates
 
 # Where one of these is a word of a vocabulary, llama.cpp ends answers at it and makes it a control token, whatever the
 # file says (src/llama-vocab.cpp, special_eog_ids).
@@ -25,11 +29,133 @@ CONTROL_WORDS = frozenset(
 _ORDINARY_END = ("<|tool_response>", "<|plamo:eos|>")
 
 
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any, list[str]]:
-    """A base's tokenizer as it is trained, and what it does otherwise than the base's own, in words."""
+def load_tokenizer(
+    folder: Path, *, trust_remote_code: bool = False, chat_template: str | None = None
+) -> tuple[Any, list[str]]:
+    """A base's tokenizer as it is trained, with the chat template that it is trained with.
+
+    Args:
+        folder: the base.
+        trust_remote_code: run Python code that comes with it.
+        chat_template: a well-known one's name or a file's path, instead of the base's own.
+
+    Returns:
+        The tokenizer, and what it does otherwise than the base's own, in sentences.
+
+    Raises:
+        UserError: the chat template cannot be read, or needs tokens that the base does not have.
+    """
     from transformers import AutoTokenizer
 
-    return as_served(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code))
+    beyond = beyond_embedding(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    tokenizer, changes = as_served(_without(tokenizer, beyond) if beyond.tokens else tokenizer)
+    if beyond.tokens:
+        changes.append(f"{beyond} and are ordinary text")
+    said = [f"the tokenizer is trained as llama.cpp will read texts: {'; '.join(changes)}"] if changes else []
+    if chat_template is not None:
+        words = put_on(tokenizer, chat_template)
+        said.append(f"model.chat_template = {chat_template}: {'; '.join(words)}")
+    elif not tokenizer.chat_template:
+        words = put_on(tokenizer, DEFAULT)
+        said.append(
+            f"the base has no chat template and is trained with {DEFAULT}: {'; '.join(words)}. For another one set "
+            f"model.chat_template: {', '.join(chat_templates())}, or the path of a Jinja file"
+        )
+    return tokenizer, said
+
+
+@dataclass(frozen=True)
+class Beyond:
+    """Tokens of a base that its embedding has no rows for.
+
+    Attributes:
+        tokens: their texts with their ids.
+        size: how many tokens the tokenizer has.
+        rows: how many the embedding has.
+    """
+
+    tokens: dict[str, int]
+    size: int
+    rows: int
+
+    def __str__(self) -> str:
+        names = ", ".join(list(self.tokens)[:5]) + ", ..." * (len(self.tokens) > 5)
+        return f"{names} have no row in the embedding (the tokenizer has {self.size:,} tokens, it {self.rows:,} rows)"
+
+    def refuse_in(self, text: str, place: str) -> None:
+        """Refuse a text that spells one of them.
+
+        Raises:
+            UserError: with both numbers and the place.
+        """
+        for token, number in self.tokens.items():
+            if token in text:
+                raise UserError(
+                    f"{place}: {token!r} is token {number:,} of the base, and its embedding has {self.rows:,} rows for "
+                    f"{self.size:,} tokens: leave it out of the text, or give a base whose embedding was resized "
+                    f"(model.resize_token_embeddings({self.size})) and saved"
+                )
+
+
+def beyond_embedding(folder: Path) -> Beyond:
+    """The tokens of a base whose ids its embedding does not reach."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        text = config.get("text_config")
+        rows = (text if isinstance(text, dict) else {}).get("vocab_size") or config.get("vocab_size")
+        vocabulary = tokenizer["model"]["vocab"]
+        if not isinstance(vocabulary, dict):  # a Unigram's: pairs of a text and its score
+            vocabulary = {text: number for number, (text, _) in enumerate(vocabulary)}
+        ids = vocabulary | {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no tokenizer.json, or one of its own kind
+        return Beyond({}, 0, 0)
+    if not isinstance(rows, int):
+        return Beyond({}, len(ids), 0)
+    return Beyond({token: number for token, number in ids.items() if number >= rows}, len(ids), rows)
+
+
+def _without(tokenizer: Any, beyond: Beyond) -> Any:
+    """The tokenizer without tokens that no model could read.
+
+    Raises:
+        UserError: texts cannot be read without them.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    roles = {name: value for name, value in tokenizer.special_tokens_map.items() if value in beyond.tokens}
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        tokenizer.save_pretrained(folder)
+        whole = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        added = {token["content"] for token in whole["added_tokens"]}
+        needed = [name for name in roles if name in ("bos_token", "eos_token", "unk_token")]
+        if needed or not beyond.tokens.keys() <= added:
+            first = f"its {needed[0]} " if needed else ""
+            raise UserError(
+                f"model.base: {first}{beyond}: give a base whose embedding was resized "
+                f"(model.resize_token_embeddings({beyond.size})) and saved"
+            )
+        whole["added_tokens"] = [token for token in whole["added_tokens"] if token["content"] not in beyond.tokens]
+        vocabulary = whole["model"]["vocab"]
+        if isinstance(vocabulary, dict):
+            whole["model"]["vocab"] = {word: number for word, number in vocabulary.items() if word not in beyond.tokens}
+        (folder / "tokenizer.json").write_text(json.dumps(whole, ensure_ascii=False), encoding="utf-8")
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        (folder / "tokenizer_config.json").write_text(json.dumps(_unnamed(settings, beyond.tokens)), encoding="utf-8")
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def _unnamed(value: Any, tokens: dict[str, int]) -> Any:
+    """Settings without what names these tokens."""
+
+    def named(item: Any) -> bool:
+        return (item if isinstance(item, str) else item.get("content") if isinstance(item, dict) else None) in tokens
+
+    if isinstance(value, dict):
+        return {key: _unnamed(item, tokens) for key, item in value.items() if not named(item)}
+    return [_unnamed(item, tokens) for item in value if not named(item)] if isinstance(value, list) else value
 
 
 def saved_tokenizer(folder: Path) -> Any:
@@ -60,7 +186,7 @@ def as_served(tokenizer: Any) -> tuple[Any, list[str]]:
     normalized = isinstance(backend.normalizer, normalizers.NFC)
     words = _ordinary_control_words(tokenizer)
     changes = []
-    if normalized or words:
+    if normalized or words or not _saved_as_it_is(tokenizer):
         tokenizer = _from_its_files(tokenizer)
     if normalized:
         tokenizer.backend_tokenizer.normalizer = None
@@ -78,6 +204,18 @@ def _ordinary_control_words(tokenizer: Any) -> list[str]:
     if any(word in vocabulary for word in _ORDINARY_END):
         words.discard("</s>")
     return sorted(words)
+
+
+def _saved_as_it_is(tokenizer: Any) -> bool:
+    """Whether its saved files read texts as it does: Llama 2's class forgets a setting that it builds itself from."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if type(tokenizer) is PreTrainedTokenizerFast:
+        return True
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        saved = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return bool(saved.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str())
 
 
 def _from_its_files(tokenizer: Any) -> Any:

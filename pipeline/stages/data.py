@@ -18,7 +18,8 @@ from pipeline.data.checks import NEAR, check_expected, drop_duplicates, find_lea
 from pipeline.data.formats import Conversation, read_conversations
 from pipeline.data.questions import Question, chosen, question_of
 from pipeline.errors import UserError
-from pipeline.model.base import resolve_base
+from pipeline.model import targets
+from pipeline.model.base import check_bits, resolve_base
 from pipeline.model.facts import base_files, context_of
 from pipeline.ollama.parameters import served_context
 from pipeline.prompt.labels import (
@@ -31,7 +32,8 @@ from pipeline.prompt.labels import (
     training_texts,
 )
 from pipeline.prompt.lengths import check_room, fit, question_lengths
-from pipeline.prompt.tokenizer import load_tokenizer
+from pipeline.prompt.template import render
+from pipeline.prompt.tokenizer import beyond_embedding, load_tokenizer
 from pipeline.run.stage import Stage, Task
 
 if TYPE_CHECKING:
@@ -89,12 +91,26 @@ def main(task: Task) -> dict[str, Any]:
 
     model = task.config.model
     base = resolve_base(model.base, model.revision)
-    tokenizer, changes = load_tokenizer(base, trust_remote_code=model.trust_remote_code)
-    if changes:
-        task.warn(f"the tokenizer is trained as llama.cpp will read texts: {'; '.join(changes)}")
+    check_bits(base, task.config)
+    tokenizer, said = load_tokenizer(base, trust_remote_code=model.trust_remote_code, chat_template=model.chat_template)
+    for words in said:
+        task.warn(words)
+    beyond = beyond_embedding(base)
+    beyond.refuse_in(render(tokenizer, [{"role": "user", "content": ""}], add_generation_prompt=True), "chat template")
+    for row in (*train, *validation, *test):
+        said_in_row = (str(value) for message in row.messages for value in message.values())
+        beyond.refuse_in("\n".join((*said_in_row, str(row.tools))), row.place)
     questions = chosen(map(question_of, test), task.config.eval.limit)
     lengths = question_lengths(tokenizer, questions)
-    figures: dict[str, Any] = {"test_rows": len(test), "duplicates_dropped": duplicates}
+    adapter = targets.of_base(base, task.config.lora, trust_remote_code=model.trust_remote_code)
+    if adapter.experts:
+        task.warn(
+            f"lora.target_modules: the experts of this mixture are not trained ({adapter.experts[0]} and the like are "
+            f"tensors, no modules): the adapter is on {', '.join(adapter.names)}"
+        )
+    figures: dict[str, Any] = {"adapter_modules": adapter.names}
+    figures |= {"adapter_parameters": adapter.parameters(task.config.lora)}
+    figures |= {"test_rows": len(test), "duplicates_dropped": duplicates}
     figures |= {f"{name}_leaks": count for name, count in leaks.items()}
     figures["test_longest_question"] = max(lengths, default=0)
     summary: dict[str, Any] = {}
@@ -250,7 +266,8 @@ STAGE = Stage(
     summary="Check, split and render the conversations; account for every trained token.",
     run=main,
     settings=(
-        *("data", "model", "train.max_length", "train.seed"),
+        *("data", "model", "lora.r", "lora.dora", "lora.target_modules", "lora.exclude"),
+        *("train.max_length", "train.seed", "train.load_in_4bit", "merge.base"),
         *("eval.metric", "eval.limit", "eval.max_new_tokens", "ollama.parameters"),
     ),
     files=files,

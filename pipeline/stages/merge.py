@@ -17,10 +17,12 @@ from pipeline.console import progress
 from pipeline.errors import PipelineError
 from pipeline.model import memory
 from pipeline.model.facts import base_files
+from pipeline.model.four_bit import in_16bit
 from pipeline.model.held_out import first_tokens, held_out_losses, mean_loss, read_held_out, trained_places
 from pipeline.model.load import load_model
-from pipeline.model.nf4 import dequantize_base, restore_base
+from pipeline.model.nf4 import Record, dequantize_base, restore_base
 from pipeline.model.weights_file import TORCH_TYPES, read_weights
+from pipeline.prompt.tokenizer import saved_tokenizer
 from pipeline.run.stage import Stage, Task
 from pipeline.setup import machine
 
@@ -36,18 +38,20 @@ def main(task: Task) -> dict[str, Any]:
 
     from pipeline.model.base import resolve_base
 
-    base = resolve_base(task.config.model.base, task.config.model.revision)
+    given = resolve_base(task.config.model.base, task.config.model.revision)
+    base = in_16bit(given, task.scratch / "base")
     adapter = task.layout.adapter
     weights = read_weights(base)
     stored = getattr(torch, TORCH_TYPES[weights.sixteen_bit_type])
     with progress("loading the base", None):
-        needed = memory.merge(weights.parameters, in_float32=True, dequantizes=task.config.train.load_in_4bit)
+        dequantizes = task.config.train.load_in_4bit and base == given
+        needed = memory.merge(weights.parameters, in_float32=True, dequantizes=dequantizes)
         arithmetic = torch.float32 if needed <= machine.free_memory() else stored
         model = load_model(base, arithmetic, trust_remote_code=task.config.model.trust_remote_code)
-    generation = model.generation_config
+    generation = _stopping(model.generation_config, saved_tokenizer(adapter).eos_token_id)
     model = PeftModel.from_pretrained(model, adapter).eval()
     _refuse_partial(model, adapter)
-    merged_into = _choose_base(task, model)
+    merged_into = _choose_base(task, model, only=base != given)
 
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     change, size = 0.0, 0.0
@@ -88,12 +92,22 @@ def main(task: Task) -> dict[str, Any]:
     }
 
 
-def _choose_base(task: Task, model: Any) -> dict[str, Any]:
+def _stopping(generation: Any, eos: int | None) -> Any:
+    """The base's generation configuration, which ends an answer at the trained EOS too."""
+    own = generation.eos_token_id
+    ends = own if isinstance(own, list) else [] if own is None else [own]
+    if eos is not None and eos not in ends:
+        generation.eos_token_id = [eos, *ends]
+    return generation
+
+
+def _choose_base(task: Task, model: Any, *, only: bool) -> dict[str, Any]:
     """Leave those weights under the adapter that it is to be merged into; write base.json.
 
     Args:
         task: the stage's task.
         model: the PEFT model on the base as it is stored.
+        only: the base is stored in 4 bits, and the model has what they unpack to.
 
     Returns:
         "taken" ("16bit" or "dequantized") and "why"; "losses" (nats for each trained token; empty where nothing was
@@ -112,7 +126,9 @@ def _choose_base(task: Task, model: Any) -> dict[str, Any]:
             chosen["row_losses"][name] = held_out_losses(model, rows, update)
         losses[name] = mean_loss(chosen["row_losses"][name])
 
-    if not trained_on_4bit:
+    if only:
+        chosen |= {"taken": "dequantized", "why": "the base is stored in 4 bits"}
+    elif not trained_on_4bit:
         chosen["why"] = "the adapter was trained on the 16-bit base"
     else:
         if measurable:
@@ -120,7 +136,7 @@ def _choose_base(task: Task, model: Any) -> dict[str, Any]:
                 measure("base", "base")
             measure("16bit", "adapter on 16-bit")
         with progress("dequantizing", None):
-            before = dequantize_base(model)
+            before = dequantize_base(model, Record.read(task.layout.node("train")))
         if measurable:
             measure("dequantized", "adapter on 4-bit")
         if wanted != "auto":

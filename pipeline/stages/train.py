@@ -6,6 +6,7 @@ is what is trained; every batch that the trainer really used is written down for
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -20,6 +21,7 @@ from pipeline.console import progress
 from pipeline.data.sources import read_rows
 from pipeline.errors import PipelineError, UserError
 from pipeline.model.facts import base_files
+from pipeline.prompt.labels import IGNORED
 from pipeline.run.folder import write_whole
 from pipeline.run.stage import Stage, Task
 
@@ -35,7 +37,9 @@ def main(task: Task) -> dict[str, Any]:
     from transformers import set_seed
     from unsloth import FastLanguageModel
 
+    from pipeline.model import targets
     from pipeline.model.base import resolve_base
+    from pipeline.model.nf4 import Record
     from pipeline.prompt.tokenizer import load_tokenizer
 
     config, settings = task.config, task.config.train
@@ -45,7 +49,9 @@ def main(task: Task) -> dict[str, Any]:
     if settings.early_stopping and not validation_rows:
         raise UserError("train.early_stopping needs validation data: give data.validation or data.validation_fraction")
 
-    tokenizer, _ = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
+    tokenizer, _ = load_tokenizer(
+        folder, trust_remote_code=config.model.trust_remote_code, chat_template=config.model.chat_template
+    )
     assert settings.max_length is not None
     cuda = torch.cuda.is_available()
     model, _ = FastLanguageModel.from_pretrained(
@@ -59,13 +65,21 @@ def main(task: Task) -> dict[str, Any]:
         use_exact_model_name=True,
     )
     set_seed(settings.seed)
+    Record.of(model).write(task.output)
+    chosen = targets.find(model, config.lora)
+    merged = targets.of_base(folder, config.lora, trust_remote_code=config.model.trust_remote_code)
+    if other := chosen.modules.keys() ^ merged.modules.keys():
+        raise UserError(
+            f"model.base: Unsloth and transformers name the modules of this base differently (e.g. {min(other)}), so "
+            "that an adapter trained here could not be merged: give the text model alone as the base"
+        )
     model = FastLanguageModel.get_peft_model(
         model,
         r=config.lora.r,
         lora_alpha=config.lora.alpha,
         lora_dropout=config.lora.dropout,
         bias=config.lora.bias,
-        target_modules=_existing(model, config.lora.modules),
+        target_modules=chosen.peft,
         use_rslora=config.lora.rslora,
         use_dora=config.lora.dora,
         use_gradient_checkpointing="unsloth" if settings.gradient_checkpointing else False,
@@ -98,7 +112,7 @@ def main(task: Task) -> dict[str, Any]:
         raise PipelineError("the training loss is not finite; try a smaller train.learning_rate")
     if max(losses) == 0:
         raise PipelineError("the training loss is 0 from the start: no token is trained; look at data/summary.json")
-    _save(trainer.model, tokenizer, history, task)
+    _save(trainer.model, tokenizer, chosen.names, history, task)
 
     validation = [row["eval_loss"] for row in history if "eval_loss" in row]
     seconds = result.metrics["train_runtime"]
@@ -145,20 +159,6 @@ def _read_rows(path: Path) -> list[dict[str, list[int]]]:
     if not path.is_file():
         return []
     return [{key: row[key] for key in ("input_ids", "labels")} for row in read_rows(path)]
-
-
-def _existing(model: Any, wanted: tuple[str, ...]) -> list[str]:
-    """The wanted module names, each of which the model must have."""
-    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    missing = [name for name in wanted if name not in names]
-    if missing:
-        import torch
-
-        linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
-        raise UserError(
-            f"lora.target_modules: the base has no module named {', '.join(missing)}; it has {', '.join(linear)}"
-        )
-    return list(wanted)
 
 
 def _count_parameters(model: Any) -> tuple[int, int]:
@@ -276,9 +276,9 @@ def _trainer(
         args=arguments,
         train_dataset=Dataset.from_list(train_rows),
         eval_dataset=Dataset.from_list(validation_rows) if validation_rows else None,
-        processing_class=tokenizer,
+        processing_class=copy.deepcopy(tokenizer),  # a trainer may give it a pad token, which is not to be saved
         # Packed rows need the trainer's own collator, which keeps them apart.
-        data_collator=None if packing else DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id),
+        data_collator=None if packing else DataCollatorForLanguageModeling(_padding(model, tokenizer)),
         callbacks=[
             MarkComplete(),
             *([EarlyStoppingCallback(settings.early_stopping)] if settings.early_stopping else []),
@@ -290,18 +290,33 @@ def _trainer(
     return trainer
 
 
+def _padding(model: Any, tokenizer: Any) -> int:
+    """The id that fills up rows: nothing looks at it, so any will do that the model has an embedding of."""
+    own = tokenizer.pad_token_id
+    return own if own is not None and own < model.get_input_embeddings().weight.shape[0] else 0
+
+
 def conversations_of(batch: Any) -> tuple[list[list[int]], list[list[int]]]:
-    """The token ids and the labels of a batch, a list for each conversation.
+    """The token ids and the labels of a batch, a list for each conversation, without padding.
 
     In a packed batch, which has one long row, a conversation begins where positions start anew.
+
+    Raises:
+        PipelineError: padding would be trained, or does not stand on the right.
     """
-    if "position_ids" not in batch:
-        return batch["input_ids"].tolist(), batch["labels"].tolist()
-    (positions,) = batch["position_ids"].tolist()
-    starts = [place for place, position in enumerate(positions) if position == 0]
-    cut = [slice(start, end) for start, end in itertools.pairwise([*starts, len(positions)])]
-    (ids,), (labels,) = batch["input_ids"].tolist(), batch["labels"].tolist()
-    return [ids[part] for part in cut], [labels[part] for part in cut]
+    ids, labels = batch["input_ids"].tolist(), batch["labels"].tolist()
+    if "position_ids" in batch:
+        (positions,), (ids,), (labels,) = batch["position_ids"].tolist(), ids, labels
+        starts = [place for place, position in enumerate(positions) if position == 0]
+        cut = [slice(start, end) for start, end in itertools.pairwise([*starts, len(positions)])]
+        return [ids[part] for part in cut], [labels[part] for part in cut]
+    lengths = batch["attention_mask"].sum(-1).tolist()
+    for row, length, mask in zip(labels, lengths, batch["attention_mask"].tolist(), strict=True):
+        if not all(mask[:length]) or any(label != IGNORED for label in row[length:]):
+            raise PipelineError("the trainer's padding is trained, or does not stand on the right")
+    return [row[:end] for row, end in zip(ids, lengths, strict=True)], [
+        row[:end] for row, end in zip(labels, lengths, strict=True)
+    ]
 
 
 def _reporter(update: Any, task: Task) -> Any:
@@ -352,7 +367,7 @@ def _epoch(trainer: Any) -> float:
     return float(trainer.state.global_step / trainer.state.epoch) if trainer.state.epoch else 1.0
 
 
-def _save(model: Any, tokenizer: Any, history: list[dict[str, float]], task: Task) -> None:
+def _save(model: Any, tokenizer: Any, modules: list[str], history: list[dict[str, float]], task: Task) -> None:
     from pipeline.model.card import write_model_card
     from pipeline.plots import loss_curve
 
@@ -363,7 +378,7 @@ def _save(model: Any, tokenizer: Any, history: list[dict[str, float]], task: Tas
     # Embeddings are not trained; without this PEFT asks the hub whether they were.
     model.save_pretrained(adapter, save_embedding_layers=False)
     tokenizer.save_pretrained(adapter)
-    write_model_card(adapter / "README.md", task.config, history)
+    write_model_card(adapter / "README.md", task.config, modules, history)
     shutil.copy(task.scratch / "batches.jsonl", task.new(task.layout.batches))
     task.new(task.layout.history).write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
     loss_curve(history, task.new(task.layout.loss_curve))

@@ -41,7 +41,7 @@ class Artefacts:
         scratch: a folder for what is needed on the way.
         base, adapter: what was merged; None for an export of another program.
         run, config: the run's folder and its configuration; None for an export.
-        trained_on_4bit: whether the adapter was trained on the base in NF4.
+        trained_on_4bit: whether the adapter was trained on the base in NF4, and the base is stored in 16 bits.
         merged_into: "16bit" or "dequantized".
         merge_row_losses: the loss on each held-out row (summed, trained tokens) of the base and of the adapter on both,
             as `merge` measured them.
@@ -69,6 +69,7 @@ class Artefacts:
             UserError: there is no merged model in it.
         """
         from pipeline.model.base import resolve_base
+        from pipeline.model.four_bit import in_16bit
 
         layout = Layout(run)
         model = layout.merged_model
@@ -80,18 +81,21 @@ class Artefacts:
         merge: dict[str, Any] = {"taken": "16bit"}
         if merged.is_file():
             merge = json.loads(merged.read_text(encoding="utf-8"))
+        given = resolve_base(config.model.base, config.model.revision)
+        base = in_16bit(given, scratch / "base")
         return Artefacts(
             settings=config.verify,
             model=model,
             sixteen_bit=_if_there(layout),
             quantized=quantized,
             scratch=scratch,
-            base=resolve_base(config.model.base, config.model.revision),
+            base=base,
             adapter=layout.adapter,
             run=run,
             config=config,
-            trained_on_4bit=config.train.load_in_4bit,
-            merged_into=merge["taken"],
+            # Where the base itself is in 4 bits there is no other that the adapter could be merged into.
+            trained_on_4bit=config.train.load_in_4bit and base == given,
+            merged_into=merge["taken"] if base == given else "16bit",
             merge_row_losses=merge.get("row_losses", {}),
         )
 

@@ -80,7 +80,6 @@ def check(artefacts: Artefacts) -> Iterator[Result]:
     with progress("labels", path.read_bytes().count(b"\n"), "batches") as update:
         for number, batch in enumerate(read_rows(path), 1):
             for place, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
-                ids, labels = _unpadded(tokenizer, ids, labels)
                 tokens += len(ids)
                 trained += sum(label != IGNORED for label in labels)
                 rows += 1
@@ -113,13 +112,6 @@ def known_rows(tokenizer: Any, path: Path) -> KnownRows:
             texts.append(text)
     rows = tokenize_texts(tokenizer, texts)
     return {tuple(row.input_ids): owner for row, owner in zip(rows, owners, strict=True)}
-
-
-def _unpadded(tokenizer: Any, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
-    end = len(ids)
-    while end and ids[end - 1] == tokenizer.pad_token_id and labels[end - 1] == IGNORED:
-        end -= 1
-    return ids[:end], labels[:end]
 
 
 def judge_row(

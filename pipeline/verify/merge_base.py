@@ -21,7 +21,7 @@ def check(artefacts: Artefacts) -> Iterator[Result]:
     if artefacts.run is None:
         yield _CLAIM.not_run("the base and the adapter of this export are not known")
     elif not artefacts.trained_on_4bit:
-        yield _CLAIM.not_run("the adapter was trained on the 16-bit base: there is only one base")
+        yield _CLAIM.not_run("there is only one base that the adapter could be merged into")
     elif not losses:
         yield _CLAIM.not_run("there are no held-out answers")
     else:

@@ -18,7 +18,8 @@ from pipeline.console import progress
 from pipeline.errors import PipelineError
 from pipeline.llamacpp.programs import require_space
 from pipeline.llamacpp.quantizer import quantize
-from pipeline.model.base import resolve_base
+from pipeline.model.base import as_trained, resolve_base
+from pipeline.model.four_bit import in_16bit
 from pipeline.model.weights_file import read_weights
 from pipeline.ollama.client import Client
 from pipeline.ollama.rendering import choose, refusal
@@ -53,7 +54,10 @@ def preflight(config: Config, run_folder: Path, scratch: Path, rungs: Sequence[s
     Raises:
         UserError: there is no such base.
     """
-    base = resolve_base(config.model.base, config.model.revision)
+    model = config.model
+    base = resolve_base(model.base, model.revision)
+    trained, _ = load_tokenizer(base, trust_remote_code=model.trust_remote_code, chat_template=model.chat_template)
+    base = as_trained(in_16bit(base, scratch / "base-16bit"), trained, scratch / "base")
     parameters = read_weights(base).parameters
     # Converted, that in float32, and every type twice: quantized, and in Ollama.
     quantized = machine.disk_needs(config, parameters)["quantize"]
@@ -82,9 +86,7 @@ def _artefacts(config: Config, base: Path, scratch: Path) -> Artefacts:
         update={"tokens": min(_TOKENS, config.verify.tokens), "strings": min(_STRINGS, config.verify.strings)}
     )
     types = {kind: scratch / f"model-{kind}.gguf" for kind in config.export.quant}
-    artefacts = Artefacts(settings=settings, model=base, sixteen_bit=None, quantized=types, scratch=scratch)
-    artefacts.tokenizer, _ = load_tokenizer(base, trust_remote_code=config.model.trust_remote_code)
-    return artefacts
+    return Artefacts(settings=settings, model=base, sixteen_bit=None, quantized=types, scratch=scratch)
 
 
 def _convert(artefacts: Artefacts) -> Iterator[Result]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from pipeline.llamacpp.gguf_file import check as check_gguf
 from pipeline.model.config_file import text_config
 from pipeline.model.load import load_model
 from pipeline.model.memory import fits_float32
-from pipeline.model.nf4 import dequantized, quantized_modules
+from pipeline.model.nf4 import Record, dequantized
+from pipeline.model.targets import OTHER_SENSES
 from pipeline.model.weights_file import BUFFERS, Weights, read_weights
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import Claim, Result
@@ -66,26 +68,39 @@ def check_merge(artefacts: Artefacts) -> Iterator[Result]:
         return
     base, merged, adapter = (read_weights(folder) for folder in (base_folder, artefacts.model, adapter_folder))
     settings = json.loads((adapter_folder / "adapter_config.json").read_text(encoding="utf-8"))
-    modules = {
+    adapted = {
         _plain(name).removesuffix(".lora_A.weight") for name in adapter.shapes if name.endswith(".lora_A.weight")
     }
+    stored_as, loaded_as = _beginnings(adapted, base)
+    modules = {_replaced(name, loaded_as, stored_as) for name in adapted}
     trained = {_plain(name) for name in adapter.shapes if ".lora_" not in name}
-    yield _targets(base, modules, settings)
+    matrices = {
+        _replaced(name.removesuffix(".weight"), stored_as, loaded_as) for name in base.shapes if _is_matrix(base, name)
+    }
+    yield _targets(matrices, adapted, settings)
     yield _same_shape(artefacts.model, base_folder, base, merged)
 
     stored = _MANTISSA
     worst, worst_words, wrong = 0.0, "", 0
     touched, touched_words = 0, ""
     limit = artefacts.settings.rounding
-    in_4bit = quantized_modules(base_folder) if artefacts.merged_into == "dequantized" else set()
+    record = Record.read(adapter_folder.parent)
+    in_4bit, transposed = (
+        {_replaced(name, loaded_as, stored_as) for name in names} for names in (record.in_4bit, record.transposed)
+    )
+    if artefacts.merged_into == "16bit":
+        in_4bit = set()
     names = [name for name in base.shapes if merged.shapes.get(name) == base.shapes[name]]
     with torch.no_grad(), progress("weights", len(names), "tensors") as update:
         for number, name in enumerate(names, 1):
             module = name.removesuffix(".weight")
             if module in modules:
-                weight = dequantized(base[name]) if module in in_4bit else base[name].float()
-                delta, expected = _expected(weight, module, adapter, settings)
+                turned = module in transposed
+                weight = dequantized(base[name], transposed=turned) if module in in_4bit else base[name].float()
                 found = merged[name].float()
+                if turned:
+                    weight, found = weight.T, found.T
+                delta, expected = _expected(weight, _replaced(module, stored_as, loaded_as), adapter, settings)
                 scale = torch.maximum(torch.maximum(weight.abs(), expected.abs()), delta.abs())
                 error = float(((found - expected).abs() / _step(scale, *stored[merged.types[name]])).max())
                 if not error <= limit:
@@ -98,7 +113,9 @@ def check_merge(artefacts: Artefacts) -> Iterator[Result]:
                     wrong += 1
                     worst_words = worst_words or f"{name} is not what was trained"
             else:
-                before = dequantized(base[name]) if module in in_4bit else base[name]
+                before = base[name]
+                if module in in_4bit:
+                    before = dequantized(before, transposed=module in transposed)
                 if not torch.equal(merged[name], before.to(merged[name].dtype)):
                     touched += 1
                     touched_words = touched_words or f"{name} differs from the base, and no adapter changes it"
@@ -110,6 +127,31 @@ def check_merge(artefacts: Artefacts) -> Iterator[Result]:
         ok = wrong == 0
         yield _MERGED.holds(ok, worst_words + count, worst, f"at most {limit:g} steps of rounding")
     yield _UNTOUCHED.at_most(touched, 0, touched_words)
+
+
+def _beginnings(modules: set[str], base: Weights) -> tuple[str, str]:
+    """What names begin with in the base's files, and what the same begin with in the loaded model.
+
+    transformers renames the parts of some vision-language models as it loads them.
+    """
+    for module in sorted(modules):
+        within = module[module.find("layers.") :]
+        found = [
+            name
+            for name in base.shapes
+            if name.endswith(f".{within}.weight") and not OTHER_SENSES.search(name) and _is_matrix(base, name)
+        ]
+        if f"{module}.weight" not in base.shapes and len(found) == 1:
+            return found[0].removesuffix(f"{within}.weight"), module.removesuffix(within)
+    return "", ""
+
+
+def _replaced(name: str, old: str, new: str) -> str:
+    return new + name.removeprefix(old) if name.startswith(old) else name
+
+
+def _is_matrix(tensors: Weights, name: str) -> bool:
+    return name.endswith(".weight") and len(tensors.shapes[name]) == 2
 
 
 def _plain(name: str) -> str:
@@ -129,8 +171,6 @@ def _expected(weight: Any, module: str, adapter: Weights, settings: dict[str, An
     prefix = f"base_model.model.{module}"
     a, b = adapter[f"{prefix}.lora_A.weight"].float(), adapter[f"{prefix}.lora_B.weight"].float()
     delta = _scaling(module, settings) * (b @ a)
-    if settings.get("fan_in_fan_out"):
-        delta = delta.T
     expected = weight + delta
     if settings.get("use_dora"):  # S. Liu et al., 2024, "DoRA", equation 5
         magnitude = next(
@@ -143,8 +183,6 @@ def _expected(weight: Any, module: str, adapter: Weights, settings: dict[str, An
 
 def _scaling(module: str, settings: dict[str, Any]) -> float:
     def of(pattern: str, default: float) -> float:
-        import re
-
         for key, value in (settings.get(pattern) or {}).items():
             if re.fullmatch(rf"(.*\.)?({key})", module):
                 return float(value)
@@ -192,16 +230,15 @@ def _how(change: Any, delta: Any) -> str:
     return f"has its adapter {share:.3f} times: another scaling than alpha / r"
 
 
-def _targets(base: Weights, modules: set[str], settings: dict[str, Any]) -> Result:
-    """Every module of a targeted name has an adapter, unless the configuration leaves layers out."""
+def _targets(matrices: set[str], modules: set[str], settings: dict[str, Any]) -> Result:
+    """Every module that the adapter's configuration means has an adapter, unless it leaves layers out."""
     wanted = settings.get("target_modules") or []
-    if isinstance(wanted, str) or settings.get("layers_to_transform") or settings.get("exclude_modules"):
-        return _TARGETS.not_run("the adapter chooses its modules by a pattern")
-    should = {
-        name.removesuffix(".weight")
-        for name, shape in base.shapes.items()
-        if len(shape) == 2 and name.removesuffix(".weight").rpartition(".")[2] in wanted
-    }
+    if settings.get("layers_to_transform") or settings.get("exclude_modules"):
+        return _TARGETS.not_run("the adapter leaves out modules by a pattern")
+    if isinstance(wanted, str):
+        should = {name for name in matrices if re.fullmatch(wanted, name)}
+    else:
+        should = {name for name in matrices if name.rpartition(".")[2] in wanted}
     missing = sorted(should - modules)
     words = f"{len(missing)} of {len(should)} modules have no adapter, the first is {missing[0]}" if missing else ""
     if not should:

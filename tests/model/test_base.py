@@ -211,8 +211,13 @@ def no_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
 
 
-def four_bit(folder: Path) -> None:
-    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+def eight_bit(folder: Path) -> None:
+    settings = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": settings}))
+
+
+def gptq(folder: Path) -> None:
+    settings = {"quant_method": "gptq", "bits": 4}
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": settings}))
 
 
@@ -241,7 +246,8 @@ def integers(folder: Path) -> None:
         (damaged_configuration, r"config\.json cannot be read"),
         (no_weights, r"no \*\.safetensors"),
         (no_tokenizer, "no tokenizer"),
-        (four_bit, "bitsandbytes.*16-bit model"),
+        (eight_bit, "already quantized .bitsandbytes in 8 bits in config.json.* 16-bit model .* 4 bits"),
+        (gptq, "already quantized .gptq in config.json.* 16-bit model"),
         (cut_short, "cut short or damaged"),
         (missing_shard, "of 2 shards"),
         (integers, "16 or 32 bits"),

@@ -6,12 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import servers, small_models
+from support import bases, servers, small_models
 from transformers import AutoTokenizer
 
+from pipeline.config import Verify
+from pipeline.errors import UserError
 from pipeline.llamacpp.programs import source_tree
 from pipeline.prompt.tokenizer import CONTROL_WORDS, as_served, load_tokenizer
 from pipeline.stages import data
+from pipeline.verify import tokenizer as tokenizer_check
+from pipeline.verify.artefacts import Artefacts
+from pipeline.verify.result import FAIL
 
 DECOMPOSED, COMPOSED = "cafe\u0301", "caf\u00e9"
 
@@ -39,7 +44,7 @@ def test_texts_are_not_normalised(qwen: tuple[Any, list[str], Any]) -> None:
     own = AutoTokenizer.from_pretrained(servers.family("qwen3"))
     assert ids(own, DECOMPOSED) == ids(own, COMPOSED)
     tokenizer, changes, again = qwen
-    assert "texts are not normalised (NFC)" in changes
+    assert "texts are not normalised (NFC)" in changes[0]
     for read in (tokenizer, again):
         assert ids(read, COMPOSED) == ids(own, COMPOSED)
         assert ids(read, DECOMPOSED) != ids(own, COMPOSED)
@@ -48,7 +53,7 @@ def test_texts_are_not_normalised(qwen: tuple[Any, list[str], Any]) -> None:
 
 def test_control_words_are_one_token(qwen: tuple[Any, list[str], Any]) -> None:
     tokenizer, changes, again = qwen
-    assert "special tokens in a text: </s>" in changes
+    assert "special tokens in a text: </s>" in changes[0]
     end = tokenizer.get_vocab()["</s>"]
     for read in (tokenizer, again):
         assert ids(read, "a</s>b") == [*ids(read, "a"), end, *ids(read, "b")]
@@ -102,3 +107,104 @@ def test_the_data_stage_trains_and_says_it(tmp_path: Path) -> None:
     tokenizer, _ = load_tokenizer(base)
     assert tokenizer.get_vocab()["</s>"] in row["input_ids"]
     assert DECOMPOSED in tokenizer.decode(row["input_ids"])
+
+
+def test_what_is_saved_reads_as_what_was_loaded(tmp_path: Path) -> None:
+    """Llama 2's own class is built from a setting that it does not save."""
+    tokenizer, _ = load_tokenizer(bases.tokenizer_files("llama2", tmp_path / "base"))
+    tokenizer.save_pretrained(tmp_path / "saved")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    for text in ("<s>Be brief</s>\nNo", " Be  brief", "\n", "</s>"):
+        assert ids(saved, text) == ids(tokenizer, text)
+
+
+# Tokens that the embedding has no rows for.
+
+
+@pytest.fixture(scope="module")
+def short() -> Path:
+    """Gemma 3's text models: the last token, that of an image, has no row."""
+    return bases.base("gemma3-short", "gemma3", "gemma3_text", rows=262144)
+
+
+def rows_of(folder: Path, text: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    rows = [
+        {"messages": [{"role": "user", "content": f"Hi {number}"}, {"role": "assistant", "content": said}]}
+        for number, said in enumerate(("Hello", "Yes", text))
+    ]
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def prepare(base: Path, rows: Path, run: Path) -> Any:
+    data_of = {"train": str(rows), "validation_fraction": 0.0}
+    task = small_models.make_task(run, "data", model={"base": str(base)}, data=data_of, train={"max_length": 128})
+    data.main(task)
+    return task
+
+
+def test_tokens_without_a_row_are_ordinary_text(short: Path, tmp_path: Path) -> None:
+    own = AutoTokenizer.from_pretrained(short)
+    assert len(own) == 262145
+    tokenizer, said = load_tokenizer(short)
+    assert len(tokenizer) == 262144
+    assert "<image_soft_token> have no row" in said[0]
+    assert "262,145 tokens" in said[0]
+    assert "262,144 rows" in said[0]
+    for text in ("Hello there, 你好", "<start_of_turn>user\nHi<end_of_turn>\n"):
+        assert ids(tokenizer, text) == ids(own, text)
+    assert max(ids(tokenizer, "<image_soft_token>")) < 262144
+    (warning,) = prepare(short, rows_of(tmp_path, "Fine"), tmp_path / "run").warnings
+    assert warning == said[0]
+
+
+def test_a_text_that_uses_one_is_refused(short: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        prepare(short, rows_of(tmp_path, "See <image_soft_token>"), tmp_path / "run")
+    for words in ("rows.jsonl:3", "'<image_soft_token>' is token 262,144", "262,144 rows for 262,145 tokens"):
+        assert words in str(error.value)
+
+
+def test_added_tokens_without_rows(tmp_path: Path) -> None:
+    """Three tokens added to a base, and its embedding not resized: as long as none is written, none is missed."""
+    base = bases.base("added-short", "llama3_1", rows=128256)
+    own = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))
+    for number, word in enumerate(("<lamp>", "<room>", "<end_call>")):
+        token = {"id": 128256 + number, "content": word, "special": number == 2}
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        own["added_tokens"].append(token | flags)
+    (base / "tokenizer.json").write_text(json.dumps(own), encoding="utf-8")
+    with pytest.raises(UserError, match=r"rows.jsonl:3: '<lamp>' is token 128,256 .* 128,256 rows for 128,259 tokens"):
+        prepare(base, rows_of(tmp_path, "<lamp> on"), tmp_path / "run")
+    with pytest.raises(UserError, match=r"chat template: '<room>' is token 128,257"):
+        file = tmp_path / "own.jinja"
+        file.write_text("<room>{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
+        task = small_models.make_task(
+            tmp_path / "run",
+            "data",
+            model={"base": str(base), "chat_template": str(file)},
+            data={"train": str(rows_of(tmp_path, "Fine")), "validation_fraction": 0.0},
+            train={"max_length": 128},
+        )
+        data.main(task)
+    settings = json.loads((base / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (base / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<end_call>"}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"its eos_token .*128,259 tokens, it 128,256 rows.*resize_token_embeddings"):
+        load_tokenizer(base)
+
+
+def test_a_base_with_such_tokens_goes_the_whole_way(short: Path, tmp_path: Path) -> None:
+    """It is converted, and every text has the trained ids in llama-server."""
+    from pipeline.model.base import as_trained
+    from pipeline.stages import convert
+
+    run = tmp_path / "run"
+    (run / "merge").mkdir(parents=True)
+    merged = as_trained(short, load_tokenizer(short)[0], run / "merge" / "model")
+    figures = convert.main(small_models.make_task(run, "convert", model={"base": str(short)}))
+    artefacts = Artefacts(Verify(strings=500), merged, run / "convert" / figures["file"], {}, tmp_path / "scratch")
+    results = list(tokenizer_check.check_files(artefacts))
+    assert results
+    assert not [(result.id, result.words) for result in results if result.verdict == FAIL]

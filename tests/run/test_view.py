@@ -25,8 +25,8 @@ def batch_of(train: Train) -> int | None:
 def test_what_is_declared_is_as_it_is() -> None:
     view = seen("train.batch", "lora")
     assert view.train.batch == batch_of(view.train) == 2
-    assert view.lora.modules == ("q_proj", "v_proj")
-    assert view.lora.model_copy(update={"target_modules": "attention"}).modules[-1] == "o_proj"
+    assert view.lora.target_modules == "minimal"
+    assert view.lora.model_copy(update={"target_modules": "attention"}).target_modules == "attention"
     assert seen("ollama.system", "data.system").served_system == "Be brief."
 
 

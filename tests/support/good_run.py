@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
+from pipeline.model.nf4 import Record
 from pipeline.verify.artefacts import Artefacts
 from support.small_models import base_folder, make_config, make_task, scratch
 
@@ -24,6 +25,10 @@ CONFIG = {
     "eval": {"metric": "text", "max_new_tokens": 8},
     "verify": {"tokens": 600, "strings": 600, "stopping_prompts": 2},
 }
+PARTS = (
+    *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -102,7 +107,7 @@ def _base(folder: Path) -> Path:
 
 
 def _data(run: Path, base: Path) -> None:
-    """What the data and the train stage leave: conversations, tokens, and the batches as they were collated."""
+    """What the data and the train stage leave: conversations, tokens, and the batches."""
     from transformers import AutoTokenizer
 
     from pipeline.prompt.labels import tokenize_conversation
@@ -118,20 +123,15 @@ def _data(run: Path, base: Path) -> None:
             [{"input_ids": row.input_ids, "labels": row.labels} for row in tokens],
         )
         if name == "train":
-            batches = [_collated(tokens[at : at + 4], tokenizer.pad_token_id, at // 4) for at in (0, 4)]
+            batches = [_batch(tokens[at : at + 4], at // 4) for at in (0, 4)]
             write_rows(run / "train" / "batches.jsonl", batches)
             longest = max(len(row.input_ids) for row in tokens)
             write_rows(run / "data" / "summary.json", [{"context_needed": longest}])
     write_rows(run / "data" / "test.jsonl", [{"messages": row["messages"][:2]} for row in conversations(12, 8)])
 
 
-def _collated(rows: list[Any], pad: int, step: int) -> dict[str, Any]:
-    width = max(len(row.input_ids) for row in rows)
-    return {
-        "step": step,
-        "input_ids": [row.input_ids + [pad] * (width - len(row.input_ids)) for row in rows],
-        "labels": [row.labels + [-100] * (width - len(row.labels)) for row in rows],
-    }
+def _batch(rows: list[Any], step: int) -> dict[str, Any]:
+    return {"step": step, "input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]}
 
 
 def _adapter(run: Path, base: Path) -> None:
@@ -149,6 +149,8 @@ def _adapter(run: Path, base: Path) -> None:
             torch.nn.init.normal_(parameter, std=0.02)
     adapter = run / "train" / "adapter"
     model.save_pretrained(adapter)
+    every = frozenset(f"model.layers.{layer}.{part}" for layer in range(2) for part in PARTS)
+    Record(in_4bit=every).write(run / "train")  # as if it had been trained in 4 bits
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(base / name, adapter / name)
 
