@@ -122,7 +122,7 @@ def _data(run: Path, base: Path) -> None:
             batches = [_collated(tokens[at : at + 4], tokenizer.pad_token_id, at // 4) for at in (0, 4)]
             write_rows(run / "train" / "batches.jsonl", batches)
             longest = max(len(row.input_ids) for row in tokens)
-            write_rows(run / "data" / "summary.json", [{"train_longest": longest}])
+            write_rows(run / "data" / "summary.json", [{"context_needed": longest}])
     write_rows(run / "data" / "test.jsonl", [{"messages": row["messages"][:2]} for row in conversations(12, 8)])
 
 
