@@ -90,7 +90,7 @@ def _tokenizer(name: str) -> Path:
     from pipeline.model.base import resolve_base
     from pipeline.model.packaged import PACKAGED
     from pipeline.setup.pins import load_pins
-    from pipeline.setup.toolchain import tokenizer_folder
+    from pipeline.setup.places import tokenizer_folder
 
     if name in PACKAGED:
         return resolve_base(name)

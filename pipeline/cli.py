@@ -314,7 +314,7 @@ def preflight(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 
 
 def _print_checks(content: dict[str, Any], as_json: bool) -> None:
-    from pipeline.verify.command import show
+    from pipeline.verify.folders import show
 
     if as_json:
         click.echo(json.dumps(content, indent=1, ensure_ascii=False))
@@ -373,7 +373,7 @@ def verify(
     Exit status 1 if a check failed. A check that could not run is shown as such, never as passed.
     """
     from pipeline.errors import UserError
-    from pipeline.verify.command import verify_export, verify_folder
+    from pipeline.verify.folders import verify_export, verify_folder
 
     if (hf is None) != (gguf is None):
         raise UserError("--hf and --gguf belong together: the folder, and the GGUF file that was made from it")

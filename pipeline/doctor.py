@@ -66,23 +66,23 @@ def examine(config: Path | None) -> Iterator[Finding]:
     Raises:
         UserError: a configuration that was named cannot be read.
     """
-    from pipeline.setup import gpu, libraries, machine, toolchain
+    from pipeline.setup import gpu, libraries, machine, places
     from pipeline.setup.pins import load_pins
 
-    programs = toolchain.llamacpp_folder()
+    programs = places.llamacpp_folder()
     yield machine.python()
     yield libraries.look()
     yield from machine.compilers(needed=programs is None)
     yield _llama_cpp(programs)
     yield _packaged_base()
-    if toolchain.ollama_program() is None:
+    if places.ollama_program() is None:
         yield machine.go()
     yield _ollama()
     yield from _disks(config)
     yield machine.memory()
     torch = {package.name: package.version for package in libraries.this_environment().installed()}.get("torch")
     yield from gpu.look(gpu.gpus(), libraries.locked_cuda(), torch)
-    if not toolchain.tokenizer_home(next(iter(load_pins().tokenizers.values()))).is_dir():
+    if not places.tokenizer_home(next(iter(load_pins().tokenizers.values()))).is_dir():
         from pipeline.setup.findings import OK, Finding
 
         yield Finding("tokenizers for the tests", OK, "not fetched: only `make test` needs them")
@@ -108,10 +108,10 @@ def _llama_cpp(programs: Path | None) -> Finding:
 
 
 def _packaged_base() -> Finding:
-    from pipeline.setup import toolchain
+    from pipeline.setup import places
     from pipeline.setup.findings import OK, WARNING, Finding
 
-    wheel = toolchain.packaged_base_wheel()
+    wheel = places.packaged_base_wheel()
     if wheel is None:
         return Finding("packaged model", WARNING, "not fetched: the example cannot run", "run `pipeline setup`")
     return Finding("packaged model", OK, str(wheel))
@@ -121,7 +121,7 @@ def _ollama() -> Finding:
     """The Ollama that `deploy` would take, by its own rule."""
     from pipeline.errors import UserError
     from pipeline.ollama.client import Client
-    from pipeline.ollama.server import find_ollama, program_version
+    from pipeline.ollama.ollama_server import find_ollama, program_version
     from pipeline.ollama.target import usual_host
     from pipeline.setup.findings import FAILURE, OK, WARNING, Finding
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from support import bases
 
 from pipeline.config import Config
-from pipeline.verify import labels, weights
+from pipeline.verify import trained_labels, weights
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import FAIL, PASS
 
@@ -36,7 +36,7 @@ def test_trained_merged_and_converted(
         assert not [name for name in adapter.keys() if "vision" in name]  # noqa: SIM118
     settings = Config.model_validate_json((run / "config.json").read_text())
     artefacts = Artefacts.of_run(run, settings, tmp_path / "scratch")
-    results = [*labels.check(artefacts), *weights.check(artefacts)]
+    results = [*trained_labels.check(artefacts), *weights.check(artefacts)]
     assert not [(result.id, result.words) for result in results if result.verdict == FAIL]
     judged = {result.id for result in results if result.verdict == PASS}
     assert {"weights.merged", "weights.targets", "weights.untouched", "weights.gguf"} <= judged

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.resources import cache_folder
-from pipeline.setup import toolchain
+from pipeline.setup import places
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,7 +34,7 @@ def test_machine_with_everything() -> None:
     for subject in ("Python", "libraries", "C++ compiler", "CMake", "llama.cpp", "disk of the cache", "memory", "GPU"):
         assert subject in found
     assert found["libraries"]["state"] == found["llama.cpp"]["state"] == "ok"
-    program = toolchain.ollama_program()
+    program = places.ollama_program()
     if program is not None:
         assert str(program) in found["Ollama"]["found"]
 

@@ -19,9 +19,8 @@ from pipeline.prompt.labels import tokenize_texts, training_texts
 from pipeline.prompt.template import ChatTemplate, TemplateRefused, render
 from pipeline.run.stage import Task
 from pipeline.stages import modelfile
-from pipeline.verify import labels as label_check
 from pipeline.verify import prompt as prompt_check
-from pipeline.verify import tokenizer as tokenizer_check
+from pipeline.verify import token_ids, trained_labels
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import FAIL
 
@@ -100,7 +99,7 @@ def test_verified_by_the_same_checks(name: str) -> None:
     files = {"q8_0": run / "quantize" / "q8_0" / "model-q8_0.gguf"}
     for model, differs in ((run / "merge" / "model", False), (servers.family(name), name == "qwen3")):
         artefacts = Artefacts(Verify(strings=1500), model, None, files, small_models.scratch() / name)
-        results = [*tokenizer_check.check_files(artefacts), *prompt_check.check_files(artefacts)]
+        results = [*token_ids.check_files(artefacts), *prompt_check.check_files(artefacts)]
         assert not [(result.id, result.words) for result in results if result.verdict == FAIL]
         named = [result.sentence for result in results if result.id == "tokenizer.habits"]
         assert any("NFC" in sentence for sentence in named) == differs, named
@@ -120,12 +119,12 @@ def test_what_a_template_rewrites_is_still_the_answer() -> None:
         messages = [{"role": "user", "content": "Light!"}, answer]
         (text,) = training_texts(tokenizer, messages, None)
         (row,) = tokenize_texts(tokenizer, [text])
-        known: label_check.KnownRows = {tuple(row.input_ids): (messages, None, 1)}
-        faults = label_check.Faults()
-        label_check.judge_row(tokenizer, row.input_ids, row.labels, known, "", faults, None)
-        assert faults == label_check.Faults(), answer
+        known: trained_labels.KnownRows = {tuple(row.input_ids): (messages, None, 1)}
+        faults = trained_labels.Faults()
+        trained_labels.judge_row(tokenizer, row.input_ids, row.labels, known, "", faults, None)
+        assert faults == trained_labels.Faults(), answer
         wrong = {tuple(row.input_ids): ([messages[0], answer | {"content": "No."}], None, 1)}
-        label_check.judge_row(tokenizer, row.input_ids, row.labels, wrong, "", faults, None)
+        trained_labels.judge_row(tokenizer, row.input_ids, row.labels, wrong, "", faults, None)
         assert faults.spans.count == 1
 
 

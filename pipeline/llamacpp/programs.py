@@ -47,9 +47,9 @@ def source_tree() -> Path:
 def _given(variable: str, from_setup: str) -> Path:
     if given := os.environ.get(variable):
         return Path(given)
-    from pipeline.setup import toolchain
+    from pipeline.setup import places
 
-    folder: Path | None = getattr(toolchain, from_setup)()
+    folder: Path | None = getattr(places, from_setup)()
     if folder is None:
         raise NotInstalled("llama.cpp is not built on this machine yet: run `pipeline setup`")
     return folder

@@ -10,7 +10,7 @@ import re
 import unicodedata
 from typing import Any
 
-from pipeline.llamacpp.server import LlamaServer
+from pipeline.llamacpp.llama_server import LlamaServer
 from pipeline.prompt.template import with_bos
 
 

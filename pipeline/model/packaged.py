@@ -103,7 +103,7 @@ def wheel_file() -> Path:
         if not Path(given).is_file():
             raise UserError(f"PIPELINE_PACKAGED_BASE: {given}: no such file")
         return Path(given)
-    from pipeline.setup.toolchain import packaged_base_wheel
+    from pipeline.setup.places import packaged_base_wheel
 
     wheel = packaged_base_wheel()
     if wheel is None:

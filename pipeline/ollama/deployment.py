@@ -21,8 +21,8 @@ from pipeline.data.questions import Question
 from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.gguf_file import inspect
 from pipeline.ollama.client import Client
-from pipeline.ollama.modelfile import ServedModel
-from pipeline.ollama.server import OllamaServer
+from pipeline.ollama.modelfile_text import ServedModel
+from pipeline.ollama.ollama_server import OllamaServer
 
 
 def planned(folder: Path) -> tuple[ServedModel, Path]:

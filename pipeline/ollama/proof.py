@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PipelineError
-from pipeline.llamacpp.server import LlamaServer
+from pipeline.llamacpp.llama_server import LlamaServer
 from pipeline.llamacpp.tokenizer_differences import known_habit
 from pipeline.ollama.client import Client
 from pipeline.ollama.rendering import explain

@@ -18,10 +18,10 @@ from types import TracebackType
 from typing import Any
 
 from pipeline.errors import PipelineError, UserError
-from pipeline.llamacpp.server import LlamaServer
+from pipeline.llamacpp.llama_server import LlamaServer
 from pipeline.ollama.client import Client
+from pipeline.ollama.ollama_server import MINIMUM_VERSION, OllamaServer, find_ollama
 from pipeline.ollama.scratch_model import write_scratch_model
-from pipeline.ollama.server import MINIMUM_VERSION, OllamaServer, find_ollama
 from pipeline.prompt.cases import Conversation, conversations
 from pipeline.prompt.conformance import (
     DROPPED,

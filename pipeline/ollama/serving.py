@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from pipeline.llamacpp.gguf_template import template_of
-from pipeline.llamacpp.server import LlamaServer
+from pipeline.llamacpp.llama_server import LlamaServer
 from pipeline.prompt.guard import guarded
 
 

@@ -16,7 +16,7 @@ from pipeline.errors import PipelineError
 from pipeline.processes import disk_errors, find_program, run
 from pipeline.setup.fetch import fetch_package, unpack
 from pipeline.setup.pins import SourcePin
-from pipeline.setup.toolchain import downloads, source_home
+from pipeline.setup.places import downloads, source_home
 
 _COUNT = re.compile(r"\[ *(\d+)(?:/(\d+)|%)\]")
 

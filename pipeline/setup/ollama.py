@@ -11,7 +11,7 @@ from pipeline.console import progress
 from pipeline.errors import PipelineError
 from pipeline.processes import disk_errors, find_program, run
 from pipeline.setup.pins import ModulePin
-from pipeline.setup.toolchain import ollama_home
+from pipeline.setup.places import ollama_home
 
 _PROGRAMS = ("llama-server", "llama-quantize")
 _TOO_OLD = re.compile(r"requires go *>?=? *[\d.]+|toolchain not available", re.I)

@@ -26,7 +26,7 @@ from pipeline.run.stage import Stage, Task
 if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.ollama.client import Client
-    from pipeline.ollama.modelfile import ServedModel
+    from pipeline.ollama.modelfile_text import ServedModel
 
 QUESTIONS = 5
 
@@ -90,7 +90,7 @@ def plan(config: Config, run: Path) -> list[str]:
     from pipeline.ollama.client import Client
     from pipeline.ollama.deployment import planned
     from pipeline.ollama.names import canonical
-    from pipeline.ollama.server import find_ollama
+    from pipeline.ollama.ollama_server import find_ollama
 
     lines, layout = [], Layout(run)
     host = config.ollama.host or usual_host()

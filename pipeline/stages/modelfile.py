@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import PipelineError
 from pipeline.llamacpp.gguf_file import inspect
 from pipeline.llamacpp.gguf_template import write_with_template
-from pipeline.ollama.modelfile import ServedModel, write
+from pipeline.ollama.modelfile_text import ServedModel, write
 from pipeline.ollama.parameters import parameters
 from pipeline.ollama.rendering import choose, explain, refusal
 from pipeline.processes import require_space

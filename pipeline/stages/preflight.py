@@ -14,8 +14,8 @@ from pipeline.errors import UserError
 from pipeline.model.facts import base_files
 from pipeline.run.stage import Stage, Task
 from pipeline.stages import rungs
-from pipeline.verify.preflight import failures, preflight
 from pipeline.verify.result import FAIL, NOT_RUN, write
+from pipeline.verify.untouched_base import failures, preflight
 
 
 def files(config: Config, _: str) -> list[Path]:

@@ -14,14 +14,14 @@ from typing import Any
 from pipeline.errors import NotInstalled, PipelineError
 from pipeline.verify import (
     answers,
-    labels,
     logits,
     merge_base,
     prompt,
     quantization,
     stopping,
-    tokenizer,
+    token_ids,
     toolchain,
+    trained_labels,
     weights,
 )
 from pipeline.verify.artefacts import Artefacts
@@ -31,9 +31,9 @@ Check = Callable[[Artefacts], Iterator[Result]]
 
 # Name, check, and the rung that is blamed when the check itself breaks. Answers read what others measured.
 CHECKS: dict[str, tuple[Check, str]] = {
-    "labels": (labels.check, "train"),
+    "labels": (trained_labels.check, "train"),
     "weights": (weights.check, "merge"),
-    "tokenizer": (tokenizer.check, "convert"),
+    "tokenizer": (token_ids.check, "convert"),
     "prompt": (prompt.check, "convert"),
     "logits": (logits.check, "convert"),
     "quantization": (quantization.check, "quantize"),

@@ -19,10 +19,10 @@ from pipeline.errors import NotInstalled, PipelineError
 from pipeline.llamacpp.divergence import Divergence, DivergenceStatistics, compare_files
 from pipeline.llamacpp.gguf_file import inspect
 from pipeline.llamacpp.library import LlamaModel
+from pipeline.llamacpp.llama_server import LlamaServer
 from pipeline.llamacpp.perplexity import LEAST_POSITIONS, compare, scored_positions, write_reference
 from pipeline.llamacpp.programs import require_space
 from pipeline.llamacpp.quantizer import quantize
-from pipeline.llamacpp.server import LlamaServer
 from pipeline.model.held_out import loss_of, trained_places
 from pipeline.model.load import load_float32, round_matrices
 from pipeline.model.memory import fits_float32

@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.errors import PipelineError
 from pipeline.llamacpp.gguf_file import inspect
-from pipeline.llamacpp.server import LlamaServer
+from pipeline.llamacpp.llama_server import LlamaServer
 from pipeline.llamacpp.tokenizer_differences import known_habit
 from pipeline.ollama.deployment import deployed, deployed_plan, differences, template_in_force
 from pipeline.ollama.parameters import stop_strings

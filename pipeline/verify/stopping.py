@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.console import progress
 from pipeline.data.questions import Question
 from pipeline.errors import PipelineError
-from pipeline.llamacpp.server import LlamaServer
+from pipeline.llamacpp.llama_server import LlamaServer
 from pipeline.ollama.client import Client
 from pipeline.ollama.deployment import askable, deployed
 from pipeline.prompt.conformance import for_ollama

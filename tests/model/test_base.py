@@ -14,8 +14,8 @@ from support import hub, small_models
 from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.divergence import Divergence
 from pipeline.llamacpp.library import LlamaModel
+from pipeline.llamacpp.llama_server import LlamaServer
 from pipeline.llamacpp.programs import program
-from pipeline.llamacpp.server import LlamaServer
 from pipeline.model import packaged
 from pipeline.model.base import resolve_base
 from pipeline.prompt.hostile_strings import hostile_strings

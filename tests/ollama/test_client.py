@@ -19,8 +19,8 @@ from pipeline.errors import PipelineError, UserError
 from pipeline.ollama.client import Client
 from pipeline.ollama.commands import chat
 from pipeline.ollama.deployment import remove
+from pipeline.ollama.ollama_server import OllamaServer
 from pipeline.ollama.scratch_model import write_scratch_model
-from pipeline.ollama.server import OllamaServer
 from pipeline.resources import sha256_of
 
 ODD = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei"  # str.splitlines takes each of them for a line's end

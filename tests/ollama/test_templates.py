@@ -9,8 +9,8 @@ from support import servers, small_models
 
 from pipeline.errors import UserError
 from pipeline.llamacpp.gguf_template import write_with_template
+from pipeline.llamacpp.llama_server import LlamaServer
 from pipeline.llamacpp.programs import source_tree
-from pipeline.llamacpp.server import LlamaServer
 from pipeline.ollama.rendering import Choice, Engine, ask_llama_server, choose, refusal
 from pipeline.ollama.scratch_model import write_scratch_model
 from pipeline.prompt.cases import CONVERSATIONS
@@ -201,7 +201,7 @@ def test_derived_exactly(case: str) -> None:
 
 @pytest.mark.parametrize("case", DERIVABLE)
 def test_a_derived_template_survives_a_modelfile(case: str) -> None:
-    from pipeline.ollama.modelfile import ServedModel, read_modelfile
+    from pipeline.ollama.modelfile_text import ServedModel, read_modelfile
 
     text = derive(ChatTemplate(DERIVABLE[case], "<s>", "</s>")).template
     assert text is not None

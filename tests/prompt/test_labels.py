@@ -87,7 +87,7 @@ def real(request: pytest.FixtureRequest) -> Any:
     from transformers import AutoTokenizer
 
     from pipeline.errors import PipelineError
-    from pipeline.setup.toolchain import tokenizer_folder
+    from pipeline.setup.places import tokenizer_folder
 
     folder: Path | None
     if request.param == "smollm2":

@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 from pipeline.llamacpp.programs import source_tree
 from pipeline.prompt.tokenizer import CONTROL_WORDS, as_served, load_tokenizer
 from pipeline.stages import data
-from pipeline.verify import tokenizer as tokenizer_check
+from pipeline.verify import token_ids
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import FAIL
 
@@ -205,6 +205,6 @@ def test_a_base_with_such_tokens_goes_the_whole_way(short: Path, tmp_path: Path)
     merged = as_trained(short, load_tokenizer(short)[0], run / "merge" / "model")
     figures = convert.main(small_models.make_task(run, "convert", model={"base": str(short)}))
     artefacts = Artefacts(Verify(strings=500), merged, run / "convert" / figures["file"], {}, tmp_path / "scratch")
-    results = list(tokenizer_check.check_files(artefacts))
+    results = list(token_ids.check_files(artefacts))
     assert results
     assert not [(result.id, result.words) for result in results if result.verdict == FAIL]

@@ -15,7 +15,7 @@ from support.packages import CMAKE, make_source
 
 from pipeline.errors import PipelineError
 from pipeline.processes import exclusive
-from pipeline.setup import toolchain
+from pipeline.setup import places
 from pipeline.setup.build import build_programs
 from pipeline.setup.pins import load_pins
 
@@ -30,7 +30,7 @@ def test_programs_are_built_and_run_wherever_they_are_moved(
         monkeypatch.setenv("PATH", without("ninja"))
     pin = make_source(wheels)
     build_programs(pin, pin.first)
-    home = toolchain.source_home(pin)
+    home = places.source_home(pin)
     assert (home / "source/keep/kept.txt").is_file()
     assert not (home / "source/docs").exists()
     assert not (home / "source/keep/not").exists()
@@ -51,7 +51,7 @@ def test_what_is_built_is_not_built_again_and_needs_no_network(
 ) -> None:
     pin = make_source(wheels)
     build_programs(pin, pin.first)
-    program = toolchain.source_home(pin) / "bin/tiny-first"
+    program = places.source_home(pin) / "bin/tiny-first"
     before = program.stat().st_mtime_ns, program.stat().st_ino
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "empty"))
@@ -63,13 +63,13 @@ def test_build_that_fails_says_what_the_compiler_said(wheels: Path) -> None:
     pin = make_source(wheels, {"vendor/tiny/part.cpp": "int answer() { return nonsense; }\n"})
     with pytest.raises(PipelineError, match=r"(?s)building tiny-first failed.*nonsense.*all of it: .*\.log"):
         build_programs(pin, pin.first)
-    assert not (toolchain.source_home(pin) / "bin").exists()
+    assert not (places.source_home(pin) / "bin").exists()
 
 
 def test_instruction_set_names_the_build(cache: Path) -> None:
-    assert re.fullmatch(r"\w+-[0-9a-f]{8}", toolchain.instruction_set())
+    assert re.fullmatch(r"\w+-[0-9a-f]{8}", places.instruction_set())
     pin = load_pins().llama_cpp
-    assert toolchain.source_home(pin) != toolchain.source_home(replace(pin, cmake=()))
+    assert places.source_home(pin) != places.source_home(replace(pin, cmake=()))
 
 
 SLOW = """

@@ -12,9 +12,9 @@ import pytest
 from support.packages import NO_NETWORK
 
 from pipeline.errors import PipelineError
-from pipeline.ollama.server import new_enough
+from pipeline.ollama.ollama_server import new_enough
 from pipeline.resources import cache_folder
-from pipeline.setup import toolchain
+from pipeline.setup import places
 from pipeline.setup.ollama import build_ollama
 from pipeline.setup.pins import load_pins
 
@@ -71,8 +71,8 @@ def test_missing_build_tool_is_named(
 def cache_without_ollama(cache: Path) -> Path:
     """Everything that set-up built, but Ollama."""
     pins_here = load_pins()
-    built = toolchain.source_home(pins_here.llama_cpp).name
-    wheel = toolchain.package_file(pins_here.packaged_base)
+    built = places.source_home(pins_here.llama_cpp).name
+    wheel = places.package_file(pins_here.packaged_base)
     (cache / "downloads").mkdir(parents=True)
     (cache / built).mkdir()
     for part in ("bin", "source"):
@@ -159,7 +159,7 @@ def test_outside_a_virtual_environment_set_up_refuses() -> None:
 
 
 def test_what_was_built_starts_and_is_what_was_pinned() -> None:
-    folder, source = toolchain.llamacpp_folder(), toolchain.llamacpp_source()
+    folder, source = places.llamacpp_folder(), places.llamacpp_source()
     assert folder is not None
     assert source is not None
     known = load_pins()
@@ -169,7 +169,7 @@ def test_what_was_built_starts_and_is_what_was_pinned() -> None:
         assert (folder / name).is_file()
     for path in ("convert_hf_to_gguf.py", "gguf-py/gguf", "conversion", "models/templates"):
         assert (source / path).exists()
-    program = toolchain.ollama_program()
+    program = places.ollama_program()
     if program is not None:
         asked = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)
         assert known.ollama.version in asked.stdout

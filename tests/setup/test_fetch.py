@@ -10,7 +10,7 @@ import pytest
 from support.packages import NO_NETWORK, make_source
 
 from pipeline.errors import PipelineError
-from pipeline.setup import toolchain
+from pipeline.setup import places
 from pipeline.setup.build import unpacked
 from pipeline.setup.fetch import fetch_package, unpack
 from pipeline.setup.pins import PackagePin
@@ -43,7 +43,7 @@ def test_archive_that_changed_on_disk_is_refused(wheels: Path, cache: Path) -> N
     archive.write_bytes(content)
     with pytest.raises(PipelineError, match=r"wrong hash for tiny-tools 1\.0: .* delete the file"):
         unpacked(pin)
-    assert toolchain.source_home(pin).exists() is False
+    assert places.source_home(pin).exists() is False
 
 
 def test_fetching_without_a_network_says_so(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from support.packages import make_source
 from pipeline.errors import PipelineError, UserError
 from pipeline.processes import exclusive, run
 from pipeline.resources import cache_folder
-from pipeline.setup import machine, toolchain
+from pipeline.setup import machine, places
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,7 +48,7 @@ def test_disk_that_fills_in_a_program_is_one_message(cache: Path) -> None:
 def test_cache_that_cannot_be_written_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("PIPELINE_CACHE", str(tmp_path / "file"))
-    with pytest.raises(PipelineError, match=r"PIPELINE_CACHE"), exclusive(toolchain.downloads() / "lock"):
+    with pytest.raises(PipelineError, match=r"PIPELINE_CACHE"), exclusive(places.downloads() / "lock"):
         pass
     monkeypatch.setenv("PIPELINE_CACHE", "~no-such-user/cache")
     with pytest.raises(UserError, match="PIPELINE_CACHE: ~no-such-user/cache: the home folder of this user"):

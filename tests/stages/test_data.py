@@ -20,7 +20,7 @@ from pipeline.prompt.labels import IGNORED
 from pipeline.run.layout import Layout
 from pipeline.run.stage import Task
 from pipeline.stages import data, evaluate
-from pipeline.verify import answers, labels
+from pipeline.verify import answers, trained_labels
 from pipeline.verify.artefacts import Artefacts
 
 QUESTIONS = [f"What is {number} plus {other}?" for number in range(10) for other in range(10)]
@@ -157,7 +157,7 @@ def test_what_only_python_takes_for_a_line_end_is_text_to_every_reader(project: 
     found = asked(project.output, None)
     assert [(question.messages, question.expected) for question in found] == [(turns, odd) for turns in questions]
     assert artefacts.questions == found
-    known = labels.known_rows(artefacts.tokenizer, project.output / "train.jsonl")
+    known = trained_labels.known_rows(artefacts.tokenizer, project.output / "train.jsonl")
     assert [messages for messages, _, _ in known.values()] == [row["messages"] for row in rows]
     assert len(read_held_out(Layout(project.folder))[1]) == 2
 

@@ -29,7 +29,7 @@ from pipeline.ollama.deployment import (
     template_in_force,
     template_selected,
 )
-from pipeline.ollama.server import OllamaServer
+from pipeline.ollama.ollama_server import OllamaServer
 from pipeline.ollama.target import local_store, names_of, refuse_taken
 from pipeline.prompt.conformance import COMPARED
 from pipeline.run.folder import record_files, write_manifest
@@ -431,7 +431,7 @@ def test_several_types_have_names_of_their_own() -> None:
 
 def test_the_modelfile_beside_it_makes_the_same_model(run: Path) -> None:
     """What a person types leads to the same template, parameters and text."""
-    from pipeline.ollama.server import find_ollama
+    from pipeline.ollama.ollama_server import find_ollama
 
     folder = run / "modelfile" / "q4_k_m"
     served, _ = planned(folder)

@@ -23,8 +23,8 @@ from pipeline.run.stage import Task
 from pipeline.setup import gpu
 from pipeline.stages.train import COMPLETE, STAGE, _last_checkpoint, _trainer, conversations_of, schedule
 from pipeline.verify.artefacts import Artefacts
-from pipeline.verify.labels import check as check_labels
 from pipeline.verify.result import FAIL, PASS
+from pipeline.verify.trained_labels import check as check_labels
 
 STEPS = 8
 CONFIG = f"""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.setup.toolchain import tokenizer_folder
+from pipeline.setup.places import tokenizer_folder
 from support.small_models import scratch
 
 VISION = {

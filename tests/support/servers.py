@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from pipeline.ollama.client import Client
+from pipeline.ollama.ollama_server import OllamaServer, find_ollama
 from pipeline.ollama.rendering import Engine
-from pipeline.ollama.server import OllamaServer, find_ollama
 from pipeline.prompt.tokenizer import load_tokenizer
-from pipeline.setup.toolchain import tokenizer_folder
+from pipeline.setup.places import tokenizer_folder
 from support import small_models
 
 FAMILIES = ("qwen3", "llama3_1", "gemma3")

@@ -19,7 +19,7 @@ from pipeline.stages import rungs
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.chain import EXPORT_CHECKS
 from pipeline.verify.chain import verify as run
-from pipeline.verify.command import show
+from pipeline.verify.folders import show
 
 QUICK = ("--set", "verify.tokens=600", "--set", "verify.strings=600", "--set", "verify.stopping_prompts=1")
 

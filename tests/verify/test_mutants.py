@@ -607,7 +607,7 @@ def test_programs_and_a_converter_of_two_places(tmp_path: Path, monkeypatch: pyt
     elsewhere.mkdir(parents=True)
     for file in ("convert_hf_to_gguf.py", "gguf-py"):
         (elsewhere / file).symlink_to(source_tree() / file)
-    monkeypatch.setattr("pipeline.setup.toolchain.llamacpp_source", lambda: elsewhere)
+    monkeypatch.setattr("pipeline.setup.places.llamacpp_source", lambda: elsewhere)
     (found,) = failures(copy_run(tmp_path), "toolchain", "toolchain.pin")
     assert found.id == "toolchain.pin"
     assert str(elsewhere) in found.words

@@ -13,7 +13,7 @@ import pytest
 from support import small_models
 
 from pipeline.errors import PipelineError, UserError
-from pipeline.llamacpp.server import LlamaServer
+from pipeline.llamacpp.llama_server import LlamaServer
 from pipeline.ollama.scratch_model import write_scratch_model
 from pipeline.ollama.serving import llama_server
 from pipeline.prompt.cases import Conversation
@@ -147,7 +147,7 @@ def test_it_is_stopped_and_its_log_kept(tmp_path: Path) -> None:
 
 def test_it_ends_with_the_process_that_started_it() -> None:
     code = (
-        "import sys, time; from pathlib import Path; from pipeline.llamacpp.server import LlamaServer;"
+        "import sys, time; from pathlib import Path; from pipeline.llamacpp.llama_server import LlamaServer;"
         "server = LlamaServer(Path(sys.argv[1]), context=256).__enter__();"
         "print(server.process.pid, flush=True); time.sleep(600)"
     )

@@ -17,10 +17,10 @@ from support import servers
 
 from pipeline.errors import UserError
 from pipeline.ollama.deployment import read_back, shown_parameters
-from pipeline.ollama.modelfile import CannotCarry, ServedModel, read_modelfile, write
+from pipeline.ollama.modelfile_text import CannotCarry, ServedModel, read_modelfile, write
+from pipeline.ollama.ollama_server import find_ollama
 from pipeline.ollama.parameters import check_parameters, parameters, served_context, stop_strings
 from pipeline.ollama.scratch_model import write_scratch_model
-from pipeline.ollama.server import find_ollama
 from pipeline.prompt.template import ChatTemplate
 from pipeline.resources import sha256_of
 

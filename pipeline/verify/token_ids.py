@@ -17,7 +17,7 @@ from pipeline.data.sources import read_rows
 from pipeline.errors import PipelineError
 from pipeline.llamacpp.gguf_file import inspect
 from pipeline.llamacpp.library import LlamaModel
-from pipeline.llamacpp.server import LlamaServer
+from pipeline.llamacpp.llama_server import LlamaServer
 from pipeline.llamacpp.tokenizer_differences import known_habit
 from pipeline.prompt.hostile_strings import hostile_strings
 from pipeline.prompt.labels import IGNORED, decode

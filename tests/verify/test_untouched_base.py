@@ -18,10 +18,10 @@ from support.good_run import conversations, good_run, write_rows
 from pipeline import stages
 from pipeline.config import load_config
 from pipeline.ollama.scratch_model import write_scratch_model
-from pipeline.verify import machine
+from pipeline.verify import machine_needs
 from pipeline.verify.chain import run_check
-from pipeline.verify.preflight import check_target, preflight
 from pipeline.verify.result import FAIL, NOT_RUN, PASS
+from pipeline.verify.untouched_base import check_target, preflight
 
 
 @pytest.fixture
@@ -120,22 +120,22 @@ def test_a_server_that_is_down(project: Path) -> None:
 def test_a_machine_that_is_too_small(project: Path) -> None:
     config, _ = load_config(project / "pipeline.toml", ["export.quant=['q4_k_m', 'q8_0']"])
     run = project / "not" / "there" / "yet"
-    results = {result.id: result for result in machine.check(config, run, 10**15, 8 * 2**30)}
+    results = {result.id: result for result in machine_needs.check(config, run, 10**15, 8 * 2**30)}
     assert {id for id, result in results.items() if result.verdict == FAIL} == {
         *("machine.disk", "machine.memory", "machine.gpu")
     }
     for stage in ("merge", "convert", "quantize", "deploy", "verify"):
         assert stage in results["machine.disk"].words
     assert results["machine.float32"].verdict == NOT_RUN
-    small = {result.id: result.verdict for result in machine.check(config, run, 10**6, 8 * 2**30)}
+    small = {result.id: result.verdict for result in machine_needs.check(config, run, 10**6, 8 * 2**30)}
     assert set(small.values()) == {PASS}
-    needs = machine.disk_needs(config, 10**9)
+    needs = machine_needs.disk_needs(config, 10**9)
     assert needs["merge"] == needs["convert"] == 2 * 10**9
     assert needs["quantize"] > 10**9 * (4.9 + 8.5) / 8
     hosts = {"127.0.0.1:11434": True, "http://localhost:9": True, "[::1]:9": True, "10.0.0.2": False}
     for host, there in hosts.items():
         other, _ = load_config(project / "pipeline.toml", [f"ollama.host={host!r}"])
-        assert bool(machine.disk_needs(other, 10**9)["deploy"]) == there
+        assert bool(machine_needs.disk_needs(other, 10**9)["deploy"]) == there
 
 
 def test_a_run_stops_before_it_trains(project: Path) -> None:

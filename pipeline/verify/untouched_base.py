@@ -22,14 +22,14 @@ from pipeline.model.base import as_trained, resolve_base
 from pipeline.model.four_bit import in_16bit
 from pipeline.model.weights_file import read_weights
 from pipeline.ollama.client import Client
+from pipeline.ollama.ollama_server import OllamaServer, find_ollama
 from pipeline.ollama.rendering import choose, refusal
-from pipeline.ollama.server import OllamaServer, find_ollama
 from pipeline.ollama.target import names_of, refuse_taken, server
 from pipeline.prompt.template import ChatTemplate
 from pipeline.prompt.tokenizer import load_tokenizer
 from pipeline.run.layout import Layout
 from pipeline.setup import gpu
-from pipeline.verify import logits, machine, prompt, quantization, tokenizer, toolchain, weights
+from pipeline.verify import logits, machine_needs, prompt, quantization, token_ids, toolchain, weights
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.chain import run_check
 from pipeline.verify.result import FAIL, Claim, Result, document
@@ -60,9 +60,9 @@ def preflight(config: Config, run_folder: Path, scratch: Path, rungs: Sequence[s
     base = as_trained(in_16bit(base, scratch / "base-16bit"), trained, scratch / "base")
     parameters = read_weights(base).parameters
     # Converted, that in float32, and every type twice: quantized, and in Ollama.
-    quantized = machine.disk_needs(config, parameters)["quantize"]
+    quantized = machine_needs.disk_needs(config, parameters)["quantize"]
     require_space(scratch, 6 * parameters + 2 * quantized, "preflight's copies of the base")
-    results = list(machine.check(config, run_folder, parameters, gpu.memory()))
+    results = list(machine_needs.check(config, run_folder, parameters, gpu.memory()))
     results += _run("toolchain", "convert", lambda: iter([toolchain.check_pin()]))
     results += _run("preflight.target", "deploy", partial(check_target, config, run_folder, scratch))
     results += _run("preflight.template", "modelfile", partial(_template, config, base))
@@ -109,7 +109,7 @@ def _judge(artefacts: Artefacts) -> list[Result]:
     """The checks of `verify` that need no training; what they say of the merged model is said of the base here."""
     checks: dict[str, tuple[Callable[[Artefacts], Iterator[Result]], str]] = {
         "weights": (weights.check_folder, "base"),
-        "tokenizer": (tokenizer.check_files, "convert"),
+        "tokenizer": (token_ids.check_files, "convert"),
         "prompt": (prompt.check_files, "convert"),
         "logits": (logits.check, "convert"),
         "quantization": (quantization.check, "quantize"),

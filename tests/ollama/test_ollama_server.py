@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.errors import PipelineError, UserError
 from pipeline.ollama.client import Client
-from pipeline.ollama.server import OllamaServer, find_ollama, new_enough, program_version
+from pipeline.ollama.ollama_server import OllamaServer, find_ollama, new_enough, program_version
 
 
 def test_the_pinned_ollama_is_found_and_says_its_version() -> None:
@@ -74,7 +74,7 @@ def test_it_is_gone_at_the_end_and_so_are_its_runners(tmp_path: Path) -> None:
 def test_it_dies_with_a_killed_parent(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path\n"
-        "from pipeline.ollama.server import OllamaServer\n"
+        "from pipeline.ollama.ollama_server import OllamaServer\n"
         "with OllamaServer(Path(sys.argv[1])) as server:\n"
         "    print(server.pid, flush=True); time.sleep(60)\n"
     )

@@ -47,7 +47,7 @@ def find_ollama() -> Path | None:
                 "another, or unset PIPELINE_OLLAMA"
             )
         return path.resolve()
-    from pipeline.setup.toolchain import ollama_program
+    from pipeline.setup.places import ollama_program
 
     if built := ollama_program():
         return built
