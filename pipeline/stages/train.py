@@ -88,12 +88,12 @@ def main(task: Task) -> dict[str, Any]:
     )
     trained, total = _count_parameters(model)
 
-    checkpoint = _last_checkpoint(task.scratch)
+    checkpoint = last_checkpoint(task.scratch)
     _prepare_tracker(task, new=checkpoint is None)
     if settings.packing and not cuda:
         task.warn("train.packing: Unsloth packs on a GPU only; here every row is a sequence of its own")
     packing = settings.packing and cuda
-    trainer = _trainer(model, tokenizer, train_rows, validation_rows, checkpoint is not None, packing, task)
+    trainer = make_trainer(model, tokenizer, train_rows, validation_rows, checkpoint is not None, packing, task)
     if packing and not trainer.args.packing:
         task.warn("train.packing: Unsloth cannot pack this model; every row is a sequence of its own")
     # TRL rounds the adapter on a 4-bit base to bfloat16; small updates would be lost in it, and so in a checkpoint.
@@ -187,7 +187,7 @@ def schedule(rows: int, validation_rows: int, config: Config) -> tuple[int, int,
     return steps, evaluate, save
 
 
-def _trainer(
+def make_trainer(
     model: Any,
     tokenizer: Any,
     train_rows: list[Any],
@@ -196,14 +196,27 @@ def _trainer(
     packing: bool,
     task: Task,
 ) -> Any:
+    """TRL's trainer for rows as the data stage left them, which writes down every batch that it uses.
+
+    Args:
+        model: a PEFT model of Unsloth's.
+        tokenizer: the trained one.
+        train_rows, validation_rows: {"input_ids", "labels"}.
+        resuming: a checkpoint follows, so that no validation is due before the first step.
+        packing: put several rows into one sequence.
+        task: the stage's task.
+    """
     import torch
     from datasets import Dataset
     from transformers import EarlyStoppingCallback, TrainerCallback
     from trl import SFTConfig, SFTTrainer
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+    from pipeline.model.load import compute_type
+
     settings = task.config.train
     cuda = torch.cuda.is_available()
+    bfloat16 = cuda and compute_type("cuda") is torch.bfloat16
     arguments = SFTConfig(
         output_dir=str(task.scratch / "checkpoints"),
         per_device_train_batch_size=settings.batch,
@@ -217,8 +230,8 @@ def _trainer(
         optim=settings.optimizer,
         seed=settings.seed,
         data_seed=settings.seed,
-        bf16=cuda and torch.cuda.is_bf16_supported(),
-        fp16=cuda and not torch.cuda.is_bf16_supported(),
+        bf16=bfloat16,
+        fp16=cuda and not bfloat16,
         use_cpu=not cuda,
         logging_steps=1,
         eval_strategy="steps" if validation_rows else "no",
@@ -334,7 +347,7 @@ def _reporter(update: Any, task: Task) -> Any:
     return Reporter()
 
 
-def _last_checkpoint(scratch: Path) -> Path | None:
+def last_checkpoint(scratch: Path) -> Path | None:
     """The newest whole checkpoint, with the record of batches cut back to it. Broken ones are removed."""
     found: list[tuple[int, Path]] = []
     for folder in (scratch / "checkpoints").glob("checkpoint-*"):

@@ -21,7 +21,7 @@ from pipeline.model.base import resolve_base
 from pipeline.resources import sha256_of
 from pipeline.run.stage import Task
 from pipeline.setup import gpu
-from pipeline.stages.train import COMPLETE, STAGE, _last_checkpoint, _trainer, conversations_of, schedule
+from pipeline.stages.train import COMPLETE, STAGE, conversations_of, last_checkpoint, make_trainer, schedule
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import FAIL, PASS
 from pipeline.verify.trained_labels import check as check_labels
@@ -156,7 +156,7 @@ def test_the_record_of_batches_is_cut_whole(tmp_path: Path) -> None:
     lines = [json.dumps({"step": step}) + "\n" for step in range(4)]
     batches.write_text("".join(lines) + '{"st')
     old.hardlink_to(batches)
-    assert _last_checkpoint(tmp_path) == tmp_path / "checkpoints" / "checkpoint-2"
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoints" / "checkpoint-2"
     assert batches.read_text() == "".join(lines[:2])
     assert old.read_text() == "".join(lines) + '{"st'
 
@@ -183,7 +183,7 @@ def test_packed_rows_are_counted_and_recorded_as_their_conversations(
     task = Task(STAGE, settings, tmp_path, tmp_path / "train", scratch=tmp_path / "scratch")
     model = AutoModelForCausalLM.from_pretrained(project / "base")
     tokenizer = AutoTokenizer.from_pretrained(project / "base")
-    trainer = _trainer(model, tokenizer, rows, [], resuming=False, packing=True, task=task)
+    trainer = make_trainer(model, tokenizer, rows, [], resuming=False, packing=True, task=task)
     assert trainer.args.max_steps == 3 * math.ceil(packed / 2)
     assert trainer.args.warmup_steps == math.ceil(trainer.args.max_steps * settings.train.warmup)
 
