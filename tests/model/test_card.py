@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import metadata_load
-from support.small_models import make_task
+from support.small_models import make_config
 
 from pipeline.defaults import Facts, resolve
 from pipeline.model.card import plain, write_model_card
@@ -13,8 +13,8 @@ HISTORY = [{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 1.5}, {"step": 2, 
 
 
 def card(folder: Path, **sections: dict[str, object]) -> str:
-    config, _ = resolve(make_task(folder, "train", **sections).config, {}, Facts(135_000_000, 2048, None))
-    write_model_card(folder / "README.md", config, HISTORY)
+    config, _ = resolve(make_config(**sections), {}, Facts(135_000_000, 2048, None))
+    write_model_card(folder / "README.md", config, ["q_proj", "v_proj"], HISTORY)
     return (folder / "README.md").read_text(encoding="utf-8")
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.model.config_file import text_config
 from pipeline.model.facts import context_of
-from pipeline.ollama.parameters import context_length
+from pipeline.ollama.parameters import served_context
 
 GEMMA3 = {  # as a multimodal Gemma 3 has it: what is of the language model stands apart
     "model_type": "gemma3",
@@ -35,7 +35,7 @@ def test_every_reader_takes_the_language_models(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert context_of(tmp_path) == context
-    assert context_length(tmp_path, 0) == served
+    assert served_context(tmp_path, None, 0) == served
 
 
 def test_what_stands_apart_goes_first(tmp_path: Path) -> None:
