@@ -159,8 +159,7 @@ def render(
 
     if not tokenizer.chat_template:
         raise UserError(
-            "the tokenizer has no chat template, so there is no text to train on: take an instruct model "
-            "as the base, or put a chat_template.jinja into its folder"
+            "the tokenizer has no chat template, so there is no text to train on: name one in model.chat_template"
         )
     try:
         return str(
