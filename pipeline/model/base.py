@@ -15,6 +15,7 @@ from pipeline.config import Config
 from pipeline.errors import PipelineError, UserError
 from pipeline.model.four_bit import in_4bit, is_4bit
 from pipeline.model.packaged import PACKAGED, packaged_folder
+from pipeline.model.sentencepiece_file import write_sentencepiece
 from pipeline.model.weights_file import read_weights
 from pipeline.resources import expanded
 
@@ -75,6 +76,7 @@ def as_trained(base: Path, tokenizer: Any, folder: Path) -> Path:
     ):
         for path in base.glob(name):
             (folder / path.name).symlink_to(path.resolve())
+    write_sentencepiece(folder)
     return folder
 
 

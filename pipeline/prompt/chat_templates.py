@@ -44,6 +44,8 @@ def put_on(tokenizer: Any, name: str) -> list[str]:
         raise UserError(f"{where}: cannot be read as text: {error}") from None
     if name in chat_templates() and _adds_bos(tokenizer):
         source = "{{- bos_token }}\n" + source  # as the tokenizer does, where a template is rendered to ids at once
+    if tokenizer.eos_token is None and "eos_token" in source:
+        raise UserError(f"{where}: it ends a turn with EOS, and the base's tokenizer names none (eos_token)")
     tokenizer.chat_template = source
     conversation = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
     try:

@@ -68,8 +68,8 @@ class ChatTemplate:
             source = source.get("default")
         if not source:
             raise UserError(
-                f"{where} has no chat template, which says how a conversation is written: take an instruct model as "
-                "the base, or put a chat_template.jinja into its folder"
+                f"{where} has no chat template, which says how a conversation is written: name one in "
+                "model.chat_template, or take an instruct model as the base"
             )
         plain = {key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
         added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}

@@ -45,10 +45,12 @@ def load_tokenizer(
     Raises:
         UserError: the chat template cannot be read, or needs tokens that the base does not have.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     beyond = beyond_embedding(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if (folder / "tokenizer.json").is_file() and not _saved_as_it_is(tokenizer):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     tokenizer, changes = as_served(_without(tokenizer, beyond) if beyond.tokens else tokenizer)
     if beyond.tokens:
         changes.append(f"{beyond} and are ordinary text")
@@ -186,7 +188,7 @@ def as_served(tokenizer: Any) -> tuple[Any, list[str]]:
     normalized = isinstance(backend.normalizer, normalizers.NFC)
     words = _ordinary_control_words(tokenizer)
     changes = []
-    if normalized or words or not _saved_as_it_is(tokenizer):
+    if normalized or words:
         tokenizer = _from_its_files(tokenizer)
     if normalized:
         tokenizer.backend_tokenizer.normalizer = None
@@ -207,7 +209,10 @@ def _ordinary_control_words(tokenizer: Any) -> list[str]:
 
 
 def _saved_as_it_is(tokenizer: Any) -> bool:
-    """Whether its saved files read texts as it does: Llama 2's class forgets a setting that it builds itself from."""
+    """Whether its saved files read texts as it does.
+
+    Llama 2's own class does not save a setting that it builds itself from, nor is it what tokenizer.json says.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if type(tokenizer) is PreTrainedTokenizerFast:

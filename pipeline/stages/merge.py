@@ -21,6 +21,7 @@ from pipeline.model.four_bit import in_16bit
 from pipeline.model.held_out import first_tokens, held_out_losses, mean_loss, read_held_out, trained_places
 from pipeline.model.load import load_model
 from pipeline.model.nf4 import Record, dequantize_base, restore_base
+from pipeline.model.sentencepiece_file import write_sentencepiece
 from pipeline.model.weights_file import TORCH_TYPES, read_weights
 from pipeline.prompt.tokenizer import saved_tokenizer
 from pipeline.run.stage import Stage, Task
@@ -192,6 +193,7 @@ def _copy_tokenizer(adapter: Path, base: Path, output: Path) -> None:
             shutil.copy(path, output / path.name)
     if (base / "tokenizer.model").is_file() and not (output / "tokenizer.model").exists():
         shutil.copy(base / "tokenizer.model", output / "tokenizer.model")
+    write_sentencepiece(output)
     config = json.loads((output / "config.json").read_text(encoding="utf-8"))
     if "quantization_config" in config:
         raise PipelineError(f"{output}: the merged model is quantized; the base must be a 16-bit one")

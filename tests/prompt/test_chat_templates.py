@@ -163,6 +163,14 @@ def test_what_needs_new_tokens_is_refused(name: str, tokenizer: str, words: str,
     assert "need no other: alpaca, mistral, vicuna, zephyr" in str(error.value)
 
 
+def test_a_base_without_eos_is_refused(folders: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(raw("qwen3", folders))
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "base")
+    with pytest.raises(UserError, match="the base's tokenizer names none .eos_token."):
+        load_tokenizer(tmp_path / "base")
+
+
 def test_a_file(folders: Path, tmp_path: Path) -> None:
     file = tmp_path / "own.jinja"
     file.write_text("{% for m in messages %}{{ m.role }}> {{ m.content }}{{ eos_token }}{% endfor %}assistant>")

@@ -76,7 +76,7 @@ def base(name: str, tokenizer: str, model_type: str = "llama", *, chat_template:
     return folder
 
 
-def project(folder: Path, base: Path, toml: str = "", *, rows: int = 24) -> Path:
+def project(folder: Path, base: Path, toml: str = "", *, rows: int = 48) -> Path:
     """A folder with data and a configuration for a base; its pipeline.toml."""
     folder.mkdir(parents=True, exist_ok=True)
     conversations = [
@@ -95,5 +95,6 @@ def project(folder: Path, base: Path, toml: str = "", *, rows: int = 24) -> Path
     judged = "[verify]\ntokens = 400\nstrings = 400\nstopping = 0\n"
     settings = "[train]\nsteps = 2\nbatch = 4\nmax_length = 256\n[eval]\nmax_new_tokens = 8\n"
     model = f'[model]\nbase = "{base}"\n'
-    config.write_text(f'{model}{toml}[data]\ntrain = "train.jsonl"\n{settings}{judged}', encoding="utf-8")
+    data = '[data]\ntrain = "train.jsonl"\nvalidation_fraction = 0.25\n'
+    config.write_text(model + toml + data + settings + judged, encoding="utf-8")
     return config
