@@ -378,9 +378,9 @@ def verify(
     if (hf is None) != (gguf is None):
         raise UserError("--hf and --gguf belong together: the folder, and the GGUF file that was made from it")
     if hf is not None and gguf is not None:
-        content = verify_export(hf.absolute(), gguf.absolute(), stages.rungs(), overrides)
+        content = verify_export(hf.absolute(), gguf.absolute(), stages.judged_stages(), overrides)
     elif Layout(config).config.is_file():
-        content = verify_folder(config.absolute(), stages.rungs(), overrides)
+        content = verify_folder(config.absolute(), stages.judged_stages(), overrides)
     else:
         settings, sources = resolved(config, overrides)
         _bring_up_to_date(settings, sources, ["verify"], force)

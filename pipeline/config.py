@@ -1,7 +1,7 @@
 """pipeline.toml: every value that a run depends on, validated once and frozen.
 
-A value that is not given is None here only where the right default depends on the model's size, the machine or the
-data; `pipeline.defaults` fills those in before any stage runs, so a stage never meets an unset one.
+A value that is not given is None here where the right default depends on the model's size, the machine or the data, or
+where none is right. `pipeline.defaults` fills in what depends on the model and the machine before any stage runs.
 """
 
 from __future__ import annotations

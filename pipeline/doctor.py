@@ -1,7 +1,7 @@
 """`pipeline doctor`: one table of what this machine has and lacks, with what to do about it.
 
-Nothing is judged here: set-up, preflight and this command ask the same functions in `pipeline.setup` and
-`pipeline.ollama`.
+The machine, its GPU and the libraries are judged in `pipeline.setup`, for set-up and preflight as well; here only what
+those have no use for is judged, such as whether the programs that were built start.
 """
 
 from __future__ import annotations

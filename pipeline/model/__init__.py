@@ -1,1 +1,1 @@
-"""Models on disk: where a base comes from, and texts that try a tokenizer."""
+"""Models as transformers has them: where a base comes from, loading, answers, losses, and the memory they need."""

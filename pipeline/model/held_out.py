@@ -16,7 +16,7 @@ RowLoss = tuple[float, int]  # summed over the trained tokens of a row, in nats,
 
 
 def read_held_out(layout: Layout, limit: int | None = None) -> tuple[str, list[tuple[list[int], list[int]]]]:
-    """The rows of a run that were held out; the training rows where there are none.
+    """The rows on which losses are measured: those that were held out, or the training rows where there are none.
 
     Args:
         layout: the run.

@@ -35,7 +35,7 @@ from pipeline.run.folder import (
     write_whole,
 )
 from pipeline.run.layout import Layout
-from pipeline.run.stage import EVERY_RUNG, Stage, append_event
+from pipeline.run.stage import EVERY_JUDGED_STAGE, Stage, append_event
 
 _NOTHING = 2**20  # bytes: with so few, a stage could not even say what is wrong
 PARENT = "PIPELINE_PARENT"  # tells a stage's process whose it is
@@ -94,9 +94,9 @@ class Graph:
     def _names_of_needs(self, node: Node) -> list[str]:
         names: list[str] = []
         for name in self.stages[node.stage].needs_of(node.variant):
-            if name == EVERY_RUNG:
+            if name == EVERY_JUDGED_STAGE:
                 order = list(self.stages)
-                names += [other for other in order[: order.index(node.stage)] if self.stages[other].rung]
+                names += [other for other in order[: order.index(node.stage)] if self.stages[other].judged]
             else:
                 names.append(name)
         return names
@@ -260,7 +260,7 @@ def _run_node(state: State, stage: Stage, folder: Path, manifest: dict[str, Any]
     outputs = record_files(work / "output", work / "output")
     manifest["stages"][str(node)] = {
         **basis.record(),
-        "rung": stage.rung,
+        "judged": stage.judged,
         "outputs": {str(final.relative_to(folder) / name): record for name, record in outputs.items()},
         "figures": result["figures"],
         "warnings": result["warnings"],

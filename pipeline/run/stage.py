@@ -21,8 +21,8 @@ from pipeline.run.view import View
 if TYPE_CHECKING:
     from pipeline.config import Config
 
-# In a stage's needs: every stage before it that is a rung.
-EVERY_RUNG = "every rung"
+# In a stage's needs: every stage before it that `verify` judges.
+EVERY_JUDGED_STAGE = "every judged stage"
 
 Names = tuple[str, ...]
 
@@ -35,8 +35,8 @@ class Stage:
         name: the name of its command, and of its folder in the run.
         summary: what it does, in one sentence, for the help page.
         run: does it. Takes the task, returns the figures for the manifest.
-        needs: the stages whose outputs it reads: "merge", one variant of a stage ("quantize/q4_k_m"), or EVERY_RUNG;
-            or a function of the variant.
+        needs: the stages whose outputs it reads: "merge", one variant of a stage ("quantize/q4_k_m"), or
+            EVERY_JUDGED_STAGE; or a function of the variant.
         reads: for a stage whose files it does not read all, patterns of those that it does, from that stage's folder
             ("adapter/*"; "!adapter/README.md" takes one away again).
         settings: the keys ("train.seed") and sections ("lora") of the configuration that it reads; another value of one
@@ -47,7 +47,7 @@ class Stage:
         programs: what it starts beside Python: the names of pins in third_party/pins.toml.
         variants: the names of its variants under a configuration; one that has no name where it has none.
         figures: the most telling of its figures, for the tables.
-        rung: whether `verify` judges what it leaves.
+        judged: whether `verify` judges what it leaves.
         unfinished: why it has to be tried again although nothing has changed, of its figures; else None.
     """
 
@@ -63,7 +63,7 @@ class Stage:
     programs: Names = ()
     variants: Callable[[Config], Names] = lambda config: ("",)
     figures: Names = ()
-    rung: bool = False
+    judged: bool = False
     unfinished: Callable[[dict[str, Any]], str | None] = lambda figures: None
 
     def needs_of(self, variant: str) -> Names:

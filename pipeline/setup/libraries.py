@@ -4,7 +4,8 @@
 
 An empty virtual environment is enough: pip installs what third_party/bootstrap.lock names (uv, and what reads the
 lock's markers), uv installs the whole lock, and in a checkout this program itself goes in last, without dependencies.
-So this module imports the standard library alone until that is done. Hashes are checked all the way.
+So this module imports the standard library alone until that is done. Hashes are checked all the way, but for a CPU
+build of torch that lies in a folder of wheels: what lies there is its owner's choice.
 
 What is installed is read from the environment itself, so there is no stamp that could be wrong. The lock serves
 machines with and without a GPU; only torch differs, where an index or folder that the machine is configured for offers

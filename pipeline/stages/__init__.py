@@ -24,9 +24,9 @@ def all_stages() -> tuple["Stage", ...]:
     return tuple(declared(name) for name in NAMES)
 
 
-def rungs() -> tuple[str, ...]:
+def judged_stages() -> tuple[str, ...]:
     """The names of the stages whose outputs `verify` judges."""
-    return tuple(stage.name for stage in all_stages() if stage.rung)
+    return tuple(stage.name for stage in all_stages() if stage.judged)
 
 
 def summary(name: str) -> str:

@@ -133,5 +133,5 @@ STAGE = Stage(
     libraries=("torch", "transformers", "tokenizers", "safetensors", "numpy"),
     programs=("llama.cpp",),
     figures=("type", "bytes", "tensors", "pre_tokenizer"),
-    rung=True,
+    judged=True,
 )

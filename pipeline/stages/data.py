@@ -273,5 +273,5 @@ STAGE = Stage(
     files=files,
     libraries=("transformers", "tokenizers", "jinja2"),
     figures=("train_rows", "train_tokens", "train_share_trained", "validation_rows", "test_rows"),
-    rung=True,
+    judged=True,
 )

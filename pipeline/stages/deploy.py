@@ -292,6 +292,6 @@ STAGE = Stage(
     libraries=("transformers", "tokenizers", "jinja2"),
     programs=("ollama",),
     figures=("names", "ollama", "prompts", "reason"),
-    rung=True,
+    judged=True,
     unfinished=unfinished,
 )

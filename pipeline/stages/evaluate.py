@@ -224,5 +224,5 @@ STAGE = Stage(
     programs=("llama.cpp", "ollama"),
     variants=variants,
     figures=("exact_match", "asked", "seconds_per_answer"),
-    rung=True,
+    judged=True,
 )

@@ -2,8 +2,8 @@
 
 An adapter that was trained on 4 bits may fit what NF4 keeps of the weights better than the weights as they are stored;
 which of the two depends on the model and on the data, so the held-out loss of both is measured, and decides. The sum is
-taken in float32 and rounded once, to the type that the base is stored in. A merge that would leave a module out, or
-change nothing, is refused.
+taken in float32 where the memory allows it, and rounded once, to the type that the base is stored in. A merge that
+would leave a module out, or change nothing, is refused.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def _copy_tokenizer(adapter: Path, base: Path, output: Path) -> None:
 
 STAGE = Stage(
     name="merge",
-    summary="Merge the adapter into the 16-bit base.",
+    summary="Merge the adapter into 16-bit weights of the base.",
     run=main,
     needs=("data", "train"),
     reads={
@@ -212,5 +212,5 @@ STAGE = Stage(
     files=lambda config, _: base_files(config.model),
     libraries=("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors"),
     figures=("modules_merged", "merged_into", "relative_change", "rounding_to_change", "stored", "bytes"),
-    rung=True,
+    judged=True,
 )

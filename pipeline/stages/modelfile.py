@@ -102,5 +102,5 @@ STAGE = Stage(
     programs=("llama.cpp", "ollama"),
     variants=lambda config: config.export.quant,
     figures=("way", "suite"),
-    rung=True,
+    judged=True,
 )

@@ -13,7 +13,7 @@ from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.model.facts import base_files
 from pipeline.run.stage import Stage, Task
-from pipeline.stages import rungs
+from pipeline.stages import judged_stages
 from pipeline.verify.result import FAIL, NOT_RUN, write
 from pipeline.verify.untouched_base import failures, preflight
 
@@ -27,7 +27,7 @@ def files(config: Config, _: str) -> list[Path]:
 def main(task: Task) -> dict[str, Any]:
     """Write preflight.json."""
     with tempfile.TemporaryDirectory(dir=task.scratch) as scratch:  # gigabytes, of use to nobody after a failure
-        content = preflight(task.config, task.run, Path(scratch), rungs())
+        content = preflight(task.config, task.run, Path(scratch), judged_stages())
     if content["verdict"] == FAIL:
         lines = "\n  ".join(failures(content))
         raise UserError(f"this base cannot go the whole way:\n  {lines}\n`--no-preflight` runs the stages anyway")

@@ -113,5 +113,5 @@ STAGE = Stage(
     programs=("llama.cpp",),
     variants=variants,
     figures=("type", "bytes", "bits_per_weight", "fallback_share"),
-    rung=True,
+    judged=True,
 )

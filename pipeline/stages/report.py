@@ -16,7 +16,7 @@ from pipeline.figures import duration, main_figures, peak_memory, size, written
 from pipeline.plots import ladder
 from pipeline.resources import resource
 from pipeline.run.folder import read_manifest
-from pipeline.run.stage import EVERY_RUNG, Stage, Task
+from pipeline.run.stage import EVERY_JUDGED_STAGE, Stage, Task
 from pipeline.stages import declared
 from pipeline.verify.rungs import BASE
 
@@ -198,7 +198,7 @@ STAGE = Stage(
     name="report",
     summary="Write the run's page: report.html.",
     run=main,
-    needs=(EVERY_RUNG, "verify"),
+    needs=(EVERY_JUDGED_STAGE, "verify"),
     settings=("model.base", "lora", "export.quant", "ollama.name", "eval.metric"),
     files=lambda config, _: [resource("templates/report.html.j2")],
 )

@@ -48,6 +48,8 @@ def main(task: Task) -> dict[str, Any]:
     validation_rows = _read_rows(task.layout.tokens("validation"))
     if settings.early_stopping and not validation_rows:
         raise UserError("train.early_stopping needs validation data: give data.validation or data.validation_fraction")
+    if settings.early_stopping and settings.save_interval:
+        task.warn("train.save_interval is not used: with train.early_stopping every validation saves a checkpoint")
 
     tokenizer, _ = load_tokenizer(
         folder, trust_remote_code=config.model.trust_remote_code, chat_template=config.model.chat_template
@@ -412,5 +414,5 @@ STAGE = Stage(
         *("datasets", "tokenizers", "safetensors"),
     ),
     figures=("steps", "loss_last", "validation_loss_first", "validation_loss_last", "tokens_per_second", "device"),
-    rung=True,
+    judged=True,
 )

@@ -10,8 +10,8 @@ from typing import Any
 
 from pipeline import console
 from pipeline.model.facts import base_files
-from pipeline.run.stage import EVERY_RUNG, Stage, Task
-from pipeline.stages import rungs
+from pipeline.run.stage import EVERY_JUDGED_STAGE, Stage, Task
+from pipeline.stages import judged_stages
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.chain import verify
 from pipeline.verify.result import FAIL, explain, write
@@ -20,7 +20,7 @@ from pipeline.verify.rungs import GGUF_16BIT
 
 def main(task: Task) -> dict[str, Any]:
     """Write verify.json."""
-    content = verify(Artefacts.of_run(task.run, task.config, task.scratch), rungs())
+    content = verify(Artefacts.of_run(task.run, task.config, task.scratch), judged_stages())
     write(task.new(task.layout.verify_json), content)
     if content["verdict"] == FAIL:
         console.say(f"  {explain(content)}")
@@ -36,7 +36,7 @@ STAGE = Stage(
     name="verify",
     summary="Prove every stage against the one before it, and name the first broken one.",
     run=main,
-    needs=(EVERY_RUNG,),
+    needs=(EVERY_JUDGED_STAGE,),
     settings=(
         *("verify", "model", "export.quant", "train.load_in_4bit", "train.max_length"),
         *("data.test", "data.on_overlong", "data.system", "ollama.parameters", "ollama.system", "eval"),

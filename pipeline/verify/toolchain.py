@@ -60,7 +60,7 @@ def check_pin() -> Result:
 
 
 def _files(run: Path, stages: dict[str, dict[str, Any]]) -> Iterator[Result]:
-    wanted = {name: record for name, record in stages.items() if record.get("rung")}
+    wanted = {name: record for name, record in stages.items() if record.get("judged")}
     if not wanted:
         yield Claim("toolchain.files", "data", _FILES).not_run("the manifest names no files")
         return

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from pipeline.errors import PipelineError, UserError
-from pipeline.run.stage import EVERY_RUNG, Stage, Task
+from pipeline.run.stage import EVERY_JUDGED_STAGE, Stage, Task
 
 
 def _first(task: Task) -> dict[str, Any]:
@@ -62,13 +62,13 @@ SECOND = Stage(
     needs=("first",),
     reads={"first": ("*.txt", "!unread.txt")},
     variants=lambda config: config.export.quant,
-    rung=True,
+    judged=True,
 )
 THIRD = Stage(
     name="third",
     summary="Join the texts.",
     run=_third,
-    needs=(EVERY_RUNG,),
+    needs=(EVERY_JUDGED_STAGE,),
     unfinished=lambda figures: "there were no two" if figures["parts"] == 1 else None,
 )
 STAGES = (FIRST, SECOND, THIRD)

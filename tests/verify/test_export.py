@@ -15,7 +15,7 @@ from support.small_models import base_folder, original_gguf, scratch
 from pipeline.cli import main
 from pipeline.config import Verify
 from pipeline.llamacpp.programs import program, source_tree
-from pipeline.stages import rungs
+from pipeline.stages import judged_stages
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.chain import EXPORT_CHECKS
 from pipeline.verify.chain import verify as run
@@ -48,7 +48,7 @@ def verify(hf: Path, gguf: Path) -> dict[str, Any]:
     settings = Verify(tokens=600, strings=600, stopping=0, stopping_prompts=1)
     again = scratch() / "export" / hf.parent.name
     again.mkdir(parents=True, exist_ok=True)
-    return run(Artefacts.of_export(hf, gguf, settings, again), rungs(), EXPORT_CHECKS)
+    return run(Artefacts.of_export(hf, gguf, settings, again), judged_stages(), EXPORT_CHECKS)
 
 
 def failed(content: dict[str, Any]) -> dict[str, str]:

@@ -39,7 +39,7 @@ def look(project: Path, *overrides: str) -> dict[str, Any]:
     scratch = project / "scratch"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
-    return preflight(settings, project / "run", scratch, stages.rungs())
+    return preflight(settings, project / "run", scratch, stages.judged_stages())
 
 
 def unknown_splitting(base: Path) -> None:
