@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from pipeline.llamacpp.server import LlamaServer
+from pipeline.llamacpp.llama_server import LlamaServer
 from sentencepiece import SentencePieceProcessor
 from support import bases
 from transformers import AutoTokenizer
