@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def device_for(needed: int) -> str:
     """Where something is computed: "cuda" where so many bytes are free there, else "cpu"."""
-    return "cuda" if needed <= gpu.free_memory() else "cpu"
+    return "cuda" if needed < gpu.free_memory() else "cpu"
 
 
 def compute_type(device: str) -> Any:

@@ -55,7 +55,8 @@ def check(config: Config, run_folder: Path, parameters: int, gpu_bytes: int | No
     environment = libraries.this_environment()
     torch = next((package.version for package in environment.installed() if package.name == "torch"), None)
     for finding in gpu.look(gpu.gpus(), libraries.locked_cuda(), torch):
-        yield _judged(Claim(f"machine.{finding.subject.lower().replace(' ', '_')}", "base", _TRAINING_GPU), finding)
+        name = finding.subject.removeprefix("GPU").strip().lower().replace(" ", "_") or "found"
+        yield _judged(Claim(f"machine.gpu.{name}", "base", _TRAINING_GPU), finding)
     yield _judged(_VERSIONS, libraries.look())
 
 

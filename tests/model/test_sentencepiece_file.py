@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-from pipeline.llamacpp.llama_server import LlamaServer
 from sentencepiece import SentencePieceProcessor
 from support import bases
 from transformers import AutoTokenizer
 
 from pipeline.llamacpp import converter
 from pipeline.llamacpp.gguf_file import inspect
+from pipeline.llamacpp.llama_server import LlamaServer
 from pipeline.model.base import as_trained
 from pipeline.model.sentencepiece_file import write_sentencepiece
 from pipeline.prompt.hostile_strings import hostile_strings

@@ -94,10 +94,13 @@ def test_nothing_has_changed(project: Path) -> None:
         ("train.report_to", "tensorboard", set()),
         ("train.save_interval", 5, set()),
         ("train.learning_rate", 0.5, {"train"}),
-        ("train.load_in_4bit", False, {"preflight", "train", "merge", "evaluate/adapter", "evaluate/table", "verify"}),
+        (
+            *("train.load_in_4bit", False),
+            {"preflight", "data", "train", "merge", "evaluate/adapter", "evaluate/table", "verify"},
+        ),
         ("ollama.replace", True, set()),
         ("ollama.license", "MIT", {"modelfile/q4_k_m", "modelfile/q8_0"}),
-        ("merge.base", "16bit", {"merge"}),
+        ("merge.base", "16bit", {"data", "merge"}),
     ],
 )
 def test_a_setting_makes_stale_what_depends_on_it(project: Path, key: str, value: Any, affected: set[str]) -> None:

@@ -13,7 +13,7 @@ from support.page import Page
 
 from pipeline import plots
 from pipeline.cli import main
-from pipeline.stages import report
+from pipeline.stages import judged_stages, report
 from pipeline.verify import chain
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import FAIL, NOT_RUN, PASS, Claim, document, write
@@ -121,7 +121,7 @@ def test_the_proof_s_table_has_the_verdicts_of_real_checks(tmp_path: Path) -> No
     config = good_run.config_of(run)
     strict = config.model_copy(update={"verify": config.verify.model_copy(update={"quantization_error": 1e-9})})
     artefacts = Artefacts.of_run(run, strict, tmp_path)
-    content = chain.verify(artefacts, ("labels", "quantization", "answers"))
+    content = chain.verify(artefacts, judged_stages(), ("labels", "quantization", "answers"))
     assert all(content["counts"].values()), content["counts"]
     write(made_up(tmp_path / "page") / "verify" / "verify.json", content)
     page = page_of(tmp_path / "page" / "run")
