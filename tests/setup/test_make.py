@@ -96,6 +96,7 @@ def test_wheel_carries_all_that_the_program_reads_and_runs_from_where_it_is_inst
     modules = list((ROOT / "pipeline").rglob("*.py"))
     named = {name for path in modules for name in re.findall(r'resource\("([^"]+)"\)', path.read_text())}
     assert named >= {"templates/report.html.j2", "third_party/pins.toml", "requirements.lock"}
+    inside |= {str(folder) for name in inside for folder in Path(name).parents}
     assert {f"pipeline/{name}" for name in named} <= inside
     assert {str(path.relative_to(ROOT)) for path in modules} <= inside
 
