@@ -183,7 +183,7 @@ def test_wheel_in_any_environment_sets_itself_up(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
     python = tmp_path / "env" / "bin" / "python"
     # As of today or of any other day: pip takes what the index has.
-    install = [python, "-m", "pip", "install", "--quiet", wheel, "click==8.2.0", "rich==14.0.0"]
+    install = [python, "-m", "pip", "install", "--quiet", wheel, "httpx==0.28.0", "rich==14.0.0"]
     subprocess.run(install, cwd=tmp_path, check=True, capture_output=True)
     assert judged(tmp_path / "env")
     command = [tmp_path / "env" / "bin" / "pipeline", "setup"]
