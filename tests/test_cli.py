@@ -139,7 +139,8 @@ def test_chat_streams_the_greedy_answer_and_an_error_of_the_model_does_not_hang(
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from pipeline.config import Model
-    from pipeline.model.generate import answer_in_batches, load_base, stream_answer
+    from pipeline.model.generate import answer_in_batches, stream_answer
+    from pipeline.model.load import load_base
 
     model, tokenizer = load_base(Model(base="smollm2-135m-instruct"))
     question = [{"role": "user", "content": "What is the capital of France?"}]
