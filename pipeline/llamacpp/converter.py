@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipeline.errors import PipelineError
-from pipeline.llamacpp.programs import failure, run, source_tree
+from pipeline.llamacpp.programs import source_tree
+from pipeline.processes import failure, follow
 
 _EXPLANATIONS = {
     "BPE pre-tokenizer was not recognized": (
@@ -50,7 +51,7 @@ def convert(arguments: Sequence[str | Path], folder: Path, on_line: Callable[[st
         output.append(line)
         on_line(line)
 
-    status = run(arguments, on_line=read, environment=_ENVIRONMENT)
+    status = follow(arguments, on_line=read, environment=_ENVIRONMENT)
     if status:
         explained = [text for sign, text in _EXPLANATIONS.items() if any(sign in line for line in output)]
         error = failure("llama.cpp's converter", status, output, folder)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from pipeline.errors import PipelineError
 from pipeline.llamacpp.divergence import DivergenceStatistics
 from pipeline.llamacpp.library import LlamaModel
-from pipeline.llamacpp.programs import failure, program, require_space, run
+from pipeline.llamacpp.programs import program
+from pipeline.processes import failure, follow, require_space
 
 if TYPE_CHECKING:
     import numpy as np
@@ -128,7 +129,7 @@ def compare(
         if done := re.match(r"\s*(\d+)\s+[\d.]+\s+±", line):
             on_chunk(float(done[1]))
 
-    status = run(arguments, on_line=read)
+    status = follow(arguments, on_line=read)
     if status:
         raise failure(f"llama-perplexity of {model.name}", status, output)
     return parse("\n".join(output), scored_positions(chunks * context, context))

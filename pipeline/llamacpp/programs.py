@@ -8,10 +8,6 @@ import os
 from pathlib import Path
 
 from pipeline.errors import NotInstalled
-from pipeline.processes import failure, require_space
-from pipeline.processes import follow as run
-
-__all__ = ["failure", "installed", "program", "programs_folder", "require_space", "run", "source_tree"]
 
 
 def program(name: str) -> Path:

@@ -14,7 +14,8 @@ from functools import cache
 from pathlib import Path
 
 from pipeline.errors import PipelineError, UserError
-from pipeline.llamacpp.programs import failure, program, run
+from pipeline.llamacpp.programs import program
+from pipeline.processes import failure, follow
 
 # The help text gives a size in GiB on these models: their numbers of parameters make it bits per weight.
 _PARAMETERS = {"Llama-3-8B": 8_030_261_248, "Mistral-7B": 7_241_732_096}
@@ -204,7 +205,7 @@ def _run(
         if not _TENSOR.search(line):  # what is left tells why it failed
             output.append(line)
 
-    status = run(arguments, on_line=read)
+    status = follow(arguments, on_line=read)
     if status:
         words = "\n".join(output)
         if "requires an imatrix" in words or "importance matrix" in words:

@@ -13,8 +13,8 @@ from pipeline import console
 from pipeline.errors import PipelineError
 from pipeline.llamacpp import converter
 from pipeline.llamacpp.gguf_file import GGUFInfo, check
-from pipeline.llamacpp.programs import require_space
 from pipeline.model.weights_file import Weights, read_weights
+from pipeline.processes import require_space
 from pipeline.run.stage import Stage, Task
 
 # Said for every model that transformers 5 saved: "default" is its name for no scaling, and that is what is written.

@@ -11,8 +11,9 @@ from pipeline import console
 from pipeline.errors import PipelineError
 from pipeline.llamacpp import quantizer
 from pipeline.llamacpp.gguf_file import GGUFInfo, check, inspect
-from pipeline.llamacpp.programs import installed, require_space
+from pipeline.llamacpp.programs import installed
 from pipeline.llamacpp.quantizer import Quantization, QuantizationType, quantization_type
+from pipeline.processes import require_space
 from pipeline.run.stage import Stage, Task
 
 if TYPE_CHECKING:

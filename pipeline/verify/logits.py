@@ -21,12 +21,12 @@ from pipeline.llamacpp.gguf_file import inspect
 from pipeline.llamacpp.library import LlamaModel
 from pipeline.llamacpp.llama_server import LlamaServer
 from pipeline.llamacpp.perplexity import LEAST_POSITIONS, compare, scored_positions, write_reference
-from pipeline.llamacpp.programs import require_space
 from pipeline.llamacpp.quantizer import quantize
 from pipeline.model.held_out import loss_of, trained_places
 from pipeline.model.load import load_float32, round_matrices
 from pipeline.model.memory import fits_float32
 from pipeline.model.predict import predict
+from pipeline.processes import require_space
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.reconvert import unquantized_type
 from pipeline.verify.result import Claim, Result

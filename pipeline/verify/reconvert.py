@@ -10,8 +10,8 @@ from pathlib import Path
 
 from pipeline.llamacpp import converter
 from pipeline.llamacpp.gguf_file import GGUFInfo, inspect
-from pipeline.llamacpp.programs import require_space
 from pipeline.model.weights_file import read_weights
+from pipeline.processes import require_space
 
 _UNQUANTIZED = {0: "f32", 1: "f16", 32: "bf16"}  # general.file_type
 

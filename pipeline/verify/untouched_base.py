@@ -16,7 +16,6 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.console import progress
 from pipeline.errors import PipelineError
-from pipeline.llamacpp.programs import require_space
 from pipeline.llamacpp.quantizer import quantize
 from pipeline.model.base import as_trained, resolve_base
 from pipeline.model.four_bit import in_16bit
@@ -25,6 +24,7 @@ from pipeline.ollama.client import Client
 from pipeline.ollama.ollama_server import OllamaServer, find_ollama
 from pipeline.ollama.rendering import choose, refusal
 from pipeline.ollama.target import names_of, refuse_taken, server
+from pipeline.processes import require_space
 from pipeline.prompt.template import ChatTemplate
 from pipeline.prompt.tokenizer import load_tokenizer
 from pipeline.run.layout import Layout
