@@ -570,7 +570,7 @@ def test_a_file_changed_after_the_run(tmp_path: Path) -> None:
     run = copy_run(tmp_path)
     outputs = {stage: record_files(run / stage, run) for stage in ("data", "train", "merge", "convert")}
     write_manifest(
-        run, {"stages": {stage: RECORD | {"rung": True, "outputs": files} for stage, files in outputs.items()}}
+        run, {"stages": {stage: RECORD | {"judged": True, "outputs": files} for stage, files in outputs.items()}}
     )
     assert not caught(run, "toolchain", "")
     path = run / "convert" / "model-f16.gguf"
