@@ -130,7 +130,7 @@ def main(task: Task) -> dict[str, Any]:
         "tokens_per_second": tokens / max(seconds, 1e-9),
         "load_in_4bit": settings.load_in_4bit,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
-        **({"peak_gpu_bytes": torch.cuda.max_memory_allocated()} if cuda else {}),
+        **({"cuda": torch.version.cuda, "peak_gpu_bytes": torch.cuda.max_memory_allocated()} if cuda else {}),
         "resumed_from": checkpoint.name if checkpoint else None,
         "seed": settings.seed,
     }
@@ -219,10 +219,11 @@ def make_trainer(
     settings = task.config.train
     cuda = torch.cuda.is_available()
     bfloat16 = cuda and compute_type("cuda") is torch.bfloat16
+    # Rows that are packed, or on a GPU laid end to end, need the trainer's own preparation and collator.
+    end_to_end = cuda or packing
     arguments = SFTConfig(
         output_dir=str(task.scratch / "checkpoints"),
         per_device_train_batch_size=settings.batch,
-        per_device_eval_batch_size=4 * (settings.batch or 1),  # no gradients: there is room for more
         gradient_accumulation_steps=settings.accumulation,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.scheduler,
@@ -248,8 +249,8 @@ def make_trainer(
         max_length=settings.max_length,
         packing=packing,
         eval_packing=False,
-        padding_free=False,
-        dataset_kwargs={"skip_prepare_dataset": not packing},
+        padding_free=None if cuda else False,  # Unsloth decides whether it can
+        dataset_kwargs={"skip_prepare_dataset": not end_to_end},
         remove_unused_columns=False,
         report_to=settings.report_to,
         disable_tqdm=True,
@@ -292,8 +293,7 @@ def make_trainer(
         train_dataset=Dataset.from_list(train_rows),
         eval_dataset=Dataset.from_list(validation_rows) if validation_rows else None,
         processing_class=copy.deepcopy(tokenizer),  # a trainer may give it a pad token, which is not to be saved
-        # Packed rows need the trainer's own collator, which keeps them apart.
-        data_collator=None if packing else DataCollatorForLanguageModeling(_padding(model, tokenizer)),
+        data_collator=None if end_to_end else DataCollatorForLanguageModeling(_padding(model, tokenizer)),
         callbacks=[
             MarkComplete(),
             *([EarlyStoppingCallback(settings.early_stopping)] if settings.early_stopping else []),
@@ -302,6 +302,8 @@ def make_trainer(
     steps, evaluate, save = schedule(len(trainer.train_dataset), len(validation_rows), task.config)
     trainer.args.max_steps, trainer.args.eval_steps, trainer.args.save_steps = steps, evaluate, save
     trainer.args.warmup_steps = math.ceil(steps * settings.warmup)
+    # No gradients: there is room for more rows. Unsloth takes no more than the training's when it makes the trainer.
+    trainer.args.per_device_eval_batch_size = 4 * (settings.batch or 1)
     return trainer
 
 

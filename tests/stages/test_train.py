@@ -263,12 +263,25 @@ def test_early_stopping_goes_on_counting_after_an_interruption(project: Path) ->
 
 
 @pytest.mark.skipif(gpu.memory() is None, reason="no GPU: CUDA training, packing and GPU memory were not tested")
-def test_the_same_command_on_a_gpu(project: Path) -> None:
-    finish(train(project, "gpu", "--set", "train.packing=true"))
-    figures = json.loads((project / "gpu" / "manifest.json").read_text())["stages"]["train"]["figures"]
+def test_the_same_command_on_a_gpu(project: Path, trained: Path) -> None:
+    """Twice the same bytes; packed, all rows are trained on and none sees another."""
+    finish(train(project, "again"))
+    whole, again, packed = ((project / name / "train") for name in ("whole", "again", "packed"))
+    adapter = "adapter/adapter_model.safetensors"
+    assert sha256_of(again / adapter) == sha256_of(whole / adapter)
+
+    finish(train(project, "packed", "--set", "train.packing=true"))
+    figures = json.loads((project / "packed" / "manifest.json").read_text())["stages"]["train"]["figures"]
     assert figures["device"] != "cpu"
+    assert figures["cuda"]
     assert figures["peak_gpu_bytes"] > 0
     assert figures["loss_last"] < figures["loss_first"]
+    batches = [json.loads(line)["input_ids"] for line in (packed / "batches.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)["input_ids"] for line in (project / "packed/data/train.tokens.jsonl").read_text().splitlines()
+    ]
+    assert max(map(len, batches)) > 4  # of the configuration's batch: several rows in a sequence
+    assert all(row in rows for batch in batches for row in batch)
 
 
 def config(**train: object) -> Config:
