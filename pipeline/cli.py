@@ -31,6 +31,7 @@ _ELSEWHERE = {
     ),
     "doctor": ("pipeline.doctor", "doctor", "Show what this machine has and lacks, and what to do about it."),
     "init": ("pipeline.init", "init", "Write a pipeline.toml and sample rows to start from."),
+    "plan": ("pipeline.plan", "plan", "Show what a run will need of memory, disk and time, and whether it fits."),
     "template": (
         "pipeline.ollama.commands",
         "template",
@@ -39,7 +40,7 @@ _ELSEWHERE = {
     "chat": ("pipeline.ollama.commands", "chat", "Talk to the result: in Ollama, or at another rung."),
 }
 # The order of the help page is the order of the work.
-_ORDER = ("setup", "doctor", "init", "run", "status", "config", *stages.NAMES, "export", "template", "chat")
+_ORDER = ("setup", "doctor", "init", "plan", "run", "status", "config", *stages.NAMES, "export", "template", "chat")
 
 
 class Commands(click.Group):
@@ -116,8 +117,15 @@ def configured(command: Callable[..., None]) -> Callable[..., None]:
     return click.argument("config", type=click.Path(path_type=Path), default="pipeline.toml", help=words)(command)
 
 
-def resolved(path: Path, overrides: Sequence[str]) -> tuple[Config, dict[str, str]]:
-    """The configuration with every default filled in, and where each value came from."""
+def resolved(path: Path, overrides: Sequence[str], *, gpu_memory: int | None = None) -> tuple[Config, dict[str, str]]:
+    """The configuration with every default filled in, and where each value came from.
+
+    Args:
+        path: a pipeline.toml, or its folder.
+        overrides: "key=value" each.
+        gpu_memory: the defaults are those for a card of so many bytes, 0: for a machine without one; None: for the
+            machine that the run began on, or this one.
+    """
     from pipeline.config import load_config
     from pipeline.defaults import Facts, resolve
     from pipeline.model.facts import facts
@@ -130,6 +138,8 @@ def resolved(path: Path, overrides: Sequence[str]) -> tuple[Config, dict[str, st
     config, given = load_config(path, overrides)
     parameters, context = facts(config.model.base, config.model.revision)
     first = first_machine(read_manifest(config.run_folder), config.model)
+    if gpu_memory is not None:
+        return resolve(config, given, Facts(parameters, context, gpu_memory or None))
     memory = first["gpu_memory_bytes"] if first else gpu.memory()
     return resolve(config, given, Facts(parameters, context, memory, kept=first is not None))
 

@@ -8,6 +8,7 @@ here, by name.
 import difflib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +111,23 @@ def cached_base(base: str, revision: str | None = None) -> Path | None:
         return None
 
 
-def _from_hub(base: str, revision: str | None) -> Path:
+def config_folder(base: str, revision: str | None = None) -> Path:
+    """A folder with the config.json of a base: of a hub id nothing else is fetched.
+
+    Raises:
+        UserError, PipelineError: as `resolve_base`.
+    """
+    if base.lower() not in PACKAGED and "/" in base and not expanded(base, "model.base").exists():
+        return cached_base(base, revision) or _from_hub(base, revision, ("config.json",))
+    return resolve_base(base, revision)
+
+
+def _from_hub(base: str, revision: str | None, patterns: Sequence[str] = HUB_PATTERNS) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     at = f"{base} at {revision}" if revision else base
     try:
-        return Path(snapshot_download(base, revision=revision, allow_patterns=list(HUB_PATTERNS)))
+        return Path(snapshot_download(base, revision=revision, allow_patterns=list(patterns)))
     except errors.GatedRepoError:
         raise UserError(
             f"model.base: {at} is gated: accept its licence on its hub page, then log in with "

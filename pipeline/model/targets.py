@@ -60,7 +60,16 @@ def of_base(folder: Path, lora: Lora, *, trust_remote_code: bool = False) -> Tar
     """The modules of a base as merge loads it; no weights are read.
 
     Raises:
-        UserError: as `find`; or transformers does not know the architecture.
+        UserError: as `find` and `without_weights`.
+    """
+    return find(without_weights(folder, trust_remote_code=trust_remote_code), lora)
+
+
+def without_weights(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """A base's model on torch's meta device: all names and shapes, no numbers.
+
+    Raises:
+        UserError: transformers does not know the architecture.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -68,10 +77,15 @@ def of_base(folder: Path, lora: Lora, *, trust_remote_code: bool = False) -> Tar
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model.base: {folder}: transformers cannot build this model: {error}") from None
-    return find(model, lora)
+
+
+def in_layers(model: Any) -> dict[str, tuple[int, int]]:
+    """The linear modules of the language model's layers: full name -> (values in, values out)."""
+    linear = ((name, _shape(module)) for name, module in model.named_modules() if _LAYER.search(name))
+    return {name: shape for name, shape in linear if shape is not None and not OTHER_SENSES.search(name)}
 
 
 def find(model: Any, lora: Lora) -> Targets:
@@ -86,7 +100,7 @@ def find(model: Any, lora: Lora) -> Targets:
     """
     every = [name for name, _ in model.named_modules()]
     linear = {name: shape for name, module in model.named_modules() if (shape := _shape(module)) is not None}
-    text = {name: shape for name, shape in linear.items() if _LAYER.search(name) and not OTHER_SENSES.search(name)}
+    text = in_layers(model)
     wanted = lora.target_modules
     experts = tuple(name for name, value in model.named_parameters() if value.dim() == 3 and ".experts." in name)
     if experts:

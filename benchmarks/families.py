@@ -1,0 +1,170 @@
+"""The families of models that people bring, each taken the whole way: `python -m benchmarks.families --help`.
+
+A small random model of each (benchmarks/small_base.py) is trained four steps, merged, converted, quantized, created in
+a real Ollama and verified. A row of the table either passes every check, or is refused by preflight with the cause.
+"""
+
+import json
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks.program import COMMAND
+from benchmarks.small_base import write_small_base
+
+_PHI3 = ("<|endoftext|>", "<|assistant|>", "<|placeholder1|>", "<|end|>", "<|system|>", "<|user|>")
+_QUANT = "q4_k_m"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of base.
+
+    Attributes:
+        tokenizer: of a packaged base, or as third_party/pins.toml names it.
+        model_type: the architecture, as config.json names it.
+        chat_template: whether the tokenizer comes with one; a raw base has none.
+        model: further keys of [model].
+        added: special tokens beyond the tokenizer's own.
+        rows: of the embedding; 0: one for every token.
+        four_bit: stored in bitsandbytes' 4 bits.
+    """
+
+    tokenizer: str
+    model_type: str = "llama"
+    chat_template: bool = True
+    model: str = ""
+    added: tuple[str, ...] = ()
+    rows: int = 0
+    four_bit: bool = False
+
+
+FAMILIES = {
+    "Llama 2, raw": Family("llama2", chat_template=False, model='chat_template = "alpaca"\n'),
+    "Llama 2 in 4 bits (bitsandbytes)": Family("llama2", chat_template=False, four_bit=True),
+    "Llama 3": Family("llama3"),
+    "Llama 3.1, raw": Family("llama3_1", chat_template=False, model='chat_template = "zephyr"\n'),
+    "Llama 3.1 Instruct": Family("llama3_1"),
+    "Mistral": Family("llama2", "mistral", chat_template=False, model='chat_template = "mistral"\n'),
+    "Mistral Nemo": Family("mistral_nemo", "mistral"),
+    "Mixtral": Family("llama2", "mixtral", chat_template=False, model='chat_template = "mistral"\n'),
+    "Qwen2.5": Family("qwen2_5", "qwen2"),
+    "Qwen3": Family("qwen3", "qwen3"),
+    "Qwen3-MoE": Family("qwen3", "qwen3_moe"),
+    "Gemma 2": Family("gemma2", "gemma2", model='chat_template = "gemma"\n'),
+    "Gemma 3, text": Family("gemma3", "gemma3_text", rows=262144),
+    "Gemma 3, vision": Family("gemma3", "gemma3"),
+    "Phi-3": Family("llama2", "phi3", added=_PHI3, model='chat_template = "phi-3"\n'),
+    "Phi-4": Family("gpt4", "phi3"),
+    "Granite": Family("smollm2-135m-instruct", "granite"),
+    "SmolLM2": Family("smollm2-135m-instruct"),
+    "SmolLM3": Family("llama3_1", "smollm3"),
+    "OLMo 2": Family("gpt4", "olmo2"),
+    "DeepSeek, distilled": Family("qwen2_5", "qwen2"),
+    "DeepSeek V3": Family("deepseek_v3", "deepseek_v3"),
+    "gpt-oss": Family("gpt4o", "gpt_oss", model='chat_template = "chatml"\n'),
+    "GPT-2": Family("gpt2", "gpt2"),
+    "Falcon": Family("gpt2", "falcon"),
+}
+
+
+def project(folder: Path, family: Family, *, rows: int = 48) -> Path:
+    """A folder with a family's small base, rows of one and of two turns, and a configuration; its pipeline.toml."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_small_base(
+        folder / "base",
+        family.tokenizer,
+        family.model_type,
+        chat_template=family.chat_template,
+        rows=family.rows,
+        added=family.added,
+        four_bit=family.four_bit,
+    )
+    return configure(folder, folder / "base", family.model, rows=rows)
+
+
+def configure(folder: Path, base: Path, model: str = "", *, rows: int = 48) -> Path:
+    """A folder with rows and a configuration for a base; its pipeline.toml."""
+    folder.mkdir(parents=True, exist_ok=True)
+    conversations = [
+        [
+            {"role": "user", "content": f"Say {number}." + " Please." * (number % 5)},
+            {"role": "assistant", "content": f"{number} it is."},
+            {"role": "user", "content": "And the next?"},
+            {"role": "assistant", "content": f"{number + 1}."},
+        ][: 2 + number % 2 * 2]
+        for number in range(rows)
+    ]
+    lines = "".join(json.dumps({"messages": messages}) + "\n" for messages in conversations)
+    (folder / "train.jsonl").write_text(lines, encoding="utf-8")
+    config = folder / "pipeline.toml"
+    # A random model says what it says: what is judged is that the same is said everywhere.
+    judged = "[verify]\ntokens = 400\nstrings = 400\nstopping = 0\n"
+    settings = "[train]\nsteps = 4\nbatch = 4\nmax_length = 256\n[eval]\nmax_new_tokens = 8\n"
+    data = '[data]\ntrain = "train.jsonl"\nvalidation_fraction = 0.25\n'
+    config.write_text(f"[model]\nbase = {json.dumps(str(base))}\n{model}{data}{settings}{judged}", encoding="utf-8")
+    return config
+
+
+def whole_way(config: Path, *options: str) -> dict[str, Any]:
+    """Run the program on a project.
+
+    Returns:
+        status: of the command; said: its last error; output: all that it told; way: how Ollama renders the prompt;
+        checks: verify's verdicts and how many of each; failed: the checks that did.
+    """
+    done = subprocess.run(
+        [*COMMAND, "run", str(config), *options], capture_output=True, text=True, errors="replace", check=False
+    )
+    run = config.parent / "run"
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    proof = _json(run / "verify" / "verify.json")
+    return {
+        "status": done.returncode,
+        "said": errors[-1].removeprefix("error: ") if errors else "",
+        "output": done.stderr,
+        "way": _json(run / "modelfile" / _QUANT / "template.json").get("way", ""),
+        "checks": proof.get("counts", {}),
+        "failed": [row["id"] for row in proof.get("checks", []) if row["verdict"] == "fail"],
+    }
+
+
+def _json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content
+
+
+@click.command()
+@click.option("--only", multiple=True, help="A family, by a part of its name; more than once: several.")
+@click.option("--keep", type=click.Path(path_type=Path), help="Leave the projects in this folder.")
+def main(only: tuple[str, ...], keep: Path | None) -> None:
+    """Print the table of families."""
+    chosen = [name for name in FAMILIES if not only or any(part.lower() in name.lower() for part in only)]
+    print(
+        "| family | architecture | way | checks passed | seconds | refused, or failed |\n|---|---|---|---|---|---|",
+        flush=True,
+    )
+    for name in chosen:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = (keep or Path(temporary)) / name.lower().replace(" ", "-").replace(",", "")
+            started = time.perf_counter()
+            try:
+                found = whole_way(project(folder, FAMILIES[name]))
+            except Exception as error:  # a base that transformers cannot make here
+                found = {"checks": {}, "way": "", "failed": [], "said": f"{type(error).__name__}: {error}", "status": 1}
+            seconds = time.perf_counter() - started
+        words = "; ".join([*found["failed"], found["said"]]).strip("; ").replace("|", "\\|")
+        passed = found["checks"].get("pass", "")
+        print(
+            f"| {name} | {FAMILIES[name].model_type} | {found['way']} | {passed} | {seconds:.0f} | {words} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""A small random base of a real architecture with a real tokenizer, as a folder like those that a hub gives.
+
+Its layers are as wide as a K-quant needs and few; everything else is what the architecture has: fused projections,
+experts, a vision tower, a soft cap, tied embeddings.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pipeline.model.base import resolve_base
+from pipeline.model.packaged import PACKAGED
+from pipeline.setup.places import tokenizer_folder
+
+HEADS, HEAD, HIDDEN = 4, 64, 256
+_VISION = {
+    **{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2},
+    **{"image_size": 56, "patch_size": 14},
+}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": HIDDEN}
+# What an architecture needs beside the common settings, or calls by another name.
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": HIDDEN, "n_layer": 2, "n_head": HEADS, "n_positions": 2048, "n_ctx": 2048},
+    "falcon": {"multi_query": True, "parallel_attn": True, "bias": False, "alibi": False},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "mistral": {"sliding_window": None},
+    "qwen3_moe": {"num_experts": 4, "decoder_sparse_step": 1, "mlp_only_layers": [], **_EXPERTS},
+    "gemma2": {"query_pre_attn_scalar": HEAD},  # which llama.cpp takes it to be
+    "gemma3_text": {"query_pre_attn_scalar": HEAD},
+    "gemma3": {"query_pre_attn_scalar": HEAD},
+    "phi3": {"original_max_position_embeddings": 2048},
+    "granite": {
+        **{"embedding_multiplier": 12.0, "logits_scaling": 8.0},
+        **{"residual_multiplier": 0.22, "attention_multiplier": 1 / HEAD},
+    },
+    "smollm3": {"no_rope_layers": [1, 0], "no_rope_layer_interval": 2},
+    "deepseek_v3": {
+        **{"q_lora_rank": 256, "kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64},
+        **{"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+        **{"num_key_value_heads": HEADS, "head_dim": 32, **_EXPERTS},
+    },
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 128},
+}
+_TIED = ("gemma2", "gemma3_text", "gemma3", "gpt2", "falcon", "granite", "smollm3")
+
+
+def tokenizer_files(name: str, folder: Path, *, chat_template: bool = True, added: tuple[str, ...] = ()) -> Path:
+    """Copy the files of a tokenizer into a folder.
+
+    Args:
+        name: of a packaged base, or of a tokenizer in third_party/pins.toml.
+        folder: where to.
+        chat_template: whether it keeps its own.
+        added: special tokens that the family has beyond this tokenizer's own.
+
+    Raises:
+        FileNotFoundError: the tokenizer is not on this machine.
+    """
+    source = resolve_base(name) if name in PACKAGED else tokenizer_folder(name)
+    if source is None:
+        raise FileNotFoundError(f"the tokenizer of {name} is not here: `pipeline setup --dev` fetches it")
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source / "tokenizer.json", folder / "tokenizer.json")
+    settings = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
+    if not chat_template:
+        settings.pop("chat_template", None)
+    elif (source / "chat_template.jinja").is_file():
+        shutil.copyfile(source / "chat_template.jinja", folder / "chat_template.jinja")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    if added:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.add_special_tokens({"additional_special_tokens": list(added)})
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_small_base(
+    folder: Path,
+    tokenizer: str,
+    model_type: str = "llama",
+    *,
+    chat_template: bool = True,
+    rows: int = 0,
+    added: tuple[str, ...] = (),
+    four_bit: bool = False,
+) -> Path:
+    """Write a model of two layers with rows of 256, in bfloat16.
+
+    Args:
+        folder: where to.
+        tokenizer: as in `tokenizer_files`.
+        model_type: the architecture, as config.json names it.
+        chat_template: whether the tokenizer keeps its own.
+        rows: of the embedding; 0: one for every token.
+        added: special tokens beyond the tokenizer's own.
+        four_bit: as bitsandbytes saves it in NF4.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    tokenizer_files(tokenizer, folder, chat_template=chat_template, added=added)
+    loaded = AutoTokenizer.from_pretrained(folder)
+    settings: dict[str, Any] = {
+        "vocab_size": rows or len(loaded),
+        "hidden_size": HIDDEN,
+        "intermediate_size": 2 * HIDDEN,
+        "num_hidden_layers": 2,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": 2,
+        "head_dim": HEAD,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.05,
+        "bos_token_id": loaded.bos_token_id,
+        "eos_token_id": loaded.eos_token_id,
+        "pad_token_id": loaded.pad_token_id,
+        "tie_word_embeddings": model_type in _TIED,
+        **_SETTINGS.get(model_type, {}),
+    }
+    if model_type == "gemma3":
+        settings = {"text_config": settings, "vision_config": _VISION, "mm_tokens_per_image": 4}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    if four_bit:
+        packed = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=packed, dtype=torch.bfloat16, device_map="cpu"
+        )
+        for path in folder.glob("*.safetensors"):
+            path.unlink()
+        model.save_pretrained(folder)
+    return folder

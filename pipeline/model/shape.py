@@ -1,0 +1,85 @@
+"""The size of a model by its parts, known from config.json alone: what 4 bits can store, how wide and deep it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.model.config_file import text_settings
+
+if TYPE_CHECKING:
+    from pipeline.config import Lora
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How many weights a model has where, and how wide it is.
+
+    Attributes:
+        linear: weights of the layers' linear modules, which 4-bit training stores in 4 bits.
+        other: all other weights: embeddings, head, norms, experts that are one tensor, other senses.
+        largest: weights of the largest linear module of a layer.
+        layers: of the language model.
+        hidden: values that a layer takes in for each token.
+        intermediate: values inside a layer's feed-forward for each token, of all experts that are asked.
+        vocabulary: rows of the embedding.
+        trained: values that the adapter trains.
+        modules: how many modules the adapter is put on, by their names within a layer.
+    """
+
+    linear: int
+    other: int
+    largest: int
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    trained: int
+    modules: dict[str, int]
+
+    @property
+    def parameters(self) -> int:
+        """All weights."""
+        return self.linear + self.other
+
+
+def shape_of(folder: Path, lora: Lora, *, trust_remote_code: bool = False) -> Shape:
+    """The sizes of a base with an adapter; no weights are read.
+
+    Args:
+        folder: with config.json; nothing else is looked at.
+        lora: which modules get an adapter, and of what rank.
+        trust_remote_code: run the folder's own Python code.
+
+    Raises:
+        UserError: transformers does not know the architecture, or `lora.target_modules` means no module.
+    """
+    from pipeline.model import targets
+
+    model = targets.without_weights(folder, trust_remote_code=trust_remote_code)
+    chosen = targets.find(model, lora)
+    linear = [inner * outer for inner, outer in targets.in_layers(model).values()]
+    total = sum(parameter.numel() for parameter in model.parameters())
+    settings = text_settings(model.config.to_dict())
+    hidden = model.config.get_text_config().hidden_size
+    names = [name.rpartition(".")[2] for name in chosen.modules]
+    return Shape(
+        linear=sum(linear),
+        other=total - sum(linear),
+        largest=max(linear),
+        layers=model.config.get_text_config().num_hidden_layers,
+        hidden=hidden,
+        intermediate=_intermediate(settings, hidden),
+        vocabulary=model.get_input_embeddings().weight.shape[0],
+        trained=chosen.parameters(lora),
+        modules={name: names.count(name) for name in dict.fromkeys(names)},
+    )
+
+
+def _intermediate(settings: dict[str, Any], hidden: int) -> int:
+    experts, width = settings.get("num_experts_per_tok"), settings.get("moe_intermediate_size")
+    dense = (
+        settings.get("intermediate_size") or settings.get("ffn_hidden_size") or settings.get("n_inner") or 4 * hidden
+    )
+    return max(dense, experts * (width or dense)) if experts else int(dense)

@@ -1,0 +1,285 @@
+"""`pipeline plan`: what a run will need of memory, disk and time, before anything is downloaded or trained.
+
+The base's config.json is enough. Memory and disk are counted in `pipeline.model`, for preflight and the defaults too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipeline.cli import configured, resolved
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+    from pipeline.model.shape import Shape
+
+# Seconds for a billion weights, measured on two cores (docs/export.md); the work is shared by the cores of a machine.
+_CORE_SECONDS = {"merge": 40.0, "convert": 46.0, "quantize": 48.0}
+# What LoRA training reaches of a card's 16-bit matrix products, and what cores do each second in float32.
+_EFFICIENCY, _CORE_FLOPS = 0.35, 60e9
+# Dense 16-bit products each second, from NVIDIA's data sheets; by a word of the name that nvidia-smi tells.
+_CARD_FLOPS = {
+    **{"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12},
+    **{"A10G": 70e12, "A10": 125e12, "A40": 150e12, "T4": 65e12, "V100": 125e12, "4090": 165e12, "3090": 71e12},
+}
+
+
+class Size(click.ParamType):
+    """A number of bytes: "24GB", "512 MB". Memory comes in powers of 1024, disks in powers of 1000."""
+
+    name = "SIZE"
+
+    def __init__(self, kilo: int) -> None:
+        self.kilo = kilo
+
+    def convert(self, value: Any, param: Any, context: Any) -> int:
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([MGT])i?B?\s*", str(value), re.IGNORECASE)
+        if found is None:
+            self.fail(f"{value!r} is no size: write it as 24GB", param, context)
+        return int(float(found[1]) * self.kilo ** ("MGT".index(found[2].upper()) + 2))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is: bytes of GPU memory (None: no GPU), of memory, of free disk; the card's name, and cores."""
+
+    gpu: int | None
+    memory: int
+    disk: int
+    card: str
+    cores: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a stage needs, in bytes and seconds; None for what is not known."""
+
+    stage: str
+    gpu: int | None
+    memory: int | None
+    disk: int
+    seconds: float | None
+
+
+@click.command("plan", epilog="Example: pipeline plan my/pipeline.toml --gpu 24GB --memory 32GB")
+@configured
+@click.option("--gpu", type=Size(1024), help="For a machine with a GPU of this size; 0GB: without one.")
+@click.option("--memory", type=Size(1024), help="For a machine with so much memory.")
+@click.option("--disk", type=Size(1000), help="For a machine with so much free disk.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plan(
+    config: Path,
+    overrides: tuple[str, ...],
+    gpu: int | None,
+    memory: int | None,
+    disk: int | None,
+    as_json: bool,
+) -> None:
+    """Show what every stage will need of memory, disk and time, and whether it fits.
+
+    Nothing is downloaded but the base's config.json. Without options this machine is meant. Exit status 1 where
+    something does not fit; the nearest settings that do are named.
+    """
+    settings, _ = resolved(config, overrides, gpu_memory=gpu)
+    machine = _machine(settings, gpu, memory, disk)
+    shape, rows, longest = count(settings, machine)
+    wrong = list(problems(settings, shape, machine, rows, longest))
+    if as_json:
+        document = {
+            "base": settings.model.base,
+            "shape": asdict(shape),
+            "machine": asdict(machine),
+            "stages": [asdict(row) for row in rows],
+            "problems": wrong,
+        }
+        click.echo(json.dumps(document, indent=1))
+    else:
+        _show(settings, shape, machine, rows, wrong, longest)
+    sys.exit(bool(wrong))
+
+
+def _machine(settings: Config, gpu: int | None, memory: int | None, disk: int | None) -> Machine:
+    import os
+
+    from pipeline.setup import gpu as cards
+    from pipeline.setup.machine import existing, memory_bytes
+
+    named = cards.gpus().cards
+    there = cards.memory() if gpu is None else gpu or None
+    return Machine(
+        there,
+        memory or memory_bytes(),
+        disk or shutil.disk_usage(existing(settings.run_folder)).free,
+        named[0].name if named and gpu is None else "",
+        len(os.sched_getaffinity(0)),
+    )
+
+
+def count(settings: Config, machine: Machine) -> tuple[Shape, list[Row], int]:
+    """The base's sizes, what each stage needs, and the longest row in tokens that this was counted with.
+
+    Raises:
+        UserError: there is no such base, or it cannot be trained so.
+    """
+    from pipeline.model import memory
+    from pipeline.model.base import config_folder
+    from pipeline.model.shape import shape_of
+    from pipeline.verify.machine_needs import disk_needs
+
+    folder = config_folder(settings.model.base, settings.model.revision)
+    shape = shape_of(folder, settings.lora, trust_remote_code=settings.model.trust_remote_code)
+    longest, tokens = _data(settings)
+    assert settings.train.batch is not None
+    disk = disk_needs(settings, shape.parameters)
+    billions = shape.parameters / 1e9
+    needed = training(settings, shape, longest, on_gpu=machine.gpu is not None)
+    times = {stage: seconds * billions / machine.cores for stage, seconds in _CORE_SECONDS.items()}
+    merge = memory.merge(shape.parameters, in_float32=False, dequantizes=settings.train.load_in_4bit)
+    rows = [
+        Row(
+            "train",
+            needed.needed if machine.gpu is not None else None,
+            None if machine.gpu is not None else needed.needed,
+            disk["checkpoints"],
+            _training_seconds(settings, shape, machine, tokens),
+        ),
+        Row("merge", None, merge, disk["merge"], times["merge"]),
+        Row("convert", None, None, disk["convert"], times["convert"]),
+        Row("quantize", None, None, disk["quantize"], times["quantize"] * len(settings.export.quant)),
+        Row("deploy", None, None, disk["modelfile"] + disk["deploy"], None),
+        Row("verify", None, memory.float32_model(shape.parameters), disk["verify"], None),
+    ]
+    return shape, rows, longest
+
+
+def training(settings: Config, shape: Shape, longest: int, *, on_gpu: bool) -> Any:
+    """The parts of the training's memory with rows of so many tokens."""
+    from pipeline.model import training_memory
+
+    train = settings.train
+    assert train.batch is not None
+    count = training_memory.on_gpu if on_gpu else training_memory.on_processor
+    return count(
+        shape,
+        train.batch * longest,
+        in_4bit=train.load_in_4bit,
+        checkpointing=bool(train.gradient_checkpointing),
+        optimizer=train.optimizer or "",
+    )
+
+
+def _data(settings: Config) -> tuple[int, int | None]:
+    """The longest row, and the tokens of an epoch where the data stage has counted them."""
+    from pipeline.run.layout import Layout
+
+    most = settings.train.max_length
+    assert most is not None
+    summary = Layout(settings.run_folder).data_summary
+    if summary.is_file():
+        figures = json.loads(summary.read_text(encoding="utf-8"))
+        return most if settings.train.packing else min(figures["train_longest"], most), figures["train_tokens"]
+    rows = Path(settings.data.train)
+    if settings.train.packing or rows.suffix != ".jsonl" or not rows.is_file():
+        return most, None
+    with rows.open("rb") as file:  # a token is a byte at least, and JSON's own marks are more than a template's
+        return min(most, max(map(len, file), default=most)), None
+
+
+def _training_seconds(settings: Config, shape: Shape, machine: Machine, tokens: int | None) -> float | None:
+    """Two operations a weight and token forward, as many back to the activations, as many again with checkpointing."""
+    if machine.gpu is None:
+        rate = machine.cores * _CORE_FLOPS
+    else:
+        rate = _EFFICIENCY * next((flops for word, flops in _CARD_FLOPS.items() if word in machine.card), 0)
+    if not rate or tokens is None or settings.train.epochs is None:
+        return None
+    passes = 6 if settings.train.gradient_checkpointing else 4
+    return passes * shape.parameters * tokens * settings.train.epochs / rate
+
+
+def problems(settings: Config, shape: Shape, machine: Machine, rows: list[Row], longest: int) -> Iterator[str]:
+    """What does not fit, each with what to do."""
+    from pipeline.figures import size
+
+    for row in rows:
+        for kind, needed, there in (("GPU memory", row.gpu, machine.gpu), ("memory", row.memory, machine.memory)):
+            if needed is None or there is None or needed <= there or row.stage == "verify":  # which says what it skips
+                continue
+            advice = "take a smaller base or a larger machine"
+            if row.stage == "train":
+                advice = _nearest(settings, shape, longest, there, on_gpu=machine.gpu is not None) or advice
+            yield f"{row.stage}: {size(needed)} of {kind} are needed, {size(there)} are there: {advice}"
+    disk = sum(row.disk for row in rows)
+    if disk > machine.disk:
+        yield f"disk: {size(disk)} are needed, {size(machine.disk)} are there: free some, or choose another run.folder"
+
+
+def _nearest(settings: Config, shape: Shape, longest: int, there: int, *, on_gpu: bool) -> str | None:
+    """The mildest change of settings with which the training fits, in the order of docs/gpu.md; None without one."""
+    train, rows = settings.train, settings.train.batch or 1
+    change: dict[str, Any] = {}
+    changes: list[tuple[dict[str, Any], int]] = []  # each milder than the next, with its longest row
+
+    def add(**more: Any) -> None:
+        change.update(more)
+        changes.append((dict(change), min(longest, change.get("max_length", longest))))
+
+    if on_gpu and not train.load_in_4bit:
+        add(load_in_4bit=True)
+    if on_gpu and not train.gradient_checkpointing:
+        add(gradient_checkpointing=True)
+    while rows > 1:
+        rows //= 2
+        add(batch=rows, accumulation=math.ceil((train.batch or 1) * (train.accumulation or 1) / rows))
+    shorter = longest
+    while shorter > 512:
+        shorter //= 2
+        add(max_length=shorter)
+    for update, tokens in changes:
+        changed = settings.model_copy(update={"train": train.model_copy(update=update)})
+        if training(changed, shape, tokens, on_gpu=on_gpu).needed <= there:
+            return "set " + ", ".join(f"train.{key}={json.dumps(value)}" for key, value in update.items())
+    return None
+
+
+def _show(settings: Config, shape: Shape, machine: Machine, rows: list[Row], wrong: list[str], longest: int) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from pipeline.console import results
+    from pipeline.figures import duration, size
+    from pipeline.model.training_memory import full_fine_tuning
+
+    console = results()
+    names = ", ".join(f"{name} ({times})" for name, times in shape.modules.items())
+    share = shape.trained / shape.parameters
+    console.print(Text(f"{settings.model.base}: {shape.parameters:,} weights, {shape.layers} layers"))
+    console.print(Text(f"adapter: {shape.trained:,} trained values ({share:.2%}), on {names}"))
+    table = Table("stage", "GPU memory", "memory", "disk", "time")
+    for row in rows:
+        table.add_row(
+            row.stage,
+            *("" if value is None else size(value) for value in (row.gpu, row.memory, row.disk)),
+            "" if row.seconds is None else f"about {duration(row.seconds)}",
+        )
+    gpu = "none" if machine.gpu is None else size(machine.gpu)
+    table.add_section()
+    table.add_row("there is", gpu, size(machine.memory), size(machine.disk), "")
+    console.print(table)
+    needed = training(settings, shape, longest, on_gpu=machine.gpu is not None)
+    parts = ", ".join(f"{name} {size(value)}" for name, value in asdict(needed).items())
+    train = settings.train
+    console.print(Text(f"train, with {train.batch} rows of {longest} tokens: {parts}"))
+    console.print(Text(f"every weight trained instead: {size(full_fine_tuning(shape))} and the activations"))
+    for problem in wrong:
+        console.print(Text(f"does not fit: {problem}", style="bold red"))

@@ -1,0 +1,81 @@
+"""The memory of training as it is counted, against peaks that torch reported on an H100 (26 November 2026)."""
+
+import json
+from functools import cache
+
+import pytest
+from support.small_models import scratch
+
+from pipeline.config import Lora
+from pipeline.model.shape import Shape, shape_of
+from pipeline.model.training_memory import full_fine_tuning, on_gpu
+
+# Hidden, intermediate, layers, heads, tied: Llama 3.2 1B and 3B, Llama 3.1 8B; 128,256 words each.
+LLAMAS = {
+    "1b": (2048, 8192, 16, 32, True),
+    "3b": (3072, 8192, 28, 24, True),
+    "8b": (4096, 14336, 32, 32, False),
+}
+# Base, r, tokens of the longest batch, in 4 bits, checkpointing, torch.cuda.max_memory_allocated(); adamw_8bit.
+PEAKS = [
+    ("1b", 16, 912, True, True, 1504885248),
+    ("1b", 16, 7968, True, True, 2083403264),
+    ("1b", 16, 15936, True, True, 2866125312),
+    ("1b", 16, 3984, True, False, 5640400896),
+    ("1b", 16, 3872, False, True, 3048015872),
+    ("3b", 16, 3984, True, True, 3169740288),
+    ("3b", 64, 3984, True, True, 3908530688),
+    ("3b", 16, 7744, True, True, 3603837440),
+    ("3b", 16, 1936, False, True, 7101512192),
+    ("3b", 16, 4040, True, False, 12034658304),
+    ("8b", 16, 3984, True, True, 7187568128),
+    ("8b", 16, 7968, True, True, 7941429248),
+    ("8b", 128, 4040, True, True, 10168572928),
+]
+
+
+@cache
+def llama(name: str, r: int) -> Shape:
+    hidden, intermediate, layers, heads, tied = LLAMAS[name]
+    folder = scratch() / f"shape-{name}"
+    folder.mkdir(exist_ok=True)
+    config = {
+        **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": hidden},
+        **{"intermediate_size": intermediate, "num_hidden_layers": layers, "num_attention_heads": heads},
+        **{"num_key_value_heads": 8, "head_dim": hidden // heads, "tie_word_embeddings": tied},
+    }
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return shape_of(folder, Lora(r=r))
+
+
+def test_a_base_by_its_parts() -> None:
+    shape = llama("8b", 16)
+    assert shape.parameters == 8_030_261_248
+    assert shape.other == 2 * 128256 * 4096 + 65 * 4096  # embedding, head, norms
+    assert (shape.layers, shape.hidden, shape.intermediate, shape.vocabulary) == (32, 4096, 14336, 128256)
+    assert shape.trained == 41_943_040
+    assert shape.modules == dict.fromkeys(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), 32
+    )
+    assert llama("1b", 16).parameters == 1_235_814_400
+    assert full_fine_tuning(shape) == 16 * shape.parameters
+
+
+def test_what_was_measured() -> None:
+    errors = []
+    for name, r, tokens, in_4bit, checkpointing, measured in PEAKS:
+        counted = on_gpu(
+            llama(name, r), tokens, in_4bit=in_4bit, checkpointing=checkpointing, optimizer="adamw_8bit"
+        ).allocated
+        errors.append(abs(counted / measured - 1))
+        assert errors[-1] < 0.08, (name, r, tokens, counted, measured)
+    assert sum(errors) / len(errors) < 0.02
+
+
+@pytest.mark.parametrize(("in_4bit", "optimizer", "more"), [(False, "adamw_8bit", True), (True, "adamw_torch", True)])
+def test_what_costs_more(in_4bit: bool, optimizer: str, more: bool) -> None:
+    shape = llama("8b", 128)
+    least = on_gpu(shape, 2048, in_4bit=True, checkpointing=True, optimizer="adamw_8bit")
+    other = on_gpu(shape, 2048, in_4bit=in_4bit, checkpointing=True, optimizer=optimizer)
+    assert (other.allocated > least.allocated) == more
+    assert least.needed > least.allocated
