@@ -135,11 +135,7 @@ class MergedWeights:
             a, b = (self.adapter.weights[name].double() for name in (addition.a, addition.b))
             square = addition.scaling**2 * float(((b.T @ b) * (a @ a.T)).sum())
             if not 0 < square < float("inf"):
-                raise PipelineError(
-                    f"{addition.module}: its adapter changes nothing, or is not finite; the training did not reach "
-                    "this module. Train again (`pipeline train --force`), or leave the module out of "
-                    "lora.target_modules"
-                )
+                raise changes_nothing(addition.module)
             total += square
         return math.sqrt(total)
 
@@ -262,6 +258,14 @@ class MergedWeights:
             module = self._renaming.to_model(name).removesuffix(".weight")
             given = next((rows for key, rows in given.items() if module == key or module.endswith(f".{key}")), [])
         return [int(row) for row in given]
+
+
+def changes_nothing(module: str) -> PipelineError:
+    """The error for a module that the training did not reach."""
+    return PipelineError(
+        f"{module}: its adapter changes nothing, or is not finite; the training did not reach this module. Train again "
+        "(`pipeline train --force`), or leave the module out of lora.target_modules"
+    )
 
 
 def _sum(before: Any, a: Any, b: Any, magnitude: Any, addition: Addition) -> Any:

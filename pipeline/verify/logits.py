@@ -143,7 +143,7 @@ def _diverge(model: Any, path: Path, rows: Rows, where: str) -> tuple[Divergence
         LlamaModel(path, context=-(-longest // 256) * 256) as file,
         progress(f"logits on {where}", total, "tokens") as update,
     ):
-        for reference in itertools.chain.from_iterable(predict(model, [ids for ids, _ in rows])):
+        for reference in predict(model, [ids for ids, _ in rows]):
             ids, labels = next(left)
             other = file.logits(ids)
             if reference.shape[1] != other.shape[1]:  # an embedding may be padded beyond the vocabulary
