@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from pipeline.model.predict import batches, padded
+from pipeline.model.weights_file import Weights
 
 Source = Callable[[str], Any]  # a tensor of the model by the name that it has in the files
 
@@ -20,37 +20,40 @@ Source = Callable[[str], Any]  # a tensor of the model by the name that it has i
 class Layers:
     """A model without weights, and the parts that are given some one after the other.
 
+    Attributes:
+        model: of transformers, on torch's meta device.
+        unused: tensors of the files that it has no place for.
+        misshapen: those that have another shape in it.
+
     Args:
-        folder: with config.json.
-        names: the tensors that there are.
+        weights: the model's files.
         trust_remote_code: run the folder's own Python code.
     """
 
-    def __init__(self, folder: Path, names: Sequence[str], *, trust_remote_code: bool = False) -> None:
+    def __init__(self, weights: Weights, *, trust_remote_code: bool = False) -> None:
         import torch
         from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(weights.folder, trust_remote_code=trust_remote_code)
         with init_empty_weights(include_buffers=False):
             self.model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=trust_remote_code
             ).eval()
         self.model.tie_weights()
         self._parts = [(name, part) for name, part in _parts(self.model)]
-        there = set(names)
-        stored = {id(value): name for name, value in _tensors(self.model) if name in there}
+        own = set(weights.own)
+        stored = {id(value): name for name, value in _tensors(self.model) if name in own}
         self._stored = {name: stored.get(id(value), "") for name, value in _tensors(self.model)}
+        self.unused = sorted(own - set(self._stored.values()))
+        self.misshapen = [
+            name for name, value in _tensors(self.model) if name in own and weights.shapes[name] != tuple(value.shape)
+        ]
 
     @property
     def lacking(self) -> list[str]:
         """What the model wants and the files do not have by that name: then it has to be loaded whole."""
         return [name for name, stored in self._stored.items() if not stored]
-
-    @property
-    def largest(self) -> int:
-        """How many numbers the largest part has."""
-        return max(sum(value.numel() for _, value in _tensors(part)) for _, part in self._parts)
 
     def predict(
         self, source: Source, rows: Sequence[Sequence[int]], update: Callable[[float], None] = lambda done: None

@@ -18,6 +18,7 @@ from pipeline.setup import gpu, machine
 
 GIB = 2**30
 _LIBRARIES = int(0.6 * GIB)  # what torch takes before anything is computed
+_LAYER = re.compile(r".*?\.\d+\.")  # what the name of a tensor in a layer begins with
 _UNKNOWN = 8e9  # parameters of a base whose size could not be learned: a common size, and none of the smallest
 
 
@@ -54,7 +55,7 @@ def merge(base: Weights, *, measures: bool) -> int:
     """
     if not measures:
         return _LIBRARIES + GIB // 4  # a few pieces of 16 MiB for each thread
-    matrix = max(math.prod(base.shapes[name]) for name in base.own if "embed" not in name)
+    matrix = max((math.prod(base.shapes[name]) for name in base.own if _LAYER.match(name)), default=0)
     return max(by_layers(base), _LIBRARIES + 2 * 5 * 4 * matrix)
 
 
@@ -62,7 +63,7 @@ def by_layers(model: Weights) -> int:
     """The logits of a model that is never loaded whole: its largest part in float32, and those of a batch."""
     parts: Counter[str] = Counter()
     for name in model.own:
-        within = re.match(r".*?\.\d+\.", name)
+        within = _LAYER.match(name)
         parts[within[0] if within else name] += math.prod(model.shapes[name])
     words = max((model.shapes[name][0] for name in model.own if "embed" in name or "head" in name), default=0)
     return _LIBRARIES + int(1.3 * 4 * max(parts.values())) + 2 * 4 * TOGETHER * words

@@ -172,7 +172,7 @@ def _measured_by_layers(
     from pipeline.model.layer_by_layer import Layers
 
     remote = task.config.model.trust_remote_code
-    layers = Layers(base.folder, base.own, trust_remote_code=remote)
+    layers = Layers(base, trust_remote_code=remote)
     if layers.lacking:
         needed = memory.merge_by_peft(base.parameters, in_float32=False, dequantizes=True)
         if needed > machine.free_memory():

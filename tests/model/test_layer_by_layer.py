@@ -29,8 +29,8 @@ ROWS = [[*range(3, 3 + length)] for length in (5, 60, 2, 40, 60, 60, 60, 33)] * 
 def test_every_logit_is_that_of_the_loaded_model(tmp_path: Path, model_type: str, sizes: dict[str, bool]) -> None:
     base = random_base(tmp_path, model_type, **sizes)
     weights = read_weights(base)
-    layers = Layers(base, weights.own)
-    assert layers.lacking == []
+    layers = Layers(weights)
+    assert layers.lacking == layers.unused == layers.misshapen == []
     asked: list[str] = []
 
     def source(name: str) -> torch.Tensor:
@@ -54,14 +54,19 @@ def test_every_logit_is_that_of_the_loaded_model(tmp_path: Path, model_type: str
 
 def test_what_the_files_do_not_have_is_named(tmp_path: Path) -> None:
     base = random_base(tmp_path)
-    names = [name for name in read_weights(base).own if name != "model.norm.weight"]
-    assert Layers(base, names).lacking == ["model.norm.weight"]
+    weights = read_weights(base)
+    weights.shapes["model.norms.weight"] = weights.shapes.pop("model.norm.weight")
+    weights.shapes["lm_head.weight"] = (96, 63)
+    layers = Layers(weights)
+    assert layers.lacking == ["model.norm.weight"]
+    assert layers.unused == ["model.norms.weight"]
+    assert layers.misshapen == ["lm_head.weight"]
 
 
 def test_an_error_in_the_model_is_raised_here(tmp_path: Path) -> None:
     base = random_base(tmp_path)
     weights = read_weights(base)
-    layers = Layers(base, weights.own)
+    layers = Layers(weights)
     with pytest.raises(IndexError):
         list(layers.predict(weights.__getitem__, [[1, 2], [3, 10**6]]))
     with pytest.raises(ZeroDivisionError):
