@@ -141,6 +141,11 @@ class Merge(Section):
         description="the base to merge into: as it is stored, the 4-bit one dequantized, or (auto) whichever of them "
         "gives the lower held-out loss",
     )
+    way: Literal["tensors", "peft"] = Field(
+        "tensors",
+        description="tensors: one after the other, from file to file, in little memory; peft: by PEFT's "
+        "merge_and_unload, with the whole model in memory",
+    )
 
 
 class Export(Section):

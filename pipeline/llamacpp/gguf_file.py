@@ -137,6 +137,15 @@ class GGUFInfo:
         """A tensor's numbers, dequantized; in C order, so that the last axis is the row."""
         return dequantize(tensor.storage, self.data(tensor)).reshape(tensor.shape[::-1])
 
+    def pieces(self, tensor: TensorInfo) -> "Iterator[NDArray[np.float32]]":
+        """A tensor's numbers, dequantized, some rows at a time: equally many in every file that has the tensor."""
+        data = self.data(tensor)
+        rows = tensor.elements // tensor.shape[0]
+        row = tensor.bytes // rows
+        together = max(1, _PIECE // (4 * tensor.shape[0]))
+        for start in range(0, rows, together):
+            yield dequantize(tensor.storage, data[start * row : (start + together) * row])
+
 
 def inspect(path: Path) -> GGUFInfo:
     """Read a file's header.

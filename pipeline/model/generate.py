@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -38,8 +37,7 @@ def answers(
         key=lambda pair: len(pair[1].ids),
     )
     found: dict[int, str] = {}
-    batches = predict(model, [guess.ids for _, guess in tried])
-    for (place, guess), logits in zip(tried, itertools.chain.from_iterable(batches), strict=True):
+    for (place, guess), logits in zip(tried, predict(model, [guess.ids for _, guess in tried]), strict=True):
         if would_be_written(guess, logits):
             found[place] = tokenizer.decode(guess.answer, skip_special_tokens=True)
             update(len(found))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from pipeline.data.sources import read_rows
@@ -74,14 +73,17 @@ def held_out_losses(model: Any, rows: Rows, update: Callable[[float], None]) -> 
         update: called with the number of rows that are done.
     """
     losses = []
-    left = iter(rows)
-    batches = predict(model, [ids for ids, _ in rows])
-    for number, logits in enumerate(itertools.chain.from_iterable(batches), 1):
-        ids, labels = next(left)
-        places = trained_places(labels)
-        losses.append((loss_of(logits, ids, places), len(places)))
-        update(number)
+    for loss in row_losses(predict(model, [ids for ids, _ in rows]), rows):
+        losses.append(loss)
+        update(len(losses))
     return losses
+
+
+def row_losses(predicted: Iterable[Any], rows: Rows) -> Iterator[RowLoss]:
+    """The loss on each row, of its logits [len(ids), vocabulary]."""
+    for logits, (ids, labels) in zip(predicted, rows, strict=True):
+        places = trained_places(labels)
+        yield loss_of(logits, ids, places), len(places)
 
 
 def mean_loss(losses: Iterable[RowLoss]) -> float:

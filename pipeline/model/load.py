@@ -12,7 +12,7 @@ from pipeline.model import memory
 from pipeline.model.base import resolve_base
 from pipeline.model.four_bit import is_4bit
 from pipeline.model.quiet import quiet_transformers
-from pipeline.model.weights_file import TORCH_TYPES, read_weights
+from pipeline.model.weights_file import TORCH_TYPES, Weights, read_weights
 from pipeline.prompt.tokenizer import load_tokenizer, saved_tokenizer
 from pipeline.setup import gpu
 
@@ -76,12 +76,25 @@ def round_matrices(model: Any, folder: Path, outtype: str) -> None:
     """
     import torch
 
-    if outtype not in TORCH_TYPES or read_weights(folder).main_type != "F32":
-        return
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:  # the converter keeps vectors in float32
-                parameter.copy_(parameter.to(getattr(torch, TORCH_TYPES[outtype])))
+    weights = read_weights(folder)
+    if outtype in TORCH_TYPES and weights.main_type == "F32":
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(_rounded(parameter, outtype))
+
+
+def rounded(weights: Weights, name: str, outtype: str) -> Any:
+    """One tensor in float32, as `round_matrices` leaves it."""
+    tensor = weights[name].float()
+    return _rounded(tensor, outtype) if outtype in TORCH_TYPES and weights.main_type == "F32" else tensor
+
+
+def _rounded(tensor: Any, outtype: str) -> Any:
+    import torch
+
+    if tensor.ndim < 2:  # the converter keeps vectors in float32
+        return tensor
+    return tensor.to(getattr(torch, TORCH_TYPES[outtype])).to(tensor.dtype)
 
 
 def _load_16bit(folder: Path, trust_remote_code: bool = False) -> Any:

@@ -1,18 +1,24 @@
-"""The memory that a model needs when it is loaded, merged, trained or asked. Sizes in bytes.
+"""What a model needs of the memory when it is loaded, merged, trained or asked, and of the disk. Sizes in bytes.
 
-Every formula counts bytes for each parameter, and leaves room for what comes beside the weights. What the machine has
-is asked in `pipeline.setup`.
+Every formula leaves room for what comes beside the weights. What the machine has is asked in `pipeline.setup`.
 """
 
 from __future__ import annotations
 
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.model.weights_file import read_weights
+from pipeline.model.predict import TOGETHER
+from pipeline.model.weights_file import Weights, read_weights
 from pipeline.setup import gpu, machine
 
 GIB = 2**30
+_LIBRARIES = int(0.6 * GIB)  # what torch takes before anything is computed
+_LAYER = re.compile(r".*?\.\d+\.")  # what the name of a tensor in a layer begins with
 _UNKNOWN = 8e9  # parameters of a base whose size could not be learned: a common size, and none of the smallest
 
 
@@ -26,8 +32,8 @@ def fits_float32(folder: Path) -> bool:
     return float32_model(read_weights(folder).parameters) <= machine.free_memory()
 
 
-def merge(parameters: float, *, in_float32: bool, dequantizes: bool) -> int:
-    """Merging an adapter.
+def merge_by_peft(parameters: float, *, in_float32: bool, dequantizes: bool) -> int:
+    """Merging an adapter with the whole model in memory.
 
     Args:
         parameters: of the base.
@@ -37,6 +43,30 @@ def merge(parameters: float, *, in_float32: bool, dequantizes: bool) -> int:
     """
     # 0.3 of the weights: the delta of the largest module, its sum, and a shard that is being written.
     return int(parameters * (1.3 * (4 if in_float32 else 2) + (2 if dequantizes else 0)))
+
+
+def merge(base: Weights, *, measures: bool) -> int:
+    """Merging an adapter tensor by tensor.
+
+    Args:
+        base: its weights.
+        measures: the adapter was trained on 4 bits: both bases are measured layer by layer, and a matrix is dequantized
+            whole, by two threads at once.
+    """
+    if not measures:
+        return _LIBRARIES + GIB // 4  # a few pieces of 16 MiB for each thread
+    matrix = max((math.prod(base.shapes[name]) for name in base.own if _LAYER.match(name)), default=0)
+    return max(by_layers(base), _LIBRARIES + 2 * 5 * 4 * matrix)
+
+
+def by_layers(model: Weights) -> int:
+    """The logits of a model that is never loaded whole: its largest part in float32, and those of a batch."""
+    parts: Counter[str] = Counter()
+    for name in model.own:
+        within = _LAYER.match(name)
+        parts[within[0] if within else name] += math.prod(model.shapes[name])
+    words = max((model.shapes[name][0] for name in model.own if "embed" in name or "head" in name), default=0)
+    return _LIBRARIES + int(1.3 * 4 * max(parts.values())) + 2 * 4 * TOGETHER * words
 
 
 def trained_base(parameters: float, *, in_4bit: bool) -> int:
@@ -92,3 +122,41 @@ def answers_together(model: Any, tokens: int, most: int = 32) -> int:
     row = tokens * 2 * config.num_hidden_layers * kept * width * model.dtype.itemsize  # keys and values
     free = gpu.free_memory() if model.device.type == "cuda" else machine.free_memory()
     return max(1, min(most, free // 2 // row))
+
+
+def sixteen_bit_file(parameters: float) -> int:
+    """A model on the disk, as a Hugging Face folder or a GGUF file: 2 bytes for each parameter."""
+    return int(2 * parameters)
+
+
+def quantized_file(parameters: float, bits: float | None) -> int:
+    """A quantized GGUF file.
+
+    Args:
+        parameters: of the model.
+        bits: what its type promises for each parameter; None where it promises nothing. Taken generously: on small
+            models many tensors fall back to larger types.
+    """
+    return int(parameters * (max(bits or 16.0, 4.5) + 0.5) / 8)
+
+
+def disk(parameters: float, quantized: Sequence[int], *, served_here: bool) -> dict[str, int]:
+    """What each stage writes and keeps, and the most that one of them needs on the way.
+
+    Args:
+        parameters: of the model.
+        quantized: the sizes of the quantized files.
+        served_here: Ollama keeps its models on this disk.
+    """
+    sixteen_bit = sixteen_bit_file(parameters)
+    # A native template is put into a copy of the file; Ollama keeps one of its own, and a second while it is proven.
+    return {
+        "checkpoints": int(0.2 * sixteen_bit),
+        "merge": sixteen_bit,
+        "convert": sixteen_bit,
+        "quantize": sum(quantized),
+        "modelfile": sum(quantized),
+        "deploy": sum(quantized) + max(quantized) if served_here else 0,
+        # The merged model converted again, the 16-bit file in float32, and llama-perplexity's reference.
+        "verify": sixteen_bit + 2 * sixteen_bit + GIB,
+    }

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import struct
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,6 +25,18 @@ WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BUFFERS = ("rotary_emb.inv_freq", "masked_bias")
 _16_BIT = {"F16": "f16", "BF16": "bf16", "F32": "bf16"}
 TORCH_TYPES = {"f16": "float16", "bf16": "bfloat16"}  # torch's names of what `sixteen_bit_type` says
+# torch's names of the types that safetensors names, and the bytes of a number.
+STORED_TYPES = {
+    "BOOL": ("bool", 1), "U8": ("uint8", 1), "I8": ("int8", 1), "I16": ("int16", 2), "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2), "I32": ("int32", 4), "F32": ("float32", 4), "F64": ("float64", 8), "I64": ("int64", 8),
+}  # fmt: skip
+
+
+def torch_type(kind: str) -> Any:
+    """torch's type of one that safetensors names, e.g. "BF16"."""
+    import torch
+
+    return getattr(torch, STORED_TYPES[kind][0])
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -69,6 +83,44 @@ class Weights:
     types: dict[str, str] = field(default_factory=dict)
     file_of: dict[str, Path] = field(default_factory=dict, repr=False)
     _open: dict[Path, Any] = field(default_factory=dict, repr=False)
+    _raw: list[Any] = field(default_factory=list, repr=False)
+
+    def rows(self, name: str, start: int, stop: int) -> Any:
+        """Read rows of a tensor into memory, as a torch tensor of its stored type; any thread may.
+
+        Args:
+            name: the tensor's.
+            start, stop: which rows of its first axis; a number on its own counts as one row.
+        """
+        import numpy as np
+        import torch
+
+        width = STORED_TYPES[self.types[name]][1]
+        inner = self.shapes[name][1:]
+        row = width * math.prod(inner)
+        data = np.empty((stop - start) * row, np.uint8)
+        descriptor, at = self._places[name]
+        left = memoryview(data.data)
+        at += start * row
+        while left:
+            got = os.preadv(descriptor, [left], at)
+            if not got:
+                raise UserError(f"{self.file_of[name]}: is cut short: copy it again")
+            left, at = left[got:], at + got
+        return torch.from_numpy(data).view(torch_type(self.types[name])).reshape(stop - start, *inner)
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[int, int]]:
+        """Of every tensor: its file, opened, and where in it the numbers begin (safetensors' format, one page)."""
+        places = {}
+        for path in self.files:
+            file = path.open("rb")
+            self._raw.append(file)  # open as long as this lives
+            (length,) = struct.unpack("<Q", file.read(8))
+            for name, entry in json.loads(file.read(length)).items():
+                if name != "__metadata__":
+                    places[name] = file.fileno(), 8 + length + entry["data_offsets"][0]
+        return places
 
     def __getitem__(self, name: str) -> Any:
         from safetensors import safe_open
@@ -77,6 +129,10 @@ class Weights:
         if path not in self._open:
             self._open[path] = safe_open(path, framework="pt")
         return self._open[path].get_tensor(name)
+
+    def place(self, name: str) -> tuple[int, int]:
+        """What sorts tensors in the order in which they lie in the files."""
+        return self._places[name]
 
     @cached_property
     def size(self) -> int:
@@ -95,12 +151,21 @@ class Weights:
         packed = 2 if self.types[name] == "U8" else 1  # bitsandbytes packs two values of 4 bits into a byte
         return packed * math.prod(self.shapes[name])
 
+    @cached_property
+    def tied(self) -> bool:
+        """Whether the head is the embedding."""
+        return bool(text_config(self.folder).get("tie_word_embeddings", False))
+
+    @property
+    def own(self) -> list[str]:
+        """The tensors that are the model's own: no buffers, and no head beside the embedding that it is tied to."""
+        left_out = (*BUFFERS, "lm_head.weight") if self.tied else BUFFERS
+        return [name for name in self.shapes if not name.endswith(left_out)]
+
     @property
     def parameters(self) -> int:
         """How many numbers the model has of its own: a tied head that is stored too counts once, buffers do not."""
-        tied = text_config(self.folder).get("tie_word_embeddings", False)
-        left_out = (*BUFFERS, "lm_head.weight") if tied else BUFFERS
-        return sum(self._values(name) for name in self.shapes if not name.endswith(left_out))
+        return sum(self._values(name) for name in self.own)
 
     @property
     def main_type(self) -> str:

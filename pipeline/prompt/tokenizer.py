@@ -174,6 +174,23 @@ def saved_tokenizer(folder: Path) -> Any:
         raise UserError(f"{folder}: no tokenizer can be loaded from it: {error}") from None
 
 
+def saved_eos(folder: Path) -> int | None:
+    """The id of the token that ends a text, of a saved tokenizer: read from its files, loaded only where they hide it.
+
+    Raises:
+        UserError: there is no tokenizer that can be loaded.
+    """
+    try:
+        given = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["eos_token"]
+        whole = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        text = given["content"] if isinstance(given, dict) else given
+        ids = {token["content"]: token["id"] for token in whole["added_tokens"]}
+        return None if text is None else int(ids[text])
+    except (OSError, ValueError, KeyError, TypeError):
+        id: int | None = saved_tokenizer(folder).eos_token_id
+        return id
+
+
 def as_served(tokenizer: Any) -> tuple[Any, list[str]]:
     """A tokenizer that gives the ids of llama.cpp where it is known to differ, and what was changed, in words.
 

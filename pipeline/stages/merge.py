@@ -1,189 +1,225 @@
-"""merge: `merge_and_unload` into 16-bit weights, never into 4-bit ones.
+"""merge: the adapter becomes part of 16-bit weights, never of 4-bit ones.
 
-An adapter that was trained on 4 bits may fit what NF4 keeps of the weights better than the weights as they are stored;
-which of the two depends on the model and on the data, so the held-out loss of both is measured, and decides. The sum is
-taken in float32 where the memory allows it, and rounded once, to the type that the base is stored in. A merge that
-would leave a module out, or change nothing, is refused.
+It is merged tensor by tensor, from file to file (`pipeline.model.merging`), so the memory that it takes does not grow
+with the model. An adapter that was trained on 4 bits may fit what NF4 keeps of the weights better than the weights as
+they are stored; which of the two depends on the model and on the data, so the held-out loss of both is measured, and
+decides. A merge that would leave a module out, or change nothing, is refused.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.console import progress
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, UserError
 from pipeline.model import memory
+from pipeline.model.adapter_file import read_adapter
 from pipeline.model.facts import base_files
 from pipeline.model.four_bit import in_16bit
-from pipeline.model.held_out import first_tokens, held_out_losses, mean_loss, read_held_out, trained_places
-from pipeline.model.load import load_model
-from pipeline.model.nf4 import Record, dequantize_base, restore_base
+from pipeline.model.held_out import (
+    RowLoss,
+    Rows,
+    first_tokens,
+    mean_loss,
+    read_held_out,
+    row_losses,
+    trained_places,
+)
+from pipeline.model.merging import MergedWeights, write_merged
+from pipeline.model.nf4 import Record
+from pipeline.model.peft_merging import PeftMerge
 from pipeline.model.sentencepiece_file import write_sentencepiece
-from pipeline.model.weights_file import TORCH_TYPES, read_weights
-from pipeline.prompt.tokenizer import saved_tokenizer
+from pipeline.model.weights_file import TORCH_TYPES, Weights, read_weights
+from pipeline.processes import require_space
+from pipeline.prompt.tokenizer import saved_eos
 from pipeline.run.stage import Stage, Task
 from pipeline.setup import machine
 
 # Held-out tokens on which the two bases are compared: the difference of their losses is settled long before.
 HELD_OUT_TOKENS = 5000
 
+Measure = Callable[[str, Rows, Callable[[float], None]], list[RowLoss]]
+
 
 def main(task: Task) -> dict[str, Any]:
     """Write the merged model, with the tokenizer and the chat template that were trained."""
-    import torch
-    from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
-
     from pipeline.model.base import resolve_base
 
     given = resolve_base(task.config.model.base, task.config.model.revision)
-    base = in_16bit(given, task.scratch / "base")
-    adapter = task.layout.adapter
-    weights = read_weights(base)
-    stored = getattr(torch, TORCH_TYPES[weights.sixteen_bit_type])
-    with progress("loading the base", None):
-        dequantizes = task.config.train.load_in_4bit and base == given
-        needed = memory.merge(weights.parameters, in_float32=True, dequantizes=dequantizes)
-        arithmetic = torch.float32 if needed <= machine.free_memory() else stored
-        model = load_model(base, arithmetic, trust_remote_code=task.config.model.trust_remote_code)
-    generation = _stopping(model.generation_config, saved_tokenizer(adapter).eos_token_id)
-    model = PeftModel.from_pretrained(model, adapter).eval()
-    _refuse_partial(model, adapter)
-    merged_into = _choose_base(task, model, only=base != given)
-
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    change, size = 0.0, 0.0
-    with torch.no_grad(), progress("measuring the change", len(layers), "modules") as update:
-        for done, (name, layer) in enumerate(layers.items(), 1):
-            delta = layer.get_delta_weight("default").float().norm().item()
-            if not 0 < delta < float("inf"):
-                raise PipelineError(
-                    f"{name}: its adapter changes nothing, or is not finite; the training did not reach this module. "
-                    "Train again (`pipeline train --force`), or leave the module out of lora.target_modules"
-                )
-            change += delta**2
-            size += layer.get_base_layer().weight.float().norm().item() ** 2
-            update(done)
-
-    with progress("merging", None):
-        model = model.merge_and_unload(safe_merge=True)
-    left = [name for name, _ in model.named_parameters() if "lora_" in name]
-    if left:
-        raise PipelineError(f"the merge left parts of the adapter behind: {left[0]} and {len(left) - 1} more")
-    rounding = _round_to(model, stored, {name.removeprefix("base_model.model.") for name in layers})
-    model.config.dtype = stored
-    model.generation_config = generation
-
+    base = read_weights(in_16bit(given, task.scratch / "base"))
     output = task.new(task.layout.merged_model)
-    with progress("saving", None):
-        model.save_pretrained(output, max_shard_size="4GB")
-    _copy_tokenizer(adapter, base, output)
-    return {
-        "modules_merged": len(layers),
-        "merged_into": merged_into["taken"],
-        **{f"held_out_loss_{name}": loss for name, loss in merged_into["losses"].items()},
-        "relative_change": (change / size) ** 0.5,
-        "rounding_to_change": rounding / change**0.5,
-        "arithmetic": str(arithmetic).removeprefix("torch."),
-        "stored": str(stored).removeprefix("torch."),
+    output.mkdir()
+    require_space(task.output, memory.sixteen_bit_file(base.parameters), "the merged model")
+    way = _by_peft if task.config.merge.way == "peft" else _by_tensors
+    figures = way(task, base, output, only=base.folder != given)
+    _copy_tokenizer(task.layout.adapter, base.folder, output)
+    return figures | {
+        "stored": TORCH_TYPES[base.sixteen_bit_type],
         "bytes": read_weights(output).size,
     }
 
 
-def _stopping(generation: Any, eos: int | None) -> Any:
-    """The base's generation configuration, which ends an answer at the trained EOS too."""
-    own = generation.eos_token_id
-    ends = own if isinstance(own, list) else [] if own is None else [own]
-    if eos is not None and eos not in ends:
-        generation.eos_token_id = [eos, *ends]
-    return generation
+def _by_tensors(task: Task, base: Weights, output: Path, *, only: bool) -> dict[str, Any]:
+    adapter, record = read_adapter(task.layout.adapter), Record.read(task.layout.node("train"))
+    bases = {
+        "16bit": MergedWeights(base, adapter, record),
+        "dequantized": MergedWeights(base, adapter, record, dequantize=not only),
+    }
+    change = bases["16bit"].change
+    chosen = _choose_base(task, partial(_measured_by_layers, task, base, bases), only=only)
+    merged = bases[chosen["taken"]]
+    with progress("merging", len(merged.names), "tensors") as update:
+        sums = write_merged(merged, output, update)
+    _write_configuration(task, base, output, merged.vocabulary)
+    return _figures(
+        chosen, len(merged.additions), change, math.sqrt(sums.base), math.sqrt(sums.rounding), arithmetic="float32"
+    )
 
 
-def _choose_base(task: Task, model: Any, *, only: bool) -> dict[str, Any]:
-    """Leave those weights under the adapter that it is to be merged into; write base.json.
+def _by_peft(task: Task, base: Weights, output: Path, *, only: bool) -> dict[str, Any]:
+    dequantizes = task.config.train.load_in_4bit and not only
+    loaded = _loaded_by_peft(task, base, dequantizes=dequantizes)
+    chosen = _choose_base(task, loaded.losses, only=only)
+    loaded.take("16bit" if only else chosen["taken"])
+    norms = loaded.merge(output)
+    _write_generation(task, base, output)
+    return _figures(
+        chosen, len(loaded.layers), norms["change"], norms["base"], norms["rounding"], arithmetic=loaded.arithmetic
+    )
+
+
+def _loaded_by_peft(task: Task, base: Weights, *, dequantizes: bool) -> PeftMerge:
+    return PeftMerge(
+        base,
+        task.layout.adapter,
+        Record.read(task.layout.node("train")),
+        dequantizes=dequantizes,
+        trust_remote_code=task.config.model.trust_remote_code,
+    )
+
+
+def _figures(
+    chosen: dict[str, Any], modules: int, change: float, base: float, rounding: float, arithmetic: str
+) -> dict[str, Any]:
+    return {
+        "modules_merged": modules,
+        "merged_into": chosen["taken"],
+        **{f"held_out_loss_{name}": loss for name, loss in chosen["losses"].items()},
+        "relative_change": change / base,
+        "rounding_to_change": rounding / change,
+        "arithmetic": arithmetic,
+    }
+
+
+def _choose_base(task: Task, measure: Measure, *, only: bool) -> dict[str, Any]:
+    """Choose the weights that the adapter is merged into; write base.json.
 
     Args:
         task: the stage's task.
-        model: the PEFT model on the base as it is stored.
-        only: the base is stored in 4 bits, and the model has what they unpack to.
+        measure: the held-out losses of "base", "16bit" or "dequantized" on rows; the last two with the adapter.
+        only: the base is stored in 4 bits, and there is nothing but what they unpack to.
 
     Returns:
         "taken" ("16bit" or "dequantized") and "why"; "losses" (nats for each trained token; empty where nothing was
         measured) and, of each row for `verify`, "row_losses".
     """
-    wanted, trained_on_4bit = task.config.merge.base, task.config.train.load_in_4bit
-    where, rows = read_held_out(task.layout)
-    rows = first_tokens(rows, HELD_OUT_TOKENS)
-    measurable = any(trained_places(labels) for _, labels in rows)
-
-    losses: dict[str, float] = {}
-    chosen: dict[str, Any] = {"taken": "16bit", "losses": losses, "rows": where, "row_losses": {}}
-
-    def measure(name: str, what: str) -> None:
-        with progress(f"held-out loss, {what}", len(rows), "rows") as update:
-            chosen["row_losses"][name] = held_out_losses(model, rows, update)
-        losses[name] = mean_loss(chosen["row_losses"][name])
-
+    wanted = task.config.merge.base
+    chosen: dict[str, Any] = {"taken": "16bit", "why": "", "losses": {}, "rows": "", "row_losses": {}}
     if only:
         chosen |= {"taken": "dequantized", "why": "the base is stored in 4 bits"}
-    elif not trained_on_4bit:
+    elif not task.config.train.load_in_4bit:
         chosen["why"] = "the adapter was trained on the 16-bit base"
+    elif wanted != "auto":
+        chosen |= {"taken": wanted, "why": "merge.base says so"}
     else:
-        if measurable:
-            with model.disable_adapter():
-                measure("base", "base")
-            measure("16bit", "adapter on 16-bit")
-        with progress("dequantizing", None):
-            before = dequantize_base(model, Record.read(task.layout.node("train")))
-        if measurable:
-            measure("dequantized", "adapter on 4-bit")
-        if wanted != "auto":
-            chosen |= {"taken": wanted, "why": "merge.base says so"}
-        elif not measurable:
-            chosen["why"] = "there are no held-out answers to measure"
-        else:
-            better = "dequantized" if losses["dequantized"] < losses["16bit"] else "16bit"
-            chosen |= {"taken": better, "why": "its held-out loss is lower"}
-        if chosen["taken"] == "16bit":
-            restore_base(model, before)
+        chosen |= _measured(task, measure)
     task.new(task.layout.merge_base).write_text(json.dumps(chosen, indent=1) + "\n", encoding="utf-8")
     return chosen
 
 
-def _refuse_partial(model: Any, adapter: Path) -> None:
-    """Every tensor of the adapter must have found its place in the model, and every place its tensor."""
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import load_file
+def _measured(task: Task, measure: Measure) -> dict[str, Any]:
+    where, rows = read_held_out(task.layout)
+    rows = first_tokens(rows, HELD_OUT_TOKENS)
+    if not any(trained_places(labels) for _, labels in rows):
+        return {"why": "there are no held-out answers to measure"}
+    row_losses = {}
+    names = {"base": "base", "16bit": "adapter on 16-bit", "dequantized": "adapter on 4-bit"}
+    for name, what in names.items():
+        with progress(f"held-out loss, {what}", len(rows), "rows") as update:
+            row_losses[name] = measure(name, rows, update)
+    losses = {name: mean_loss(found) for name, found in row_losses.items()}
+    taken = "dequantized" if losses["dequantized"] < losses["16bit"] else "16bit"
+    return {
+        "taken": taken, "why": "its held-out loss is lower", "losses": losses, "rows": where, "row_losses": row_losses,
+    }  # fmt: skip
 
-    saved = load_file(adapter / "adapter_model.safetensors")
-    loaded = get_peft_model_state_dict(model)
-    if not saved:
-        raise PipelineError(f"{adapter}: the adapter holds no tensors; train again (`pipeline train --force`)")
-    for name in saved.keys() ^ loaded.keys():
-        where = "the adapter has, and the base has no place for," if name in saved else "the adapter lacks"
-        raise PipelineError(f"partial merge: {where} {name}; was it trained on another base?")
-    for name, tensor in saved.items():
-        if not (tensor.to(loaded[name].dtype) == loaded[name].cpu()).all():
-            raise PipelineError(f"partial merge: {name} is not what the adapter's file says")
+
+def _measured_by_layers(
+    task: Task,
+    base: Weights,
+    bases: dict[str, MergedWeights],
+    what: str,
+    rows: Rows,
+    update: Callable[[float], None],
+) -> list[RowLoss]:
+    """Losses layer by layer, of the tensors as they would be merged; of the loaded model where its parts are others."""
+    from pipeline.model.layer_by_layer import Layers
+
+    remote = task.config.model.trust_remote_code
+    layers = Layers(base, trust_remote_code=remote)
+    if layers.lacking:
+        needed = memory.merge_by_peft(base.parameters, in_float32=False, dequantizes=True)
+        if needed > machine.free_memory():
+            raise UserError(
+                f'merge.base = "auto" needs {needed / 1e9:.0f} GB of memory for this model, which is measured whole: '
+                f'transformers keeps {layers.lacking[0]} otherwise than its files do. Set merge.base to "16bit" or '
+                '"dequantized"'
+            )
+        return _loaded_by_peft(task, base, dequantizes=True).losses(what, rows, update)
+    source = base if what == "base" else bases[what]
+    predicted = layers.predict(source.__getitem__, [ids for ids, _ in rows], lambda share: update(share * len(rows)))
+    return list(row_losses(predicted, rows))
 
 
-def _round_to(model: Any, stored: Any, merged: set[str]) -> float:
-    """Round every weight to the stored type; return the norm of what that took off the merged ones."""
-    import torch
+def _write_configuration(task: Task, base: Weights, output: Path, vocabulary: int | None) -> None:
+    """config.json and generation_config.json: the base's, with the type that the weights have now."""
+    config = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    config["dtype"] = TORCH_TYPES[base.sixteen_bit_type]
+    if vocabulary is not None:
+        holder = config["text_config"] if "vocab_size" in config.get("text_config", {}) else config
+        holder["vocab_size"] = vocabulary
+    _write(output / "config.json", config)
+    if task.config.model.trust_remote_code:
+        for path in base.folder.glob("*.py"):
+            shutil.copy(path, output / path.name)
+    _write_generation(task, base, output)
 
-    lost = 0.0
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            rounded = parameter.data.to(stored)
-            if not torch.isfinite(rounded).all():
-                raise PipelineError(f"{name}: not finite as {stored}; the base was stored in a type of smaller range")
-            if name.removesuffix(".weight") in merged:
-                lost += (rounded.float() - parameter.data.float()).norm().item() ** 2
-            parameter.data = rounded
-    return float(lost**0.5)
+
+def _write_generation(task: Task, base: Weights, output: Path) -> None:
+    """The base's generation configuration, which ends an answer at the trained EOS too."""
+    path = base.folder / "generation_config.json"
+    if path.is_file():
+        generation = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        config = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
+        keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+        generation = {key: config[key] for key in keys if config.get(key) is not None}
+    own, eos = generation.get("eos_token_id"), saved_eos(task.layout.adapter)
+    ends = own if isinstance(own, list) else [] if own is None else [own]
+    if eos is not None and eos not in ends:
+        generation["eos_token_id"] = [eos, *ends]
+    _write(output / "generation_config.json", generation)
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _copy_tokenizer(adapter: Path, base: Path, output: Path) -> None:
@@ -206,7 +242,7 @@ STAGE = Stage(
     needs=("data", "train"),
     reads={
         "data": ("train.tokens.jsonl", "validation.tokens.jsonl"),
-        "train": ("adapter/*", "!adapter/README.md"),
+        "train": ("adapter/*", "modules.json", "!adapter/README.md"),
     },
     settings=("model", "merge", "train.load_in_4bit"),
     files=lambda config, _: base_files(config.model),

@@ -44,7 +44,7 @@ STAGE = Stage(
     run=main,
     settings=("model", "train.load_in_4bit", "ollama.name", "ollama.host", "ollama.template"),
     # A type or a threshold that is asked for later is judged by quantize and verify; replacing is a permission.
-    indifferent_to=("export.quant", "merge.base", "verify", "ollama.replace"),
+    indifferent_to=("export.quant", "merge", "verify", "ollama.replace"),
     files=files,
     libraries=("torch", "transformers", "tokenizers", "safetensors", "jinja2"),
     programs=("llama.cpp", "ollama"),

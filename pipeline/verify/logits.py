@@ -22,23 +22,32 @@ from pipeline.llamacpp.library import LlamaModel
 from pipeline.llamacpp.llama_server import LlamaServer
 from pipeline.llamacpp.perplexity import LEAST_POSITIONS, compare, scored_positions, write_reference
 from pipeline.llamacpp.quantizer import quantize
+from pipeline.model import memory
 from pipeline.model.held_out import loss_of, trained_places
-from pipeline.model.load import load_float32, round_matrices
+from pipeline.model.layer_by_layer import Layers
+from pipeline.model.load import load_float32, round_matrices, rounded
 from pipeline.model.memory import fits_float32
 from pipeline.model.predict import predict
+from pipeline.model.weights_file import read_weights
 from pipeline.processes import require_space
+from pipeline.setup import machine
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.reconvert import unquantized_type
 from pipeline.verify.result import Claim, Result
 from pipeline.verify.rungs import GGUF_16BIT, MERGED, made_by
 
 CHUNK = 512  # tokens that llama-perplexity takes at once; it scores the second half of each
+# By how much the limits are wider where a file's own 16 bits are computed with (`_in_float32` says what that does).
+_ROUNDED = {"f32": 1.0, "f16": 3.0, "bf16": 30.0}
 _REFERENCE = "reference.bin"
 _ENOUGH = 200  # positions below which a divergence says little
 
 # The largest mean divergence by the bits that a type promises: four times or more of what the example loses, a small
 # model, which loses most: Q8_0 0.002, Q6_K 0.005, Q5_K_M 0.03, Q5_0 and Q4_K_M 0.05, Q4_0 0.25, Q3_K_S 0.26, IQ3_M 0.8.
 _LIMITS = ((16.0, 1e-3), (8.0, 0.01), (6.0, 0.03), (5.0, 0.2), (4.8, 0.3), (4.0, 1.0), (3.0, 3.5), (0.0, 6.0))
+
+
+Rows = list[tuple[list[int], list[int]]]
 
 
 def check(artefacts: Artefacts) -> Iterator[Result]:
@@ -63,32 +72,53 @@ def _sixteen_bit(artefacts: Artefacts) -> Iterator[Result]:
         yield mean.holds(False, why)
         yield from (claim.not_run("no logits could be compared") for claim in claims[1:])
         return
-    model = artefacts.shared.get("model")
-    if model is None and not fits_float32(artefacts.model):
-        yield from (claim.not_run("the model does not fit into the memory in float32") for claim in claims)
+    kind = unquantized_type(path) or ""
+    in_memory = artefacts.shared.get("model") is not None or fits_float32(artefacts.model)
+    reference = _of_loaded(artefacts, kind, rows) if in_memory else _of_layers(artefacts.model, kind, rows)
+    if isinstance(reference, str):
+        yield from (claim.not_run(reference) for claim in claims)
         return
-    model = model or load_float32(artefacts.model)
-    round_matrices(model, artefacts.model, unquantized_type(path) or "")
-    exact = _in_float32(path, artefacts.scratch)
-    divergence, losses = _diverge(model, exact, rows, artefacts.held_out[0])
+    exact = _in_float32(path, artefacts.scratch) if in_memory else path
+    divergence, losses = _diverge(reference, exact, rows, artefacts.held_out[0])
     if exact != path:
         exact.unlink()
     artefacts.shared["model"] = None
+    more = 1.0 if in_memory else _ROUNDED[kind]
     artefacts.shared.setdefault("losses", {}).update(losses)
     where = f"over {divergence.positions:,} positions of {artefacts.held_out[0]}"
+    if more > 1:
+        where += f"; llama.cpp computes in {kind} here, which the limits allow for (the model is too large for float32)"
     artefacts.shared["divergences"] = {GGUF_16BIT: divergence.mean}
-    yield mean.at_most(divergence.mean, settings.divergence, f"mean KL {divergence.mean:.2g} {where}")
+    yield mean.at_most(divergence.mean, more * settings.divergence, f"mean KL {divergence.mean:.2g} {where}")
     high = divergence.quantile(0.999)
     yield tail.at_most(
         high,
-        settings.divergence_999,
+        more * settings.divergence_999,
         f"the 99.9th percentile of KL is {high:.2g} {where}, a log probability differs by up to "
         f"{divergence.largest_difference:.2g}",
     )
     words = f"the likeliest token is the same at {divergence.same_top:.2%} {where}"
-    yield top.at_least(divergence.same_top, settings.same_top, words)
+    yield top.at_least(divergence.same_top, 1 - more * (1 - settings.same_top), words)
     lost = divergence.largest_lead_lost
-    yield lead.at_most(lost, settings.lead, f"a token that led by {lost:.3g} is no longer the likeliest")
+    yield lead.at_most(lost, more * settings.lead, f"a token that led by {lost:.3g} is no longer the likeliest")
+
+
+def _of_loaded(artefacts: Artefacts, kind: str, rows: Rows) -> Iterator[Any]:
+    """Logits of the merged model, loaded in float32."""
+    model = artefacts.shared.get("model") or load_float32(artefacts.model)
+    round_matrices(model, artefacts.model, kind)
+    return predict(model, [ids for ids, _ in rows])
+
+
+def _of_layers(folder: Path, kind: str, rows: Rows) -> Iterator[Any] | str:
+    """The same layer by layer, for a model that does not fit into the memory; why that cannot be done, if it cannot."""
+    weights = read_weights(folder)
+    layers, needed = Layers(weights), memory.by_layers(weights)
+    if layers.lacking:
+        return f"the model does not fit into the memory in float32, and its files have no {layers.lacking[0]}"
+    if needed > machine.free_memory():
+        return f"the model's largest layer does not fit into the memory in float32 ({needed / 1e9:.1f} GB)"
+    return layers.predict(lambda name: rounded(weights, name, kind), [ids for ids, _ in rows])
 
 
 def _in_float32(path: Path, scratch: Path) -> Path:
@@ -127,11 +157,8 @@ def _cannot_compare(artefacts: Artefacts, path: Path) -> str:
     return ""
 
 
-Rows = list[tuple[list[int], list[int]]]
-
-
-def _diverge(model: Any, path: Path, rows: Rows, where: str) -> tuple[Divergence, dict[str, float]]:
-    """Compare both models on rows, and take both losses on the way."""
+def _diverge(predicted: Iterator[Any], path: Path, rows: Rows, where: str) -> tuple[Divergence, dict[str, float]]:
+    """Compare what the merged model predicts on rows with what a file does, and take both losses on the way."""
     import numpy as np
 
     divergence = Divergence()
@@ -143,7 +170,7 @@ def _diverge(model: Any, path: Path, rows: Rows, where: str) -> tuple[Divergence
         LlamaModel(path, context=-(-longest // 256) * 256) as file,
         progress(f"logits on {where}", total, "tokens") as update,
     ):
-        for reference in itertools.chain.from_iterable(predict(model, [ids for ids, _ in rows])):
+        for reference in predicted:
             ids, labels = next(left)
             other = file.logits(ids)
             if reference.shape[1] != other.shape[1]:  # an embedding may be padded beyond the vocabulary

@@ -11,6 +11,7 @@ from pipeline.config import Config
 from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.quantizer import quantization_type
 from pipeline.model import memory
+from pipeline.model.weights_file import Weights
 from pipeline.setup import gpu, libraries
 from pipeline.setup.findings import OK, WARNING, Finding
 from pipeline.setup.machine import existing, memory_bytes
@@ -24,23 +25,29 @@ _VERSIONS = Claim("machine.versions", "base", "the libraries are those of requir
 _TRAINING_GPU = "what training on a GPU needs is there"
 
 
-def check(config: Config, run_folder: Path, parameters: int, gpu_bytes: int | None) -> Iterator[Result]:
+def check(config: Config, run_folder: Path, base: Weights, gpu_bytes: int | None) -> Iterator[Result]:
     """Judge the machine.
 
     Args:
         config: the resolved configuration.
         run_folder: its disk is meant.
-        parameters: weights of the base.
+        base: its weights, in 16 or 32 bits.
         gpu_bytes: memory of the CUDA device; None without one.
     """
+    parameters = base.parameters
     needs = disk_needs(config, parameters)
     words = ", ".join(f"{what} {size / 1e9:.1f} GB" for what, size in needs.items())
     free = shutil.disk_usage(existing(run_folder)).free
     yield _bytes(_DISK, sum(needs.values()), free, f"{words}; free some space, or choose another folder (run.folder)")
 
     in_4bit, there = config.train.load_in_4bit, memory_bytes()
-    merge = memory.merge(parameters, in_float32=False, dequantizes=in_4bit)
-    yield _bytes(_MEMORY, merge, there, "take a smaller base or a larger machine")
+    measures = in_4bit and config.merge.base == "auto"
+    if config.merge.way == "peft":
+        merge = memory.merge_by_peft(parameters, in_float32=False, dequantizes=measures)
+        yield _bytes(_MEMORY, merge, there, 'take merge.way = "tensors", a smaller base or a larger machine')
+    else:
+        merge = memory.merge(base, measures=measures)
+        yield _bytes(_MEMORY, merge, there, "take a smaller base or a larger machine")
     float32 = memory.float32_model(parameters)
     if float32 <= there:
         yield _bytes(_FLOAT32, float32, there)
@@ -62,19 +69,8 @@ def check(config: Config, run_folder: Path, parameters: int, gpu_bytes: int | No
 
 def disk_needs(config: Config, parameters: int) -> dict[str, int]:
     """Bytes that each stage will write and keep, and the most that one of them needs on the way."""
-    sixteen_bit = 2 * parameters
-    quantized = [int(parameters * _bits(kind) / 8) for kind in config.export.quant]
-    # A native template is put into a copy of the file; Ollama keeps one of its own, and a second while it is proven.
-    return {
-        "checkpoints": int(0.2 * sixteen_bit),
-        "merge": sixteen_bit,
-        "convert": sixteen_bit,
-        "quantize": sum(quantized),
-        "modelfile": sum(quantized),
-        "deploy": 0 if _elsewhere(config.ollama.host) else sum(quantized) + max(quantized),
-        # The merged model converted again, the 16-bit file in float32, and llama-perplexity's reference.
-        "verify": sixteen_bit + 2 * sixteen_bit + 2**30,
-    }
+    quantized = [memory.quantized_file(parameters, _promised_bits(kind)) for kind in config.export.quant]
+    return memory.disk(parameters, quantized, served_here=not _elsewhere(config.ollama.host))
 
 
 def _elsewhere(host: str | None) -> bool:
@@ -82,12 +78,11 @@ def _elsewhere(host: str | None) -> bool:
     return host is not None and not re.search(r"(^|/|@)(localhost|127\.|\[?::1)", host)
 
 
-def _bits(kind: str) -> float:
-    """Bits a weight of a type, taken generously: on small models many tensors fall back to larger types."""
+def _promised_bits(kind: str) -> float | None:
     try:
-        return max(quantization_type(kind).promised_bits or 16.0, 4.5) + 0.5
+        return quantization_type(kind).promised_bits
     except (PipelineError, UserError):
-        return 16.0
+        return None
 
 
 def _bytes(claim: Claim, needed: int, there: int, remedy: str = "") -> Result:

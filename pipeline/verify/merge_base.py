@@ -22,6 +22,8 @@ def check(artefacts: Artefacts) -> Iterator[Result]:
         yield _CLAIM.not_run("the base and the adapter of this export are not known")
     elif not artefacts.trained_on_4bit:
         yield _CLAIM.not_run("there is only one base that the adapter could be merged into")
+    elif not losses and artefacts.config is not None and artefacts.config.merge.base != "auto":
+        yield _CLAIM.not_run(f'merge.base = "{artefacts.config.merge.base}": nothing was measured')
     elif not losses:
         yield _CLAIM.not_run("there are no held-out answers")
     else:

@@ -110,9 +110,11 @@ def _error(rung: str, artefacts: Artefacts, info: GGUFInfo, wanted: Quantization
             theirs = reference.names.get(tensor.name)
             if theirs is None or theirs.shape != tensor.shape:
                 return claim.holds(False, f"{tensor.name} is not in the 16-bit file, or has another shape there")
-            meant = reference.values(theirs)
-            size = float(np.linalg.norm(meant))
-            error = float(np.linalg.norm(info.values(tensor) - meant)) / size if size else 0.0
+            size = difference = 0.0
+            for meant, found in zip(reference.pieces(theirs), info.pieces(tensor), strict=True):
+                size += float(np.linalg.norm(meant)) ** 2
+                difference += float(np.linalg.norm(found - meant)) ** 2
+            error = math.sqrt(difference / size) if size else 0.0
             if math.isnan(error):
                 return claim.holds(False, f"{tensor.name} holds what is no number")
             if error > worst:

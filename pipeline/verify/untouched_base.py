@@ -58,11 +58,12 @@ def preflight(config: Config, run_folder: Path, scratch: Path, rungs: Sequence[s
     base = resolve_base(model.base, model.revision)
     trained, _ = load_tokenizer(base, trust_remote_code=model.trust_remote_code, chat_template=model.chat_template)
     base = as_trained(in_16bit(base, scratch / "base-16bit"), trained, scratch / "base")
-    parameters = read_weights(base).parameters
+    stored = read_weights(base)
+    parameters = stored.parameters
     # Converted, that in float32, and every type twice: quantized, and in Ollama.
     quantized = machine_needs.disk_needs(config, parameters)["quantize"]
     require_space(scratch, 6 * parameters + 2 * quantized, "preflight's copies of the base")
-    results = list(machine_needs.check(config, run_folder, parameters, gpu.memory()))
+    results = list(machine_needs.check(config, run_folder, stored, gpu.memory()))
     results += _run("toolchain", "convert", lambda: iter([toolchain.check_pin()]))
     results += _run("preflight.target", "deploy", partial(check_target, config, run_folder, scratch))
     results += _run("preflight.template", "modelfile", partial(_template, config, base))

@@ -17,11 +17,12 @@ from pipeline.console import progress
 from pipeline.errors import PipelineError
 from pipeline.llamacpp.gguf_file import GGUFInfo, inspect
 from pipeline.llamacpp.gguf_file import check as check_gguf
+from pipeline.model.adapter_file import is_matrix, plain_name, renaming
 from pipeline.model.config_file import text_config
+from pipeline.model.layer_by_layer import Layers
 from pipeline.model.load import load_model
 from pipeline.model.memory import fits_float32
 from pipeline.model.nf4 import Record, dequantized
-from pipeline.model.targets import OTHER_SENSES
 from pipeline.model.weights_file import BUFFERS, Weights, read_weights
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import Claim, Result
@@ -69,14 +70,12 @@ def check_merge(artefacts: Artefacts) -> Iterator[Result]:
     base, merged, adapter = (read_weights(folder) for folder in (base_folder, artefacts.model, adapter_folder))
     settings = json.loads((adapter_folder / "adapter_config.json").read_text(encoding="utf-8"))
     adapted = {
-        _plain(name).removesuffix(".lora_A.weight") for name in adapter.shapes if name.endswith(".lora_A.weight")
+        plain_name(name).removesuffix(".lora_A.weight") for name in adapter.shapes if name.endswith(".lora_A.weight")
     }
-    stored_as, loaded_as = _beginnings(adapted, base)
-    modules = {_replaced(name, loaded_as, stored_as) for name in adapted}
-    trained = {_plain(name) for name in adapter.shapes if ".lora_" not in name}
-    matrices = {
-        _replaced(name.removesuffix(".weight"), stored_as, loaded_as) for name in base.shapes if _is_matrix(base, name)
-    }
+    names_of = renaming(adapted, base)
+    modules = {names_of.to_file(name) for name in adapted}
+    trained = {plain_name(name) for name in adapter.shapes if ".lora_" not in name}
+    matrices = {names_of.to_model(name.removesuffix(".weight")) for name in base.shapes if is_matrix(base, name)}
     yield _targets(matrices, adapted, settings)
     yield _same_shape(artefacts.model, base_folder, base, merged)
 
@@ -85,9 +84,7 @@ def check_merge(artefacts: Artefacts) -> Iterator[Result]:
     touched, touched_words = 0, ""
     limit = artefacts.settings.rounding
     record = Record.read(adapter_folder.parent)
-    in_4bit, transposed = (
-        {_replaced(name, loaded_as, stored_as) for name in names} for names in (record.in_4bit, record.transposed)
-    )
+    in_4bit, transposed = ({names_of.to_file(name) for name in names} for names in (record.in_4bit, record.transposed))
     if artefacts.merged_into == "16bit":
         in_4bit = set()
     names = [name for name in base.shapes if merged.shapes.get(name) == base.shapes[name]]
@@ -100,7 +97,7 @@ def check_merge(artefacts: Artefacts) -> Iterator[Result]:
                 found = merged[name].float()
                 if turned:
                     weight, found = weight.T, found.T
-                delta, expected = _expected(weight, _replaced(module, stored_as, loaded_as), adapter, settings)
+                delta, expected = _expected(weight, names_of.to_model(module), adapter, settings)
                 scale = torch.maximum(torch.maximum(weight.abs(), expected.abs()), delta.abs())
                 error = float(((found - expected).abs() / _step(scale, *stored[merged.types[name]])).max())
                 if not error <= limit:
@@ -129,39 +126,8 @@ def check_merge(artefacts: Artefacts) -> Iterator[Result]:
     yield _UNTOUCHED.at_most(touched, 0, touched_words)
 
 
-def _beginnings(modules: set[str], base: Weights) -> tuple[str, str]:
-    """What names begin with in the base's files, and what the same begin with in the loaded model.
-
-    transformers renames the parts of some vision-language models as it loads them.
-    """
-    for module in sorted(modules):
-        within = module[module.find("layers.") :]
-        found = [
-            name
-            for name in base.shapes
-            if name.endswith(f".{within}.weight") and not OTHER_SENSES.search(name) and _is_matrix(base, name)
-        ]
-        if f"{module}.weight" not in base.shapes and len(found) == 1:
-            return found[0].removesuffix(f"{within}.weight"), module.removesuffix(within)
-    return "", ""
-
-
-def _replaced(name: str, old: str, new: str) -> str:
-    return new + name.removeprefix(old) if name.startswith(old) else name
-
-
-def _is_matrix(tensors: Weights, name: str) -> bool:
-    return name.endswith(".weight") and len(tensors.shapes[name]) == 2
-
-
-def _plain(name: str) -> str:
-    """An adapter's tensor by the name that its module has in the model."""
-    name = name.removeprefix("base_model.model.")
-    return name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-
-
 def _trained(adapter: Weights, name: str) -> Any:
-    return next(adapter[full] for full in adapter.shapes if _plain(full) == name)
+    return next(adapter[full] for full in adapter.shapes if plain_name(full) == name)
 
 
 def _expected(weight: Any, module: str, adapter: Weights, settings: dict[str, Any]) -> tuple[Any, Any]:
@@ -287,8 +253,11 @@ def _reload(artefacts: Artefacts, tensors: Weights) -> Result:
 
     float32 = fits_float32(artefacts.model)
     try:
-        dtype = torch.float32 if float32 else "auto"
-        model, report = load_model(artefacts.model, dtype, output_loading_info=True)
+        layers = None if float32 else Layers(tensors)
+        if layers is not None and not layers.lacking:
+            model, report = layers.model, {"unexpected keys": layers.unused, "mismatched keys": layers.misshapen}
+        else:  # transformers keeps some models otherwise than their files do
+            model, report = load_model(artefacts.model, torch.float32 if float32 else "auto", output_loading_info=True)
     except Exception as error:
         return _RELOAD.holds(False, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
     if float32:  # the logits are taken from it later
@@ -335,8 +304,6 @@ def _complaint(call: Callable[[], Any]) -> str:
 
 
 def _same_numbers(info: GGUFInfo, expected: GGUFInfo) -> Result:
-    import numpy as np
-
     wrong = []
     if missing := sorted(expected.names.keys() ^ info.names.keys()):
         wrong.append(f"{len(missing)} tensors are missing or new, e.g. {missing[0]}")
@@ -348,14 +315,18 @@ def _same_numbers(info: GGUFInfo, expected: GGUFInfo) -> Result:
             if found.shape != tensor.shape:
                 wrong.append(f"{tensor.name} has the shape {found.shape} instead of {tensor.shape}")
                 continue
-            if found.type == tensor.type and np.array_equal(info.data(found), expected.data(tensor)):
-                update(number)
-                continue
-            ours, theirs = info.values(found), expected.values(tensor)
-            if not np.array_equal(ours, theirs):
-                wrong.append(f"{tensor.name} {_difference(ours, theirs)}")
+            pieces = zip(info.pieces(found), expected.pieces(tensor), strict=True)
+            if not all(_equal(ours, theirs) for ours, theirs in pieces):
+                wrong.append(f"{tensor.name} {_difference(info.values(found), expected.values(tensor))}")
             update(number)
     return _GGUF.holds(not wrong, "; ".join(wrong[:3]), len(wrong), "at most 0 tensors")
+
+
+def _equal(ours: Any, theirs: Any) -> bool:
+    """Equal numbers; NaN in both is another check's finding."""
+    import numpy as np
+
+    return np.array_equal(ours, theirs) or np.array_equal(ours, theirs, equal_nan=True)
 
 
 def _difference(ours: Any, theirs: Any) -> str:

@@ -1,5 +1,6 @@
 """What a model needs of the memory, against models that are loaded here; and the batches that follow."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ from support.small_models import base_folder
 
 from pipeline.model import memory
 from pipeline.model.load import load_float32
-from pipeline.model.weights_file import read_weights
+from pipeline.model.weights_file import Weights, read_weights
 from pipeline.setup import gpu, machine
 
 
@@ -31,10 +32,28 @@ def test_float32_is_what_a_loaded_model_holds(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_merge_keeps_two_copies_where_it_measures_both_bases() -> None:
-    least = memory.merge(1e9, in_float32=False, dequantizes=False)
+    least = memory.merge_by_peft(1e9, in_float32=False, dequantizes=False)
     assert 2e9 < least < 3e9
-    assert memory.merge(1e9, in_float32=False, dequantizes=True) - least == 2e9
-    assert memory.merge(1e9, in_float32=True, dequantizes=True) > 4e9 + 2e9
+    assert memory.merge_by_peft(1e9, in_float32=False, dequantizes=True) - least == 2e9
+    assert memory.merge_by_peft(1e9, in_float32=True, dequantizes=True) > 4e9 + 2e9
+
+
+def llama_8b(folder: Path, layers: int) -> Weights:
+    """The headers of Llama 3.1 8B's shapes, with this many layers."""
+    (folder / "config.json").write_text("{}")
+    layer = {"q_proj": (4096, 4096), "k_proj": (1024, 4096), "v_proj": (1024, 4096), "o_proj": (4096, 4096),
+             "gate_proj": (14336, 4096), "up_proj": (14336, 4096), "down_proj": (4096, 14336)}  # fmt: skip
+    shapes = {f"model.layers.{n}.{name}.weight": shape for n in range(layers) for name, shape in layer.items()}
+    ends = {"model.embed_tokens.weight": (128256, 4096), "lm_head.weight": (128256, 4096)}
+    return Weights(folder, [], shapes=shapes | ends)
+
+
+def test_a_merge_from_file_to_file_does_not_grow_with_the_layers(tmp_path: Path) -> None:
+    small, large = (memory.merge(llama_8b(tmp_path, layers), measures=True) for layers in (1, 32))
+    assert small == large
+    # torch, the embedding in float32, and the logits of a batch.
+    assert 0.6e9 + 2.1e9 + 0.5e9 < large < 5e9
+    assert memory.merge(llama_8b(tmp_path, 32), measures=False) < 1e9
 
 
 @pytest.mark.parametrize(

@@ -19,17 +19,20 @@ from pipeline.model.weights_file import read_weights
 from pipeline.stages import merge
 from pipeline.verify import merge_base, weights
 from pipeline.verify.artefacts import Artefacts
+from pipeline.verify.reconvert import reconvert
 from pipeline.verify.result import FAIL, PASS
 
 
-def merged(folder: Path, base: str, targets: Sequence[str] = (), **train: Any) -> tuple[Artefacts, dict[str, Any]]:
+def merged(
+    folder: Path, base: str, targets: Sequence[str] = (), *, way: str = "tensors", **train: Any
+) -> tuple[Artefacts, dict[str, Any]]:
     """The good run with its adapter, or the part of it for some modules, merged anew; and base.json."""
     run = folder / "run"
     for stage in ("data", "train", "base"):
         shutil.copytree(good_run() / stage, run / stage)
     if targets:
         leave_only(run / "train" / "adapter", targets)
-    sections = {**CONFIG, "model": {"base": str(run / "base")}, "merge": {"base": base}}
+    sections = {**CONFIG, "model": {"base": str(run / "base")}, "merge": {"base": base, "way": way}}
     sections["train"] = {**CONFIG["train"], **train}
     merge.main(make_task(run, "merge", **sections))
     return Artefacts.of_run(run, make_config(**sections), folder), json.loads((run / "merge" / "base.json").read_text())
@@ -60,25 +63,51 @@ def test_modules_without_an_adapter_were_4_bit_too(tmp_path: Path) -> None:
 def test_what_is_measured_is_what_is_merged(tmp_path: Path, wanted: str) -> None:
     artefacts, chosen = merged(tmp_path, wanted)
     losses, taken = chosen["losses"], chosen["taken"]
-    assert losses.keys() == {"base", "16bit", "dequantized"}
-    assert losses["16bit"] != losses["dequantized"]
-    assert taken == (min(("16bit", "dequantized"), key=lambda name: losses[name]) if wanted == "auto" else wanted)
+    if wanted == "auto":
+        assert losses.keys() == {"base", "16bit", "dequantized"}
+        assert losses["16bit"] != losses["dequantized"]
+        assert taken == min(("16bit", "dequantized"), key=lambda name: losses[name])
+    else:
+        assert (taken, losses, chosen["row_losses"]) == (wanted, {}, {})
 
     results = {result.id: result for result in weights.check_merge(artefacts)}
     assert {result.verdict for result in results.values()} == {PASS}
     assert results["weights.merged"].figure <= 0.5  # rounded once, to the nearest
 
+    if wanted != "auto":
+        return
     losses = artefacts.merge_losses  # on the rows that are compared
     loss = mean_loss(held_out_losses(load_float32(artefacts.model), artefacts.compared_rows(), lambda done: None))
     other = "dequantized" if taken == "16bit" else "16bit"
     assert abs(loss - losses[taken]) < 0.05 * abs(losses[other] - losses[taken])
 
 
+def test_both_ways_leave_the_same(tmp_path: Path) -> None:
+    """Files, choice and figures: PEFT's merge of the loaded model is the measure for the one from file to file."""
+    own, chosen = merged(tmp_path / "tensors", "auto")
+    theirs, by_peft = merged(tmp_path / "peft", "auto", way="peft")
+    assert chosen["taken"] == by_peft["taken"]
+    for name, loss in chosen["losses"].items():
+        assert loss == pytest.approx(by_peft["losses"][name], rel=1e-6)
+    weights_file = "model.safetensors"
+    assert (own.model / weights_file).read_bytes() == (theirs.model / weights_file).read_bytes()
+    assert {path.name for path in own.model.iterdir()} == {path.name for path in theirs.model.iterdir()}
+    (tmp_path / "again").mkdir()
+    files = [reconvert(artefacts.model, folder(tmp_path / "again" / name), "f16").path
+             for name, artefacts in (("tensors", own), ("peft", theirs))]  # fmt: skip
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
 def test_a_worse_base_is_named(tmp_path: Path) -> None:
-    better, chosen = merged(tmp_path / "auto", "auto")
+    artefacts, chosen = merged(tmp_path, "auto")
     worse = {"16bit": "dequantized", "dequantized": "16bit"}[chosen["taken"]]
-    artefacts, _ = merged(tmp_path / "worse", worse)
-    difference = better.merge_losses[worse] - better.merge_losses[chosen["taken"]]
+    artefacts.merged_into = worse
+    difference = artefacts.merge_losses[worse] - artefacts.merge_losses[chosen["taken"]]
     artefacts.settings = artefacts.settings.model_copy(update={"loss_lost": difference / 2})
     (result,) = merge_base.check(artefacts)
     assert (result.id, result.rung, result.verdict) == ("merge_base.better", "merge", FAIL)

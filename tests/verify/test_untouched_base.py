@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import servers
+from support import servers, small_models
 from support.good_run import conversations, good_run, write_rows
 
 from pipeline import stages
 from pipeline.config import load_config
+from pipeline.model.weights_file import Weights
 from pipeline.ollama.scratch_model import write_scratch_model
 from pipeline.verify import machine_needs
 from pipeline.verify.chain import run_check
 from pipeline.verify.result import FAIL, NOT_RUN, PASS
 from pipeline.verify.untouched_base import check_target, preflight
+
+MATRIX = "model.layers.0.mlp.up_proj.weight"
 
 
 @pytest.fixture
@@ -120,14 +123,18 @@ def test_a_server_that_is_down(project: Path) -> None:
 def test_a_machine_that_is_too_small(project: Path) -> None:
     config, _ = load_config(project / "pipeline.toml", ["export.quant=['q4_k_m', 'q8_0']"])
     run = project / "not" / "there" / "yet"
-    results = {result.id: result for result in machine_needs.check(config, run, 10**15, 8 * 2**30)}
+
+    def weights(rows: int) -> Weights:
+        return Weights(small_models.base_folder(), [], shapes={MATRIX: (rows, 10**4)}, types={MATRIX: "BF16"})
+
+    results = {result.id: result for result in machine_needs.check(config, run, weights(10**11), 8 * 2**30)}
     assert {id for id, result in results.items() if result.verdict == FAIL} == {
         *("machine.disk", "machine.memory", "machine.gpu")
     }
     for stage in ("merge", "convert", "quantize", "deploy", "verify"):
         assert stage in results["machine.disk"].words
     assert results["machine.float32"].verdict == NOT_RUN
-    small = {result.id: result.verdict for result in machine_needs.check(config, run, 10**6, 8 * 2**30)}
+    small = {result.id: result.verdict for result in machine_needs.check(config, run, weights(100), 8 * 2**30)}
     assert set(small.values()) == {PASS}
     needs = machine_needs.disk_needs(config, 10**9)
     assert needs["merge"] == needs["convert"] == 2 * 10**9

@@ -1,0 +1,135 @@
+"""A PEFT adapter's folder: what its configuration says, and where in a base's files its tensors belong.
+
+The names of an adapter are those of the loaded model. transformers renames the parts of some vision-language models as
+it loads them, so that the files may have another beginning: "language_model.model.layers" for "model.layers".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.model.targets import OTHER_SENSES
+from pipeline.model.weights_file import Weights, read_weights
+
+_OUTER = "base_model.model."
+_EXPERT = re.compile(r"\.experts\.\d+\.")  # a module in the files; in the loaded model all of a layer are one tensor
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter.
+
+    Attributes:
+        folder: where it is.
+        settings: adapter_config.json.
+        weights: its tensors.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    weights: Weights
+
+    @cached_property
+    def plain(self) -> dict[str, str]:
+        """Its tensors by the names that they have in the loaded model, PEFT's own wrappings taken off."""
+        return {plain_name(name): name for name in self.weights.shapes}
+
+    def scaling(self, module: str) -> float:
+        """What B A is multiplied with: alpha / r (E. Hu et al., 2021, "LoRA", section 4.1).
+
+        With use_rslora it is alpha / sqrt(r) (D. Kalajdzievski, 2023, "rsLoRA"). rank_pattern and alpha_pattern give
+        single modules others.
+        """
+        rank, alpha = self._of("rank_pattern", module, "r"), self._of("alpha_pattern", module, "lora_alpha")
+        return float(alpha / math.sqrt(rank) if self.settings.get("use_rslora") else alpha / rank)
+
+    def _of(self, pattern: str, module: str, default: str) -> Any:
+        for key, value in (self.settings.get(pattern) or {}).items():
+            if re.match(rf"(.*\.)?({key})$", module):
+                return value
+        return self.settings[default]
+
+    def meant(self, modules: Iterable[str]) -> list[str]:
+        """Those of a loaded model's linear modules that the configuration gives an adapter."""
+        wanted, without = self.settings.get("target_modules") or [], self.settings.get("exclude_modules") or []
+        layers = self.settings.get("layers_to_transform")
+        numbers = None if layers is None else {layers} if isinstance(layers, int) else set(layers)
+        pattern = self.settings.get("layers_pattern") or r"[^.]*"
+        inside = "|".join([pattern] if isinstance(pattern, str) else pattern)
+
+        def chosen(name: str) -> bool:
+            if not _matches(wanted, name) or _matches(without, name) or _EXPERT.search(name):
+                return False
+            layer = re.match(rf".*\.({inside})\.(\d+)\.", name) if numbers is not None else None
+            return numbers is None or (layer is not None and int(layer[2]) in numbers)
+
+        return [name for name in modules if chosen(name)]
+
+
+def read_adapter(folder: Path) -> AdapterFile:
+    """Read an adapter's configuration, and the headers of its tensors.
+
+    Raises:
+        UserError: one of them is missing or damaged.
+    """
+    try:
+        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: adapter_config.json cannot be read: {error}") from None
+    return AdapterFile(folder, settings, read_weights(folder))
+
+
+def plain_name(name: str) -> str:
+    """An adapter's tensor by the name that its module has in the loaded model."""
+    name = name.removeprefix(_OUTER)
+    return name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+
+
+@dataclass(frozen=True)
+class Renaming:
+    """What names begin with in the files, and in the loaded model; both "" where they are equal."""
+
+    stored: str = ""
+    loaded: str = ""
+
+    def to_file(self, name: str) -> str:
+        """A loaded model's name as the files have it."""
+        return self.stored + name.removeprefix(self.loaded) if name.startswith(self.loaded) else name
+
+    def to_model(self, name: str) -> str:
+        """A name of the files as the loaded model has it."""
+        return self.loaded + name.removeprefix(self.stored) if name.startswith(self.stored) else name
+
+
+def renaming(modules: Iterable[str], base: Weights) -> Renaming:
+    """How the names of adapted modules begin in a base's files."""
+    for module in sorted(modules):
+        within = module[module.find("layers.") :]
+        found = [
+            name
+            for name in base.shapes
+            if name.endswith(f".{within}.weight") and not OTHER_SENSES.search(name) and is_matrix(base, name)
+        ]
+        if f"{module}.weight" not in base.shapes and len(found) == 1:
+            return Renaming(found[0].removesuffix(f"{within}.weight"), module.removesuffix(within))
+    return Renaming()
+
+
+def is_matrix(tensors: Weights, name: str) -> bool:
+    """Whether a tensor is a module's matrix."""
+    return name.endswith(".weight") and len(tensors.shapes[name]) == 2
+
+
+def _matches(wanted: str | list[str], name: str) -> bool:
+    """PEFT's rule: a text is a regular expression for the whole name, a list has full names and what names end with."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == end or name.endswith(f".{end}") for end in wanted)
