@@ -97,7 +97,7 @@ def plan(
     if as_json:
         document = {
             "base": settings.model.base,
-            "shape": asdict(shape),
+            "shape": {"parameters": shape.parameters, **asdict(shape)},
             "machine": asdict(machine),
             "stages": [asdict(row) for row in rows],
             "problems": wrong,
@@ -134,17 +134,22 @@ def count(settings: Config, machine: Machine) -> tuple[Shape, list[Row], int]:
     from pipeline.model import memory
     from pipeline.model.base import config_folder
     from pipeline.model.shape import shape_of
+    from pipeline.model.targets import without_weights
     from pipeline.verify.machine_needs import disk_needs
 
     folder = config_folder(settings.model.base, settings.model.revision)
-    shape = shape_of(folder, settings.lora, trust_remote_code=settings.model.trust_remote_code)
+    model = without_weights(folder, trust_remote_code=settings.model.trust_remote_code)
+    shape = shape_of(model, settings.lora)
     longest, tokens = _data(settings)
     assert settings.train.batch is not None
     disk = disk_needs(settings, shape.parameters)
     billions = shape.parameters / 1e9
     needed = training(settings, shape, longest, on_gpu=machine.gpu is not None)
     times = {stage: seconds * billions / machine.cores for stage, seconds in _CORE_SECONDS.items()}
-    merge = memory.merge(shape.parameters, in_float32=False, dequantizes=settings.train.load_in_4bit)
+    merge = memory.merge(
+        {name: tuple(tensor.shape) for name, tensor in model.named_parameters()},
+        measures=settings.train.load_in_4bit and settings.merge.base == "auto",
+    )
     rows = [
         Row(
             "train",

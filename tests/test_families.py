@@ -92,12 +92,12 @@ def test_served_as_trained(name: str) -> None:
     client.delete(model)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
-def test_verified_by_the_same_checks(name: str) -> None:
+def test_verified_by_the_same_checks() -> None:
     """Nothing differs from the tokenizer that is trained; what does from the base's own is named."""
+    name = "qwen3"
     run = servers.family_run(name)
     files = {"q8_0": run / "quantize" / "q8_0" / "model-q8_0.gguf"}
-    for model, differs in ((run / "merge" / "model", False), (servers.family(name), name == "qwen3")):
+    for model, differs in ((run / "merge" / "model", False), (servers.family(name), True)):
         artefacts = Artefacts(Verify(strings=1500), model, None, files, small_models.scratch() / name)
         results = [*token_ids.check_files(artefacts), *prompt_check.check_files(artefacts)]
         assert not [(result.id, result.words) for result in results if result.verdict == FAIL]

@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.model.predict import TOGETHER
-from pipeline.model.weights_file import Weights, read_weights
+from pipeline.model.weights_file import read_weights
 from pipeline.setup import gpu, machine
 
 GIB = 2**30
@@ -45,27 +45,27 @@ def merge_by_peft(parameters: float, *, in_float32: bool, dequantizes: bool) -> 
     return int(parameters * (1.3 * (4 if in_float32 else 2) + (2 if dequantizes else 0)))
 
 
-def merge(base: Weights, *, measures: bool) -> int:
+def merge(base: Mapping[str, Sequence[int]], *, measures: bool) -> int:
     """Merging an adapter tensor by tensor.
 
     Args:
-        base: its weights.
+        base: the shapes of its own tensors, by name.
         measures: the adapter was trained on 4 bits: both bases are measured layer by layer, and a matrix is dequantized
             whole, by two threads at once.
     """
     if not measures:
         return _LIBRARIES + GIB // 4  # a few pieces of 16 MiB for each thread
-    matrix = max((math.prod(base.shapes[name]) for name in base.own if _LAYER.match(name)), default=0)
+    matrix = max((math.prod(shape) for name, shape in base.items() if _LAYER.match(name)), default=0)
     return max(by_layers(base), _LIBRARIES + 2 * 5 * 4 * matrix)
 
 
-def by_layers(model: Weights) -> int:
+def by_layers(model: Mapping[str, Sequence[int]]) -> int:
     """The logits of a model that is never loaded whole: its largest part in float32, and those of a batch."""
     parts: Counter[str] = Counter()
-    for name in model.own:
+    for name, shape in model.items():
         within = _LAYER.match(name)
-        parts[within[0] if within else name] += math.prod(model.shapes[name])
-    words = max((model.shapes[name][0] for name in model.own if "embed" in name or "head" in name), default=0)
+        parts[within[0] if within else name] += math.prod(shape)
+    words = max((shape[0] for name, shape in model.items() if "embed" in name or "head" in name), default=0)
     return _LIBRARIES + int(1.3 * 4 * max(parts.values())) + 2 * 4 * TOGETHER * words
 
 

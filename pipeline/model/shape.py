@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.model.config_file import text_settings
@@ -44,20 +43,18 @@ class Shape:
         return self.linear + self.other
 
 
-def shape_of(folder: Path, lora: Lora, *, trust_remote_code: bool = False) -> Shape:
-    """The sizes of a base with an adapter; no weights are read.
+def shape_of(model: Any, lora: Lora) -> Shape:
+    """The sizes of a base with an adapter.
 
     Args:
-        folder: with config.json; nothing else is looked at.
+        model: of transformers; `targets.without_weights` makes one from config.json.
         lora: which modules get an adapter, and of what rank.
-        trust_remote_code: run the folder's own Python code.
 
     Raises:
-        UserError: transformers does not know the architecture, or `lora.target_modules` means no module.
+        UserError: `lora.target_modules` means no module.
     """
     from pipeline.model import targets
 
-    model = targets.without_weights(folder, trust_remote_code=trust_remote_code)
     chosen = targets.find(model, lora)
     linear = [inner * outer for inner, outer in targets.in_layers(model).values()]
     total = sum(parameter.numel() for parameter in model.parameters())

@@ -163,6 +163,11 @@ class Weights:
         return [name for name in self.shapes if not name.endswith(left_out)]
 
     @property
+    def own_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of these."""
+        return {name: self.shapes[name] for name in self.own}
+
+    @property
     def parameters(self) -> int:
         """How many numbers the model has of its own: a tied head that is stored too counts once, buffers do not."""
         return sum(self._values(name) for name in self.own)

@@ -113,7 +113,7 @@ def _of_loaded(artefacts: Artefacts, kind: str, rows: Rows) -> Iterator[Any]:
 def _of_layers(folder: Path, kind: str, rows: Rows) -> Iterator[Any] | str:
     """The same layer by layer, for a model that does not fit into the memory; why that cannot be done, if it cannot."""
     weights = read_weights(folder)
-    layers, needed = Layers(weights), memory.by_layers(weights)
+    layers, needed = Layers(weights), memory.by_layers(weights.own_shapes)
     if layers.lacking:
         return f"the model does not fit into the memory in float32, and its files have no {layers.lacking[0]}"
     if needed > machine.free_memory():

@@ -46,7 +46,7 @@ def check(config: Config, run_folder: Path, base: Weights, gpu_bytes: int | None
         merge = memory.merge_by_peft(parameters, in_float32=False, dequantizes=measures)
         yield _bytes(_MEMORY, merge, there, 'take merge.way = "tensors", a smaller base or a larger machine')
     else:
-        merge = memory.merge(base, measures=measures)
+        merge = memory.merge(base.own_shapes, measures=measures)
         yield _bytes(_MEMORY, merge, there, "take a smaller base or a larger machine")
     float32 = memory.float32_model(parameters)
     if float32 <= there:

@@ -1,46 +1,24 @@
-"""A base in bitsandbytes' 4 bits: what its weights unpack to, and a whole training on it."""
+"""A base in bitsandbytes' 4 bits: what its weights unpack to. tests/test_whole_way.py trains on one."""
 
 import json
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import bases
 
+from benchmarks.small_base import write_small_base
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.model.base import check_bits, resolve_base
 from pipeline.model.facts import facts
 from pipeline.model.four_bit import in_16bit, is_4bit
-from pipeline.verify import weights
-from pipeline.verify.artefacts import Artefacts
-from pipeline.verify.result import FAIL, PASS
 
 
 @pytest.fixture(scope="module")
 def four_bit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama as bitsandbytes saves it."""
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    base = bases.base("llama-16bit", "llama3_1")
-    folder = tmp_path_factory.mktemp("four-bit") / "base-bnb"
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        base, quantization_config=settings, dtype=torch.bfloat16, device_map="cpu"
-    )
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(base / name, folder / name)
-    return folder
+    return write_small_base(tmp_path_factory.mktemp("four-bit") / "base-bnb", "llama2", four_bit=True)
 
 
 def config(base: Path, **sections: Any) -> Config:
@@ -51,7 +29,7 @@ def test_it_is_a_base(four_bit: Path) -> None:
     assert resolve_base(str(four_bit)) == four_bit
     assert is_4bit(four_bit)
     check_bits(four_bit, config(four_bit))
-    plain = bases.base("llama-16bit", "llama3_1")
+    plain = bases.base("llama-16bit", "llama2")
     assert facts(str(four_bit)) == facts(str(plain))  # as many weights, the packed ones counted
 
 
@@ -67,14 +45,14 @@ def test_what_does_not_go_with_it(four_bit: Path, sections: dict[str, Any], word
         check_bits(four_bit, config(four_bit, **sections))
     assert words in str(error.value)
     assert "the 16-bit model as the base" in str(error.value)
-    check_bits(bases.base("llama-16bit", "llama3_1"), config(four_bit, **sections))
+    check_bits(bases.base("llama-16bit", "llama2"), config(four_bit, **sections))
 
 
 def test_its_weights_unpack_to_what_an_adapter_sees(four_bit: Path, tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    plain = bases.base("llama-16bit", "llama3_1")
+    plain = bases.base("llama-16bit", "llama2")
     assert in_16bit(plain, tmp_path / "none") == plain
     folder = in_16bit(four_bit, tmp_path / "unpacked")
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
@@ -88,17 +66,3 @@ def test_its_weights_unpack_to_what_an_adapter_sees(four_bit: Path, tmp_path: Pa
         changed |= {name.rpartition(".")[0].rpartition(".")[2]} if not torch.equal(tensor, own[name]) else set()
     assert changed == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert resolve_base(str(folder)) == folder
-
-
-def test_trained_and_merged_into_what_it_unpacks_to(four_bit: Path, tmp_path: Path) -> None:
-    path = bases.project(tmp_path / "project", four_bit)
-    command = [sys.executable, "-m", "pipeline", "run", str(path), "--no-preflight", "--until", "convert"]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    run = tmp_path / "project" / "run"
-    chosen = json.loads((run / "merge" / "base.json").read_text())
-    assert (chosen["taken"], chosen["why"]) == ("dequantized", "the base is stored in 4 bits")
-    settings = Config.model_validate_json((run / "config.json").read_text())
-    results = list(weights.check(Artefacts.of_run(run, settings, tmp_path / "scratch")))
-    assert not [(result.id, result.words) for result in results if result.verdict == FAIL]
-    assert {"weights.merged", "weights.untouched"} <= {result.id for result in results if result.verdict == PASS}

@@ -8,6 +8,7 @@ from support.small_models import scratch
 
 from pipeline.config import Lora
 from pipeline.model.shape import Shape, shape_of
+from pipeline.model.targets import without_weights
 from pipeline.model.training_memory import full_fine_tuning, on_gpu
 
 # Hidden, intermediate, layers, heads, tied: Llama 3.2 1B and 3B, Llama 3.1 8B; 128,256 words each.
@@ -45,7 +46,7 @@ def llama(name: str, r: int) -> Shape:
         **{"num_key_value_heads": 8, "head_dim": hidden // heads, "tie_word_embeddings": tied},
     }
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return shape_of(folder, Lora(r=r))
+    return shape_of(without_weights(folder), Lora(r=r))
 
 
 def test_a_base_by_its_parts() -> None:

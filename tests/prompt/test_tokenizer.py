@@ -9,14 +9,10 @@ import pytest
 from support import bases, servers, small_models
 from transformers import AutoTokenizer
 
-from pipeline.config import Verify
 from pipeline.errors import UserError
 from pipeline.llamacpp.programs import source_tree
 from pipeline.prompt.tokenizer import CONTROL_WORDS, as_served, load_tokenizer
 from pipeline.stages import data
-from pipeline.verify import token_ids
-from pipeline.verify.artefacts import Artefacts
-from pipeline.verify.result import FAIL
 
 DECOMPOSED, COMPOSED = "cafe\u0301", "caf\u00e9"
 
@@ -193,18 +189,3 @@ def test_added_tokens_without_rows(tmp_path: Path) -> None:
     (base / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<end_call>"}), encoding="utf-8")
     with pytest.raises(UserError, match=r"its eos_token .*128,259 tokens, it 128,256 rows.*resize_token_embeddings"):
         load_tokenizer(base)
-
-
-def test_a_base_with_such_tokens_goes_the_whole_way(short: Path, tmp_path: Path) -> None:
-    """It is converted, and every text has the trained ids in llama-server."""
-    from pipeline.model.base import as_trained
-    from pipeline.stages import convert
-
-    run = tmp_path / "run"
-    (run / "merge").mkdir(parents=True)
-    merged = as_trained(short, load_tokenizer(short)[0], run / "merge" / "model")
-    figures = convert.main(small_models.make_task(run, "convert", model={"base": str(short)}))
-    artefacts = Artefacts(Verify(strings=500), merged, run / "convert" / figures["file"], {}, tmp_path / "scratch")
-    results = list(token_ids.check_files(artefacts))
-    assert results
-    assert not [(result.id, result.words) for result in results if result.verdict == FAIL]

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import bases
 
 from pipeline.config import Config, Verify
 from pipeline.errors import PipelineError
@@ -223,30 +222,6 @@ def test_padding_is_left_out_of_the_record_and_never_trained() -> None:
         conversations_of(batch(rows, labels, mask))
     with pytest.raises(PipelineError, match="does not stand on the right"):
         conversations_of(batch([[2, 5, 6]], [[-100, 5, 6]], [[0, 1, 1]]))
-
-
-@pytest.mark.parametrize(("tokenizer", "model_type"), [("llama3_1", "llama"), ("mistral_nemo", "mistral")])
-def test_a_base_without_a_pad_token(tokenizer: str, model_type: str, tmp_path: Path) -> None:
-    """It trains, every end of turn included, and what is saved says no more than the base did."""
-    from transformers import AutoTokenizer
-
-    base = bases.base(f"no-pad-{tokenizer}", tokenizer, model_type)
-    own = AutoTokenizer.from_pretrained(base)
-    assert own.pad_token is None
-    config = bases.project(tmp_path / "project", base)
-    command = [sys.executable, "-m", "pipeline", "run", str(config), "--no-preflight", "--until", "convert"]
-    finish(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
-    run = tmp_path / "project" / "run"
-    artefacts = Artefacts.of_run(run, Config.model_validate_json((run / "config.json").read_text()), tmp_path)
-    assert {result.verdict for result in check_labels(artefacts)} == {PASS}
-    batches = [json.loads(line) for line in (run / "train" / "batches.jsonl").read_text().splitlines()]
-    assert len({len(ids) for batch in batches for ids in batch["input_ids"]}) > 1  # there was something to pad
-    for folder in (run / "train" / "adapter", run / "merge" / "model"):
-        saved = AutoTokenizer.from_pretrained(folder)
-        for name in ("pad_token", "eos_token", "bos_token", "chat_template"):
-            assert getattr(saved, name) == getattr(own, name), name
-        assert saved.get_vocab() == own.get_vocab()
-    assert json.loads((run / "merge" / "model" / "config.json").read_text()).get("pad_token_id") is None
 
 
 def test_early_stopping_goes_on_counting_after_an_interruption(project: Path) -> None:
