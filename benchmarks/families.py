@@ -67,7 +67,7 @@ FAMILIES = {
     "OLMo 2": Family("gpt4", "olmo2"),
     "DeepSeek, distilled": Family("qwen2_5", "qwen2"),
     "DeepSeek V3": Family("deepseek_v3", "deepseek_v3"),
-    "gpt-oss": Family("gpt4o", "gpt_oss", model='chat_template = "chatml"\n'),
+    "gpt-oss": Family("gpt4o", "gpt_oss"),
     "GPT-2": Family("gpt2", "gpt2"),
     "Falcon": Family("gpt2", "falcon"),
 }
@@ -104,7 +104,7 @@ def configure(folder: Path, base: Path, model: str = "", *, rows: int = 48) -> P
     (folder / "train.jsonl").write_text(lines, encoding="utf-8")
     config = folder / "pipeline.toml"
     # A random model says what it says: what is judged is that the same is said everywhere.
-    judged = "[verify]\ntokens = 400\nstrings = 400\nstopping = 0\n"
+    judged = "[verify]\ntokens = 400\nstrings = 400\nstopping = 0\nloss_lost = 2\nanswers_lost = 1\n"
     settings = "[train]\nsteps = 4\nbatch = 4\nmax_length = 256\n[eval]\nmax_new_tokens = 8\n"
     data = '[data]\ntrain = "train.jsonl"\nvalidation_fraction = 0.25\n'
     config.write_text(f"[model]\nbase = {json.dumps(str(base))}\n{model}{data}{settings}{judged}", encoding="utf-8")

@@ -104,7 +104,7 @@ def write_small_base(
     tokenizer_files(tokenizer, folder, chat_template=chat_template, added=added)
     loaded = AutoTokenizer.from_pretrained(folder)
     settings: dict[str, Any] = {
-        "vocab_size": rows or len(loaded),
+        "vocab_size": rows or max(loaded.get_vocab().values()) + 1,  # GPT-4's has a gap in its ids
         "hidden_size": HIDDEN,
         "intermediate_size": 2 * HIDDEN,
         "num_hidden_layers": 2,
@@ -121,6 +121,8 @@ def write_small_base(
     }
     if model_type == "gemma3":
         settings = {"text_config": settings, "vision_config": _VISION, "mm_tokens_per_image": 4}
+    if model_type == "falcon":  # which works its width out
+        del settings["head_dim"]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
     model.to(torch.bfloat16).save_pretrained(folder)

@@ -102,7 +102,11 @@ def find(model: Any, lora: Lora) -> Targets:
     linear = {name: shape for name, module in model.named_modules() if (shape := _shape(module)) is not None}
     text = in_layers(model)
     wanted = lora.target_modules
-    experts = tuple(name for name, value in model.named_parameters() if value.dim() == 3 and ".experts." in name)
+    experts = tuple(
+        name
+        for name, _ in model.named_parameters()  # their shapes tell nothing: Unsloth packs them in 4 bits on a GPU
+        if ".experts." in name and name.rpartition(".")[0] not in linear
+    )
     if experts:
         text = {name: shape for name, shape in text.items() if name.rpartition(".")[2] not in _TAKEN_FOR_EXPERTS}
     if isinstance(wanted, str):

@@ -37,6 +37,7 @@ r = 4
 [train]
 steps = {STEPS}
 batch = 4
+accumulation = 1
 learning_rate = 3e-2
 max_length = 128
 save_interval = 2
