@@ -250,7 +250,7 @@ def _run_node(state: State, stage: Stage, folder: Path, manifest: dict[str, Any]
     started = time.time()
     status, usage = _worker(folder, node, stage)
     seconds = time.time() - started
-    result = _result(work / "result.json", status, node, layout)
+    result = _result(work / "result.json", status, node, layout, stage.smaller)
     if "error" in result:
         append_event(folder, "failed", stage=str(node), message=result["error"])
         raise (UserError if status == UserError.exit_status else PipelineError)(result["error"])
@@ -304,7 +304,7 @@ def _worker(folder: Path, node: Node, stage: Stage) -> tuple[int, Any]:
     return process.returncode, usage
 
 
-def _result(path: Path, status: int, node: Node, layout: Layout) -> dict[str, Any]:
+def _result(path: Path, status: int, node: Node, layout: Layout, smaller: str) -> dict[str, Any]:
     if path.is_file():
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return result
@@ -314,7 +314,7 @@ def _result(path: Path, status: int, node: Node, layout: Layout) -> dict[str, An
             "error": f"{node}: no space left on the disk of {layout.run}; free some and give the same command again"
         }
     if status == -signal.SIGKILL:
-        cause = "was killed, as a machine does that is out of memory; try a smaller train.batch or train.max_length"
+        cause = f"was killed, as a machine does that is out of memory: {smaller}"
     elif status < 0:
         cause = f"was ended by signal {signal.Signals(-status).name}"
     else:

@@ -49,6 +49,7 @@ class Stage:
         figures: the most telling of its figures, for the tables.
         judged: whether `verify` judges what it leaves.
         unfinished: why it has to be tried again although nothing has changed, of its figures; else None.
+        smaller: what makes it need less memory, as advice after that ran out.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Stage:
     figures: Names = ()
     judged: bool = False
     unfinished: Callable[[dict[str, Any]], str | None] = lambda figures: None
+    smaller: str = "take a smaller base or a machine with more memory"
 
     def needs_of(self, variant: str) -> Names:
         """What one variant needs."""

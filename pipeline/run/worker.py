@@ -38,6 +38,7 @@ def main(run: Path, packages: str, module: str, name: str, variant: str) -> int:
     partial, log = layout.partial(name, variant), layout.log(name, variant)
     _quiet(log)
     config = Config.model_validate_json(layout.config.read_text(encoding="utf-8"))
+    stage = None
     try:
         stage = _declared(packages, module, name)
         task = Task(stage, config, run, partial / "output", variant, partial / "scratch")
@@ -52,7 +53,7 @@ def main(run: Path, packages: str, module: str, name: str, variant: str) -> int:
         if full_disk(error):  # what was half written is in the way of everything, and of saying so
             shutil.rmtree(partial / "output", ignore_errors=True)
         traceback.print_exc()
-        result, status = {"error": f"{node}: {_explain(error, run)}; the log is {log}"}, 1
+        result, status = {"error": f"{node}: {_explain(error, run, stage)}; the log is {log}"}, 1
     write_whole(partial / "result.json", json.dumps(result, default=str))
     return status
 
@@ -64,11 +65,11 @@ def _declared(packages: str, module: str, name: str) -> Stage:
     return next(value for value in values if isinstance(value, Stage) and value.name == name)
 
 
-def _explain(error: Exception, run: Path) -> str:
+def _explain(error: Exception, run: Path, stage: Stage | None) -> str:
     if full_disk(error):
         return f"no space left on the disk of {run}; free some and give the same command again"
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
-        return "out of memory; try a smaller train.batch or train.max_length"
+        return f"out of memory: {stage.smaller}" if stage else "out of memory"
     first_line = str(error).strip().splitlines()
     return f"{type(error).__name__}: {first_line[0] if first_line else 'no message'}"
 

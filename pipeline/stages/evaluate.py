@@ -225,4 +225,5 @@ STAGE = Stage(
     variants=variants,
     figures=("exact_match", "asked", "seconds_per_answer"),
     judged=True,
+    smaller="set a smaller eval.max_new_tokens, or take a machine with more memory",
 )

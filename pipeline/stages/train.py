@@ -417,4 +417,5 @@ STAGE = Stage(
     ),
     figures=("steps", "loss_last", "validation_loss_first", "validation_loss_last", "tokens_per_second", "device"),
     judged=True,
+    smaller="set a smaller train.batch or train.max_length; `pipeline plan` counts what fits",
 )

@@ -117,7 +117,8 @@ def test_a_changed_output_runs_again(config: Config) -> None:
     [
         ("user mistake", UserError, "the text is wrong"),
         ("broken", PipelineError, "ValueError: a detail"),
-        ("killed", PipelineError, "out of memory"),
+        ("killed", PipelineError, "out of memory: write a shorter text; its log is"),
+        ("large", PipelineError, "out of memory: write a shorter text; the log is"),
     ],
 )
 def test_a_failed_stage_leaves_one_message_and_nothing_half(

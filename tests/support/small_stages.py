@@ -28,6 +28,8 @@ def _second(task: Task) -> dict[str, Any]:
         raise UserError("the text is wrong; write another")
     if "disk full" in text:
         (task.output / "large.txt").write_bytes(bytes(2**24))
+    if "large" in text:
+        raise MemoryError
     if "broken" in text:
         raise ValueError("a detail")
     if "killed" in text and not (task.scratch / "again").exists():
@@ -58,6 +60,7 @@ FIRST = Stage(
 SECOND = Stage(
     name="second",
     summary="Write it in capitals.",
+    smaller="write a shorter text",
     run=_second,
     needs=("first",),
     reads={"first": ("*.txt", "!unread.txt")},
