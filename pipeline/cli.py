@@ -134,16 +134,20 @@ def resolved(path: Path, overrides: Sequence[str]) -> tuple[Config, dict[str, st
     return resolve(config, given, Facts(parameters, context, memory, kept=first is not None))
 
 
-def _graph() -> Graph:
+def _graph(config: Config) -> Graph:
     """The program's own stages."""
     from pipeline.run.graph import Graph
 
-    return Graph(stages.all_stages())
+    return Graph(stages.all_stages(config))
 
 
 def _bring_up_to_date(config: Config, sources: dict[str, str], names: Sequence[str], force: bool = False) -> None:
-    graph = _graph()
+    graph = _graph(config)
     targets = [node for name in names for node in graph.nodes_of(name, config)]
+    if not targets:
+        from pipeline.console import say
+
+        say(f"{', '.join(names)}: nothing to do under this configuration")
     graph.run(config, sources, targets, force=force)
 
 
@@ -222,7 +226,7 @@ def status(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
         settings = read_run(config.absolute())
     else:
         settings, _ = resolved(config, overrides)
-    rows = _graph().status(settings)
+    rows = _graph(settings).status(settings)
     if as_json:
         click.echo(json.dumps({"run": str(settings.run_folder), "stages": rows}, indent=1, ensure_ascii=False))
         return
@@ -231,6 +235,7 @@ def status(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     from pipeline.console import results
     from pipeline.figures import duration, main_figures, peak_memory
 
+    figures = {stage.name: stage.figures for stage in stages.all_stages(settings)}
     table = Table("stage", "state", "time", "memory", "figures", title=str(settings.run_folder), title_justify="left")
     for row in rows:
         seconds = row["seconds"]
@@ -239,7 +244,7 @@ def status(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
             row["state"] if row["reason"] is None or row["state"] == "missing" else f"{row['state']}: {row['reason']}",
             "" if seconds is None else duration(seconds),
             "" if seconds is None else peak_memory(row),
-            main_figures(stages.declared(row["stage"].partition("/")[0]).figures, row["figures"]),
+            main_figures(figures[row["stage"].partition("/")[0]], row["figures"]),
             style={"stale": "yellow", "missing": "dim"}.get(row["state"]),
         )
     results().print(table)

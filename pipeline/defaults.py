@@ -22,6 +22,7 @@ from pipeline.model import memory
 RULES = {
     "model.revision": "the hub's main branch",
     "model.chat_template": "the base's own; for a base without one zephyr, whose turns end with EOS",
+    "adapter.path": "none: one is trained",
     "data.validation": "the rows that data.validation_fraction splits off",
     "data.test": "none: no rung is asked",
     "data.system": "none is added",

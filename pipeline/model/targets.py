@@ -99,8 +99,12 @@ def find(model: Any, lora: Lora) -> Targets:
     modules = {name: shape for name, shape in text.items() if name in chosen}
     if not modules:
         raise UserError(f"lora.target_modules: no module is left to train; the base has {', '.join(_short(text))}")
-    peft = _names(modules, every) or _pattern(modules, every)
-    return Targets(modules, peft, experts if wanted == "all" else ())
+    return Targets(modules, names_for(modules, every), experts if wanted == "all" else ())
+
+
+def names_for(modules: Iterable[str], every: Iterable[str]) -> list[str] | str:
+    """What makes PEFT choose exactly these modules among all of a model: short names, or one regular expression."""
+    return _names(modules, every) or _pattern(modules, every)
 
 
 def _shape(module: Any) -> tuple[int, int] | None:

@@ -137,7 +137,7 @@ def _choose_base(task: Task, model: Any, *, only: bool) -> dict[str, Any]:
                 measure("base", "base")
             measure("16bit", "adapter on 16-bit")
         with progress("dequantizing", None):
-            before = dequantize_base(model, Record.read(task.layout.node("train")))
+            before = dequantize_base(model, Record.read(task.layout.adapter.parent))
         if measurable:
             measure("dequantized", "adapter on 4-bit")
         if wanted != "auto":
