@@ -194,11 +194,37 @@ def _say_where(config: Config) -> None:
 @main.command(epilog="Example: pipeline export my/pipeline.toml --quant q4_k_m --quant q8_0")
 @configured
 @click.option("--quant", multiple=True, metavar="TYPE", help="Quantization type; may be repeated.")
-def export(config: Path, overrides: tuple[str, ...], quant: tuple[str, ...]) -> None:
+@click.option(
+    "--adapter",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="A LoRA adapter that was trained elsewhere, instead of CONFIG.",
+)
+@click.option("--base", metavar="MODEL", help="With --adapter: its base; without it, the one that it names.")
+@click.option("--template", metavar="TEMPLATE", help="With --adapter: the chat template that it was trained with.")
+@click.option("--data", type=click.Path(path_type=Path), metavar="FILE", help="With --adapter: test questions.")
+def export(
+    config: Path,
+    overrides: tuple[str, ...],
+    quant: tuple[str, ...],
+    adapter: Path | None,
+    base: str | None,
+    template: str | None,
+    data: Path | None,
+) -> None:
     """Make the GGUF files and their Modelfiles from the trained adapter.
 
-    The commands that create each model in an Ollama by hand are shown at the end.
+    The commands that create each model in an Ollama by hand are shown at the end. With --adapter a configuration is
+    written into a new folder here, which every other command takes.
     """
+    if adapter is not None:
+        from pipeline.adapter_project import write_project
+
+        config = write_project(adapter, base, template, data, quant)
+    elif base or template or data:
+        from pipeline.errors import UserError
+
+        raise UserError("--base, --template and --data belong to --adapter, the folder of an adapter")
     if quant:
         overrides = (*overrides, f"export.quant={json.dumps(list(quant))}")
     settings, sources = resolved(config, overrides)

@@ -289,8 +289,10 @@ def _refuse_embeddings(adapter: Adapter, embedding: str, head: str, *, tied: boo
                 f"before training. Change the base in the same way (model.resize_token_embeddings({shape[0]})), save "
                 "it with the adapter's tokenizer, and give that folder as the base"
             )
-        if "lora_embedding_" in name:
-            raise UserError(f"{adapter.folder}: {name}: LoRA on an embedding is not merged here; merge it with PEFT")
+        if "lora_embedding_" in name or name.endswith(".base_layer.weight"):  # PEFT saves the latter beside the former
+            raise UserError(
+                f"{adapter.folder}: {name}: LoRA on an embedding or on the head is not merged here; merge it with PEFT"
+            )
         if tied and module.partition(".lora_")[0] in (embedding, head):
             raise UserError(
                 f"{adapter.folder}: {name}: the base's head is its embedding, and the adapter changes one of the two: "
