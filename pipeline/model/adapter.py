@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -259,6 +260,24 @@ def fit_to(adapter: Adapter, base: Path, *, in_4bit: bool = False, trust_remote_
         transposed=frozenset(name for name, module in linear.items() if isinstance(module, Conv1D)),
     )
     return Fit(modules, settings, record)
+
+
+def write_taken(adapter: Adapter, fit: Fit, tokenizer: Any, folder: Path, base: str) -> None:
+    """Write an adapter down as training leaves its own; beside it, how the base's modules are.
+
+    Args:
+        adapter: of `read_adapter`.
+        fit: what it is on the base.
+        tokenizer: the one that it is served with, of transformers.
+        folder: a new one.
+        base: the base's name, for those who load the adapter.
+    """
+    folder.mkdir(parents=True)
+    shutil.copyfile(adapter.folder / WEIGHTS, folder / WEIGHTS)
+    settings = fit.settings | {"base_model_name_or_path": base}
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    tokenizer.save_pretrained(folder)
+    fit.record.write(folder.parent)
 
 
 def _without_weights(base: Path, trust_remote_code: bool) -> Any:

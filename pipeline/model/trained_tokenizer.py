@@ -41,26 +41,40 @@ def trained_tokenizer(config: Config) -> tuple[Any, list[str]]:
     trusted, chosen = model.trust_remote_code, model.chat_template
     if adapter is None:
         return load_tokenizer(base, trust_remote_code=trusted, chat_template=chosen)
-    bases_own = saved_tokenizer(base)
-    folder, said = base, []
+    folder, said = tokenizer_source(adapter, base, chosen)
+    tokenizer, changed = load_tokenizer(folder, trust_remote_code=trusted, chat_template=chosen)
+    return tokenizer, said + changed
+
+
+def tokenizer_source(adapter: Path, base: Path, chat_template: str | None = None) -> tuple[Path, list[str]]:
+    """Which of two folders has the tokenizer that an adapter was trained with, and what should be known of it.
+
+    Args:
+        adapter: the adapter's folder.
+        base: the base's.
+        chat_template: one that is given, where the folders' own do not count.
+
+    Raises:
+        UserError: the adapter has another vocabulary, or no chat template is known.
+    """
+    bases_own, said = saved_tokenizer(base), []
     if any((adapter / name).is_file() for name in TOKENIZER_FILES):
         own = saved_tokenizer(adapter)
         said = _compare(own, bases_own, adapter, base)
-        if own.chat_template or chosen:
-            folder = adapter
-    if not (chosen or folder is adapter or bases_own.chat_template):
+        if own.chat_template or chat_template:
+            return adapter, said
+    if not (chat_template or bases_own.chat_template):
         raise UserError(
             f"{adapter}: neither the adapter nor its base has a chat template, so that the prompt that it was trained "
             "with cannot be known: give it (model.chat_template, or --template): a well-known one's name or a Jinja "
             "file"
         )
-    tokenizer, changed = load_tokenizer(folder, trust_remote_code=trusted, chat_template=chosen)
-    if folder is base and not chosen:
+    if not chat_template:
         said.append(
             "the adapter's folder has no chat template: the base's is taken for the one that it was trained with; if "
             "it was another, set model.chat_template"
         )
-    return tokenizer, said + changed
+    return base, said
 
 
 def _compare(own: Any, bases: Any, adapter: Path, base: Path) -> list[str]:

@@ -6,12 +6,10 @@ with the modules by name and the tokenizer that it is served with. Every later s
 
 from __future__ import annotations
 
-import json
-import shutil
 from typing import Any
 
 from pipeline.console import progress
-from pipeline.model.adapter import CONFIG, WEIGHTS, fit_to, read_adapter
+from pipeline.model.adapter import fit_to, read_adapter, write_taken
 from pipeline.model.base import resolve_base
 from pipeline.model.facts import base_files
 from pipeline.model.four_bit import is_4bit
@@ -31,13 +29,7 @@ def main(task: Task) -> dict[str, Any]:
         tokenizer, said = trained_tokenizer(task.config)
     for words in (*adapter.remarks, *said):
         task.warn(words)
-    output = task.new(task.layout.adapter)
-    output.mkdir()
-    shutil.copyfile(folder / WEIGHTS, output / WEIGHTS)
-    settings = fit.settings | {"base_model_name_or_path": model.base, "revision": model.revision}
-    (output / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    tokenizer.save_pretrained(output)
-    fit.record.write(task.output)
+    write_taken(adapter, fit, tokenizer, task.new(task.layout.adapter), model.base)
     return {
         "from": str(folder),
         "base": adapter.named_base or None,

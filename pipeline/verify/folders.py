@@ -11,12 +11,22 @@ from typing import Any
 from pipeline.errors import UserError
 
 
-def verify_export(hf: Path, gguf: Path, rungs: Sequence[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
+def verify_export(
+    hf: Path,
+    gguf: Path,
+    rungs: Sequence[str],
+    overrides: Sequence[str] = (),
+    *,
+    adapter: Path | None = None,
+    base: str | None = None,
+) -> dict[str, Any]:
     """verify.json of a Hugging Face folder and the GGUF file that was made from it.
 
     Args:
         hf: the folder.
         gguf: the file.
+        adapter: the adapter that the folder is said to have merged.
+        base: its base; without it the one that the adapter names.
         rungs: the stages whose outputs are judged, in the order of the work.
         overrides: "verify.key=value" strings.
 
@@ -29,6 +39,8 @@ def verify_export(hf: Path, gguf: Path, rungs: Sequence[str], overrides: Sequenc
 
     with tempfile.TemporaryDirectory(prefix="pipeline-verify-") as scratch:
         artefacts = Artefacts.of_export(hf.absolute(), gguf.absolute(), _settings({}, overrides), Path(scratch))
+        if adapter is not None:
+            artefacts.add_adapter(adapter.absolute(), base)
         return run(artefacts, rungs, EXPORT_CHECKS)
 
 

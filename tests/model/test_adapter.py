@@ -184,7 +184,9 @@ def test_one_message_for_each_that_is_broken(good: Path, tmp_path: Path, name: s
 
 
 def test_another_base(good: Path) -> None:
-    with pytest.raises(UserError, match=r"q_proj.lora_A.weight is \(8, 256\), on .* it would be \(8, 128\): .*it names"):
+    with pytest.raises(
+        UserError, match=r"q_proj.lora_A.weight is \(8, 256\), on .* it would be \(8, 128\): .*it names"
+    ):
         judged(good, small_base(hidden=128))
 
 
