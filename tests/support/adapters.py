@@ -56,3 +56,38 @@ def peft_adapter(folder: Path, base: Path, **lora: Any) -> Path:
                 parameter.add_(torch.randn_like(parameter) * 0.02)
     model.save_pretrained(folder)
     return folder
+
+
+@cache
+def trl_checkpoint() -> Path:
+    """The last checkpoint of TRL's trainer on the small base: adapter, tokenizer, and the pickles of an optimizer."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import Trainer
+    from trl import SFTConfig, SFTTrainer
+
+    class OnTheProcessor(SFTTrainer):
+        """TRL's own loss needs a GPU."""
+
+        compute_loss = Trainer.compute_loss
+
+    folder = scratch() / "trl"
+    messages = [[{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"{n}"}] for n in range(4)]
+    trainer = OnTheProcessor(
+        model=str(small_base()),
+        args=SFTConfig(
+            output_dir=str(folder),
+            max_steps=2,
+            save_steps=2,
+            per_device_train_batch_size=2,
+            learning_rate=1e-2,
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_dict({"messages": messages}),
+        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    trainer.train()
+    return folder / "checkpoint-2"
