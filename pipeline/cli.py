@@ -386,6 +386,7 @@ def deploy(
 @stage_command("verify", "pipeline verify --hf merged/ --gguf model-Q4_K_M.gguf")
 @click.option("--hf", type=click.Path(path_type=Path), metavar="DIR", help="A Hugging Face folder, instead of CONFIG.")
 @click.option("--gguf", type=click.Path(path_type=Path), metavar="FILE", help="The GGUF file that was made from it.")
+@click.option("--ollama", metavar="NAME", help="A model in Ollama that was made from it; --gguf may then be left out.")
 @click.option("--adapter", type=click.Path(path_type=Path), metavar="DIR", help="The adapter that was merged into it.")
 @click.option("--base", metavar="MODEL", help="With --adapter: its base; without it, the one that it names.")
 @click.option("--force", is_flag=True, help="Verify again, also where nothing has changed since.")
@@ -397,27 +398,23 @@ def verify(
     overrides: tuple[str, ...],
     hf: Path | None,
     gguf: Path | None,
+    ollama: str | None,
     adapter: Path | None,
     base: str | None,
     force: bool,
     as_json: bool,
 ) -> None:
     """What is needed is brought up to date first. CONFIG may also be a run's folder, which is taken as it is. With --hf
-    and --gguf an export of another program is verified, by the checks that need no more than that; with --adapter its
-    merge too.
+    and --gguf, or --ollama, an export of another program is verified, by the checks that need no more than that; with
+    --adapter its merge too.
 
     Exit status 1 if a check failed. A check that could not run is shown as such, never as passed.
     """
-    from pipeline.errors import UserError
-    from pipeline.verify.folders import verify_export, verify_folder
+    from pipeline.verify.folders import Export, verify_export, verify_folder
 
-    if (hf is None) != (gguf is None):
-        raise UserError("--hf and --gguf belong together: the folder, and the GGUF file that was made from it")
-    if (adapter and hf is None) or (base and adapter is None):
-        raise UserError("--adapter belongs to --hf and --gguf, which were made from it, and --base to --adapter")
-    if hf is not None and gguf is not None:
-        judged = stages.judged_stages()
-        content = verify_export(hf.absolute(), gguf.absolute(), judged, overrides, adapter=adapter, base=base)
+    export = Export(hf, gguf, ollama, adapter, base)
+    if export.given:
+        content = verify_export(export, stages.judged_stages(), overrides)
     elif Layout(config).config.is_file():
         content = verify_folder(config.absolute(), stages.judged_stages(), overrides)
     else:

@@ -42,6 +42,7 @@ class Artefacts:
         base, adapter: what was merged; None for an export of another program.
         given: the folder of an adapter that was trained elsewhere, as somebody gave it; None for one trained here.
         run, config: the run's folder and its configuration; None for an export.
+        ollama: the name of an export's model in the Ollama that is usually asked; None where none is judged.
         trained_on_4bit: whether the adapter was trained on the base in NF4, and the base is stored in 16 bits.
         merged_into: "16bit" or "dequantized".
         merge_row_losses: the loss on each held-out row (summed, trained tokens) of the base and of the adapter on both,
@@ -56,6 +57,7 @@ class Artefacts:
     base: Path | None = None
     adapter: Path | None = None
     given: Path | None = None
+    ollama: str | None = None
     run: Path | None = None
     config: Config | None = None
     trained_on_4bit: bool = False

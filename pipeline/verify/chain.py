@@ -15,6 +15,7 @@ from pipeline.errors import NotInstalled, PipelineError
 from pipeline.verify import (
     answers,
     given_adapter,
+    in_ollama,
     logits,
     merge_base,
     prompt,
@@ -42,6 +43,7 @@ CHECKS: dict[str, tuple[Check, str]] = {
     "logits": (logits.check, "convert"),
     "quantization": (quantization.check, "quantize"),
     "stopping": (stopping.check, "convert"),
+    "ollama": (in_ollama.check, "deploy"),
     "merge_base": (merge_base.check, "merge"),
     "answers": (answers.check, "evaluate"),
     "toolchain": (toolchain.check, "convert"),
@@ -49,7 +51,7 @@ CHECKS: dict[str, tuple[Check, str]] = {
 # What a folder and a GGUF file alone can show, and the adapter that was merged, if it is given.
 EXPORT_CHECKS = (
     *("adapter", "weights", "special_tokens", "tokenizer", "prompt"),
-    *("logits", "quantization", "stopping", "toolchain"),
+    *("logits", "quantization", "stopping", "ollama", "toolchain"),
 )
 
 
