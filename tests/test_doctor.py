@@ -120,3 +120,9 @@ def test_configuration_that_is_not_there_is_a_mistake(tmp_path: Path) -> None:
     answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert answer.returncode == 2
     assert answer.stderr.startswith("error: ")
+
+
+def test_an_ollama_that_is_named_and_does_not_answer_is_a_failure() -> None:
+    status, found = doctor(OLLAMA_HOST="http://me:hush@127.0.0.1:1")
+    assert (status, found["Ollama"]["state"]) == (1, "failure")
+    assert "OLLAMA_HOST=http://***@127.0.0.1:1: no Ollama answers" in found["Ollama"]["found"]
