@@ -217,13 +217,15 @@ def export(
     The commands that create each model in an Ollama by hand are shown at the end. With --adapter a configuration is
     written into a new folder here, which every other command takes.
     """
+    from pipeline.errors import UserError
+
     if adapter is not None:
         from pipeline.adapter_project import write_project
 
+        if click.get_current_context().get_parameter_source("config") is not click.core.ParameterSource.DEFAULT:
+            raise UserError(f"--adapter stands in the place of CONFIG: give it without {config}")
         config = write_project(adapter, base, template, data, quant)
     elif base or template or data:
-        from pipeline.errors import UserError
-
         raise UserError("--base, --template and --data belong to --adapter, the folder of an adapter")
     if quant:
         overrides = (*overrides, f"export.quant={json.dumps(list(quant))}")

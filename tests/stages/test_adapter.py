@@ -150,4 +150,5 @@ def test_the_command_writes_a_configuration(
     (tmp_path / "bare-export" / "pipeline.toml").write_text("# mine\n")
     assert "was not written by this command" in CliRunner().invoke(main, command).stderr
     assert "belong to --adapter" in CliRunner().invoke(main, ["export", "--base", "x"]).stderr
+    assert "in the place of CONFIG" in CliRunner().invoke(main, ["export", "x.toml", "--adapter", str(bare)]).stderr
     assert "no such folder" in CliRunner().invoke(main, ["export", "--adapter", "nowhere"]).stderr
