@@ -95,8 +95,9 @@ def configuration_page() -> str:
     """Every key: meaning, type, default, and where the default comes from."""
     parts = [
         "# Configuration",
-        "Every key of `pipeline.toml`. Only `model.base` and `data.train` must be given. A path is taken from the "
-        "folder of the file. `pipeline config` prints the same keys with the values that a run would have, and where "
+        "Every key of `pipeline.toml`. Only `model.base` and `data.train`, or `adapter.path` in its place, must be "
+        "given. A path is taken from the folder of the file. "
+        "`pipeline config` prints the same keys with the values that a run would have, and where "
         "each came from; `--set section.key=value` overrides one for one command. Written by `docs/generate.py`.",
     ]
     sections: dict[str, list[str]] = {}

@@ -144,16 +144,20 @@ def resolved(path: Path, overrides: Sequence[str], *, gpu_memory: int | None = N
     return resolve(config, given, Facts(parameters, context, memory, kept=first is not None))
 
 
-def _graph() -> Graph:
+def _graph(config: Config) -> Graph:
     """The program's own stages."""
     from pipeline.run.graph import Graph
 
-    return Graph(stages.all_stages())
+    return Graph(stages.all_stages(config))
 
 
 def _bring_up_to_date(config: Config, sources: dict[str, str], names: Sequence[str], force: bool = False) -> None:
-    graph = _graph()
+    graph = _graph(config)
     targets = [node for name in names for node in graph.nodes_of(name, config)]
+    if not targets:
+        from pipeline.console import say
+
+        say(f"{', '.join(names)}: nothing to do under this configuration")
     graph.run(config, sources, targets, force=force)
 
 
@@ -200,11 +204,39 @@ def _say_where(config: Config) -> None:
 @main.command(epilog="Example: pipeline export my/pipeline.toml --quant q4_k_m --quant q8_0")
 @configured
 @click.option("--quant", multiple=True, metavar="TYPE", help="Quantization type; may be repeated.")
-def export(config: Path, overrides: tuple[str, ...], quant: tuple[str, ...]) -> None:
+@click.option(
+    "--adapter",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="A LoRA adapter that was trained elsewhere, instead of CONFIG.",
+)
+@click.option("--base", metavar="MODEL", help="With --adapter: its base; without it, the one that it names.")
+@click.option("--template", metavar="TEMPLATE", help="With --adapter: the chat template that it was trained with.")
+@click.option("--data", type=click.Path(path_type=Path), metavar="FILE", help="With --adapter: test questions.")
+def export(
+    config: Path,
+    overrides: tuple[str, ...],
+    quant: tuple[str, ...],
+    adapter: Path | None,
+    base: str | None,
+    template: str | None,
+    data: Path | None,
+) -> None:
     """Make the GGUF files and their Modelfiles from the trained adapter.
 
-    The commands that create each model in an Ollama by hand are shown at the end.
+    The commands that create each model in an Ollama by hand are shown at the end. With --adapter a configuration is
+    written into a new folder here, which every other command takes.
     """
+    from pipeline.errors import UserError
+
+    if adapter is not None:
+        from pipeline.adapter_project import write_project
+
+        if click.get_current_context().get_parameter_source("config") is not click.core.ParameterSource.DEFAULT:
+            raise UserError(f"--adapter stands in the place of CONFIG: give it without {config}")
+        config = write_project(adapter, base, template, data, quant)
+    elif base or template or data:
+        raise UserError("--base, --template and --data belong to --adapter, the folder of an adapter")
     if quant:
         overrides = (*overrides, f"export.quant={json.dumps(list(quant))}")
     settings, sources = resolved(config, overrides)
@@ -232,7 +264,7 @@ def status(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
         settings = read_run(config.absolute())
     else:
         settings, _ = resolved(config, overrides)
-    rows = _graph().status(settings)
+    rows = _graph(settings).status(settings)
     if as_json:
         click.echo(json.dumps({"run": str(settings.run_folder), "stages": rows}, indent=1, ensure_ascii=False))
         return
@@ -241,6 +273,7 @@ def status(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     from pipeline.console import results
     from pipeline.figures import duration, main_figures, peak_memory
 
+    figures = {stage.name: stage.figures for stage in stages.all_stages(settings)}
     table = Table("stage", "state", "time", "memory", "figures", title=str(settings.run_folder), title_justify="left")
     for row in rows:
         seconds = row["seconds"]
@@ -249,7 +282,7 @@ def status(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
             row["state"] if row["reason"] is None or row["state"] == "missing" else f"{row['state']}: {row['reason']}",
             "" if seconds is None else duration(seconds),
             "" if seconds is None else peak_memory(row),
-            main_figures(stages.declared(row["stage"].partition("/")[0]).figures, row["figures"]),
+            main_figures(figures[row["stage"].partition("/")[0]], row["figures"]),
             style={"stale": "yellow", "missing": "dim"}.get(row["state"]),
         )
     results().print(table)
@@ -365,6 +398,9 @@ def deploy(
 @stage_command("verify", "pipeline verify --hf merged/ --gguf model-Q4_K_M.gguf")
 @click.option("--hf", type=click.Path(path_type=Path), metavar="DIR", help="A Hugging Face folder, instead of CONFIG.")
 @click.option("--gguf", type=click.Path(path_type=Path), metavar="FILE", help="The GGUF file that was made from it.")
+@click.option("--ollama", metavar="NAME", help="A model in Ollama that was made from it; --gguf may then be left out.")
+@click.option("--adapter", type=click.Path(path_type=Path), metavar="DIR", help="The adapter that was merged into it.")
+@click.option("--base", metavar="MODEL", help="With --adapter: its base; without it, the one that it names.")
 @click.option("--force", is_flag=True, help="Verify again, also where nothing has changed since.")
 @click.option("--json", "as_json", is_flag=True, help="Print verify.json.")
 @click.pass_context
@@ -374,21 +410,23 @@ def verify(
     overrides: tuple[str, ...],
     hf: Path | None,
     gguf: Path | None,
+    ollama: str | None,
+    adapter: Path | None,
+    base: str | None,
     force: bool,
     as_json: bool,
 ) -> None:
     """What is needed is brought up to date first. CONFIG may also be a run's folder, which is taken as it is. With --hf
-    and --gguf an export of another program is verified, by the checks that need no more than that.
+    and --gguf, or --ollama, an export of another program is verified, by the checks that need no more than that; with
+    --adapter its merge too.
 
     Exit status 1 if a check failed. A check that could not run is shown as such, never as passed.
     """
-    from pipeline.errors import UserError
-    from pipeline.verify.folders import verify_export, verify_folder
+    from pipeline.verify.folders import Export, verify_export, verify_folder
 
-    if (hf is None) != (gguf is None):
-        raise UserError("--hf and --gguf belong together: the folder, and the GGUF file that was made from it")
-    if hf is not None and gguf is not None:
-        content = verify_export(hf.absolute(), gguf.absolute(), stages.judged_stages(), overrides)
+    export = Export(hf, gguf, ollama, adapter, base)
+    if export.given:
+        content = verify_export(export, stages.judged_stages(), overrides)
     elif Layout(config).config.is_file():
         content = verify_folder(config.absolute(), stages.judged_stages(), overrides)
     else:

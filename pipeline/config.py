@@ -56,7 +56,9 @@ class Model(Section):
 class Data(Section):
     """What it is trained on."""
 
-    train: File = Field(description="conversations to train on: .jsonl, .json, .csv or .parquet")
+    train: File | None = Field(
+        description="conversations to train on: .jsonl, .json, .csv or .parquet; not with adapter.path"
+    )
     validation: File | None = Field(None, description="conversations for the validation loss")
     test: File | None = Field(None, description="conversations that `evaluate` and `deploy` ask")
     validation_fraction: float = Field(
@@ -97,6 +99,12 @@ class Lora(Section):
                     "and with tied embeddings a merge would change both): leave it out"
                 )
         return value
+
+
+class Adapter(Section):
+    """An adapter that was trained elsewhere: it is taken as it is, and nothing is trained."""
+
+    path: File | None = Field(None, description="its folder, as PEFT saves it: adapter_config.json and safetensors")
 
 
 class Train(Section):
@@ -217,6 +225,7 @@ class Config(Section):
 
     model: Model
     data: Data
+    adapter: Adapter = Adapter()
     lora: Lora = Lora()
     train: Train = Train()
     merge: Merge = Merge()
@@ -255,7 +264,7 @@ _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 _TOO_MUCH = "holds a number with thousands of digits, or lists or tables nested hundreds deep"
 
 # Paths that are taken from the folder of pipeline.toml, not from where the command was typed.
-_PATHS = (("data", "train"), ("data", "validation"), ("data", "test"), ("run", "folder"))
+_PATHS = (("data", "train"), ("data", "validation"), ("data", "test"), ("adapter", "path"), ("run", "folder"))
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, str]]:
@@ -303,6 +312,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict
         if isinstance(given, str):
             where = places.get(f"{section}.{key}")
             values[section][key] = path.parent / expanded(given, f"{where}: {section}.{key}")
+    _from_elsewhere(values, places)
     template = values.get("ollama", {}).get("template") if isinstance(values.get("ollama"), dict) else None
     if isinstance(template, str) and template not in ("auto", "go", "native"):
         values["ollama"]["template"] = str(
@@ -339,6 +349,27 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict
         place = places.get("run.folder", str(path))
         raise UserError(f"{place}: run.folder: is the folder of {path.name}; give one of its own, e.g. run")
     return config, {key: place.replace(str(path), path.name) for key, place in places.items()}
+
+
+def _from_elsewhere(values: dict[str, Any], places: dict[str, str]) -> None:
+    """With an adapter that was trained elsewhere no data is needed, and how the base was loaded is not known.
+
+    Raises:
+        UserError: there is no such folder, or data to train on.
+    """
+    adapter = values.get("adapter")
+    if not (isinstance(adapter, dict) and isinstance(adapter.get("path"), str | Path)):
+        return
+    where = f"{places.get('adapter.path')}: adapter.path"
+    if not Path(adapter["path"]).is_dir():
+        raise UserError(f"{where}: {adapter['path']}: no such folder; give the one with adapter_config.json")
+    for section, key, default in (("data", "train", None), ("train", "load_in_4bit", False)):
+        table = values.setdefault(section, {})
+        if isinstance(table, dict) and key not in table:
+            table[key] = default
+            places[f"{section}.{key}"] = "default with adapter.path"
+    if places["data.train"] != "default with adapter.path":
+        raise UserError(f"{places['data.train']}: data.train: nothing is trained with adapter.path: remove one of them")
 
 
 def _base(base: str, folder: Path, where: str) -> str:

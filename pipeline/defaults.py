@@ -22,6 +22,7 @@ from pipeline.model import memory
 RULES = {
     "model.revision": "the hub's main branch",
     "model.chat_template": "the base's own; for a base without one zephyr, whose turns end with EOS",
+    "adapter.path": "none: one is trained",
     "data.validation": "the rows that data.validation_fraction splits off",
     "data.test": "none: no rung is asked",
     "data.system": "none is added",
@@ -39,7 +40,7 @@ RULES = {
     "train.gradient_checkpointing": "true on a GPU for a base of more than a billion parameters, else false",
     "ollama.name": "the name of the folder of pipeline.toml",
     "ollama.system": "data.system",
-    "ollama.host": "OLLAMA_HOST or the usual address if an Ollama answers there, else one of the run's own",
+    "ollama.host": "OLLAMA_HOST; without it the usual address if an Ollama answers there, else one of the run's own",
     "ollama.license": "none",
     "eval.limit": "all for a base of less than a billion parameters, else 100",
     "verify.quantized_divergence": "by the bits of the type",

@@ -120,16 +120,17 @@ def _packaged_base() -> Finding:
 def _ollama() -> Finding:
     """The Ollama that `deploy` would take, by its own rule."""
     from pipeline.errors import UserError
+    from pipeline.ollama.address import given_host, usual_host
     from pipeline.ollama.client import Client
     from pipeline.ollama.ollama_server import find_ollama, program_version
-    from pipeline.ollama.target import usual_host
     from pipeline.setup.findings import FAILURE, OK, WARNING, Finding
 
     try:
         with Client(usual_host()) as client:
             return Finding("Ollama", OK, f"{client.version}, running at {client.host}")
-    except UserError:
-        pass  # none is running there: one is started for the run
+    except UserError as error:
+        if given := given_host():
+            return Finding("Ollama", FAILURE, f"OLLAMA_HOST={given}: {error}", "or unset it: one is started for a run")
     try:
         program = find_ollama()
     except UserError as error:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 def doctor(*arguments: str, folder: Path = ROOT, **variables: str) -> tuple[int, dict[str, dict[str, Any]]]:
     """Its status, and its findings by their subjects."""
     command = [sys.executable, "-m", "pipeline", "doctor", "--json", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OLLAMA_HOST": "127.0.0.1:1", **variables}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OLLAMA_HOST": "", **variables}
     answer = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert "Traceback" not in answer.stderr, answer.stderr
     content = json.loads(answer.stdout)
@@ -36,7 +36,7 @@ def test_machine_with_everything() -> None:
     assert found["libraries"]["state"] == found["llama.cpp"]["state"] == "ok"
     program = places.ollama_program()
     if program is not None:
-        assert str(program) in found["Ollama"]["found"]
+        assert str(program) in found["Ollama"]["found"] or "running at" in found["Ollama"]["found"]
 
 
 def test_table_for_a_person_says_what_to_do(tmp_path: Path) -> None:
@@ -120,3 +120,9 @@ def test_configuration_that_is_not_there_is_a_mistake(tmp_path: Path) -> None:
     answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert answer.returncode == 2
     assert answer.stderr.startswith("error: ")
+
+
+def test_an_ollama_that_is_named_and_does_not_answer_is_a_failure() -> None:
+    status, found = doctor(OLLAMA_HOST="http://me:hush@127.0.0.1:1")
+    assert (status, found["Ollama"]["state"]) == (1, "failure")
+    assert "OLLAMA_HOST=http://***@127.0.0.1:1: no Ollama answers" in found["Ollama"]["found"]

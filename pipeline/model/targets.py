@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline.config import Lora
 from pipeline.errors import UserError
+from pipeline.model.quiet import quiet_transformers
 
 # For names of these alone PEFT is told short names, which Unsloth has fast code for.
 _LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -76,7 +77,9 @@ def without_weights(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"), quiet_transformers():
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model.base: {folder}: transformers cannot build this model: {error}") from None
@@ -117,8 +120,12 @@ def find(model: Any, lora: Lora) -> Targets:
     modules = {name: shape for name, shape in text.items() if name in chosen}
     if not modules:
         raise UserError(f"lora.target_modules: no module is left to train; the base has {', '.join(_short(text))}")
-    peft = _names(modules, every) or _pattern(modules, every)
-    return Targets(modules, peft, experts if wanted == "all" else ())
+    return Targets(modules, names_for(modules, every), experts if wanted == "all" else ())
+
+
+def names_for(modules: Iterable[str], every: Iterable[str]) -> list[str] | str:
+    """What makes PEFT choose exactly these modules among all of a model: short names, or one regular expression."""
+    return _names(modules, every) or _pattern(modules, every)
 
 
 def _shape(module: Any) -> tuple[int, int] | None:

@@ -195,15 +195,19 @@ class Weights:
         return _16_BIT[self.main_type]
 
 
-def read_weights(folder: Path) -> Weights:
+def read_weights(folder: Path, files: list[Path] | None = None) -> Weights:
     """Read the headers of a folder's weights.
+
+    Args:
+        folder: a model's or an adapter's.
+        files: those that are meant, where it may hold others; without them, those of `weight_files`.
 
     Raises:
         UserError: there are none, a shard is missing, or a file is cut short.
     """
     from safetensors import SafetensorError, safe_open
 
-    weights = Weights(folder, weight_files(folder))
+    weights = Weights(folder, weight_files(folder) if files is None else files)
     for path in weights.files:
         try:
             with safe_open(path, framework="np") as file:

@@ -15,6 +15,7 @@ from pipeline.errors import UserError
 
 DEFAULT_HOST = "http://127.0.0.1:11434"
 _VARIABLE = "OLLAMA_HOST"
+_CALLED = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104 - addresses to listen on, not to call
 _DOMAIN = re.compile(r"[\w-]{1,63}(\.[\w-]{1,63})*\.?")
 _PATH = re.compile(r"[\w./~%!$&'()*+,;=:-]*", re.ASCII)
 
@@ -37,8 +38,7 @@ def normal_host(host: str, source: str = "ollama.host") -> str:
         )
     name = parts.hostname or ""
     name = f"[{name}]" if ":" in name else name
-    if name == "0.0.0.0":  # noqa: S104 - an address to listen on, not one to call
-        name = "127.0.0.1"
+    name = _CALLED.get(name, name)
     default = {"http": 80, "https": 443}[parts.scheme] if "://" in host else 11434
     return f"{parts.scheme}://{name}:{parts.port or default}{parts.path.rstrip('/')}"
 
@@ -76,10 +76,12 @@ def _given() -> str:
 
 def _split(host: str, source: str) -> SplitResult:
     text = host.strip(" \t\r\n\"'")
-    if text.startswith(":") and not text.startswith("://"):  # ":11435" is a port of this machine
+    if re.match(r":\w", text):  # ":11435" is a port of this machine
         text = f"127.0.0.1{text}"
+    scheme, named_scheme, rest = text.rpartition("://")
+    rest = re.sub(r"^((?:[^/]*@)?)([0-9a-fA-F:.]*:[0-9a-fA-F:.]*:[0-9a-fA-F:.]*)(?=/|$)", r"\1[\2]", rest)  # "::1"
     try:
-        parts = urlsplit(text if "://" in text else f"http://{text}")
+        parts = urlsplit(f"{scheme if named_scheme else 'http'}://{rest}")
         name = parts.hostname or ""
         named = bool(_DOMAIN.fullmatch(name) or (":" in name and IPv6Address(name)))
         usable = parts.scheme in ("http", "https") and parts.port != 0

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import PipelineError, UserError
 from pipeline.lines import lines
+from pipeline.ollama import connection
 from pipeline.ollama.address import DEFAULT_HOST, credentials, normal_host
 from pipeline.ollama.names import canonical
 from pipeline.ollama.ollama_server import MINIMUM_VERSION, new_enough
@@ -38,18 +39,20 @@ class Client:
         import httpx
 
         self.host = normal_host(host or DEFAULT_HOST)
-        self._http = httpx.Client(
-            base_url=self.host, auth=credentials(self.host), timeout=httpx.Timeout(600, connect=5), trust_env=False
-        )
+        timeout = httpx.Timeout(600, connect=5)
+        try:
+            self._http = httpx.Client(
+                base_url=self.host, auth=credentials(self.host), timeout=timeout, **connection.options(self.host)
+            )
+        except ImportError:  # httpx needs one more library for it, which is not locked
+            raise UserError(f"{self.host}: a SOCKS proxy cannot be used here; name an HTTP proxy") from None
         try:
             answer = self._http.get("/api/version", timeout=5)
             if not answer.is_success:
                 raise UserError(f"no Ollama can be asked at {self.host}: {_words(answer)}")
             self.version = str(answer.json()["version"])
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"no Ollama answers at {self.host} ({type(error).__name__}); start it with `ollama serve`"
-            ) from None
+            raise UserError(connection.unreachable(self.host, error)) from None
         if not new_enough(self.version):
             raise UserError(
                 f"Ollama {self.version} at {self.host} is too old: {MINIMUM_VERSION} or newer is needed; update it"
@@ -262,6 +265,8 @@ _STATUSES = {
     "them, as in http://user:password@host:port",
     403: "this is not allowed here: see the settings of the proxy in front of Ollama",
     404: "there is no Ollama at this path: give the path below which the proxy has it, as in http://host/ollama",
+    407: "the proxy that HTTP_PROXY names wants a user name and a password, or these are wrong: give it as "
+    "http://user:password@proxy:port, or name Ollama's host in NO_PROXY",
     413: "the proxy in front of Ollama takes no file of this size: raise its limit (in nginx: client_max_body_size 0;)",
     **dict.fromkeys((301, 302, 307, 308), "the address has moved: give the new one as ollama.host or OLLAMA_HOST"),
     **dict.fromkeys((502, 503, 504), "the proxy in front of Ollama does not reach it, or does not wait long enough"),

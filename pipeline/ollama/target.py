@@ -34,7 +34,9 @@ def names_of(name: str | None, types: Sequence[str]) -> dict[str, str]:
 
 @contextmanager
 def server(host: str | None, store: Path, log: Path) -> Iterator[tuple[Client, bool, Path | None] | str]:
-    """An Ollama to deploy to: the configured one, else a running one, else one of our own that is stopped at the end.
+    """An Ollama to deploy to: the configured one, else the one of OLLAMA_HOST, else a running one, else one of our own.
+
+    One of our own is stopped at the end. Where a configuration or OLLAMA_HOST names one, no other is taken.
 
     Args:
         host: the configured address.
@@ -43,6 +45,9 @@ def server(host: str | None, store: Path, log: Path) -> Iterator[tuple[Client, b
 
     Yields:
         The client, whether the server is our own, and its log; or, if there is no Ollama, why.
+
+    Raises:
+        UserError: the one that is named cannot be asked.
     """
     address, given = host or usual_host(), given_host()
     try:
@@ -50,12 +55,14 @@ def server(host: str | None, store: Path, log: Path) -> Iterator[tuple[Client, b
     except UserError as error:
         if host:
             raise UserError(f"{error}, or leave ollama.host out: then one is started for the run") from None
-        why = f"OLLAMA_HOST={given}: {error}" if given else str(error)
+        if given:
+            raise UserError(f"OLLAMA_HOST={given}: {error}, or unset it: then one is started for the run") from None
+        why = str(error)
     else:
         with running:
             yield running, False, None
         return
-    telling = given or "too old" in why  # that nothing answers at the usual address is nothing to tell
+    telling = "too old" in why  # that nothing answers at the usual address is nothing to tell
     program = find_ollama()
     if program is None:
         yield why if telling else "no Ollama is running and none is installed"

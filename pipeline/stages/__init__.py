@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pipeline.config import Config
     from pipeline.run.stage import Stage
 
 NAMES = (
@@ -19,9 +20,10 @@ def declared(name: str) -> "Stage":
     return stage
 
 
-def all_stages() -> tuple["Stage", ...]:
-    """Every declaration."""
-    return tuple(declared(name) for name in NAMES)
+def all_stages(config: "Config | None" = None) -> tuple["Stage", ...]:
+    """Every declaration; where a configuration gives an adapter, that which takes it in stands for training."""
+    given = config is not None and config.adapter.path is not None
+    return tuple(declared("adapter" if given and name == "train" else name) for name in NAMES)
 
 
 def judged_stages() -> tuple[str, ...]:

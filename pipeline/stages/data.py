@@ -21,6 +21,7 @@ from pipeline.errors import UserError
 from pipeline.model import targets
 from pipeline.model.base import check_bits, resolve_base
 from pipeline.model.facts import base_files, context_of
+from pipeline.model.trained_tokenizer import adapter_files, trained_tokenizer
 from pipeline.ollama.parameters import served_context
 from pipeline.prompt.labels import (
     IGNORED,
@@ -33,7 +34,7 @@ from pipeline.prompt.labels import (
 )
 from pipeline.prompt.lengths import check_room, fit, question_lengths
 from pipeline.prompt.template import render
-from pipeline.prompt.tokenizer import beyond_embedding, load_tokenizer
+from pipeline.prompt.tokenizer import beyond_embedding
 from pipeline.run.stage import Stage, Task
 
 if TYPE_CHECKING:
@@ -44,10 +45,13 @@ EXAMPLES = 3  # rows shown in the summary
 
 
 def files(config: Config, _: str) -> list[Path]:
-    """The user's data files, and what of the base makes tokens of them."""
-    data = config.data
-    given = [path for path in (data.train, data.validation, data.test) if path is not None]
-    return [*given, *(path for path in base_files(config.model) if path.suffix != ".safetensors")]
+    """The user's data files, and what of the base, or of an adapter from elsewhere, makes tokens of them."""
+    models = (*base_files(config.model), *adapter_files(config))
+    return [*_given(config), *(path for path in models if path.suffix != ".safetensors")]
+
+
+def _given(config: Config) -> list[Path]:
+    return [path for path in (config.data.train, config.data.validation, config.data.test) if path is not None]
 
 
 def main(task: Task) -> dict[str, Any]:
@@ -59,13 +63,13 @@ def main(task: Task) -> dict[str, Any]:
         The figures of the summary: rows, tokens, trained tokens, lengths in tokens, what was left out.
     """
     data, seed = task.config.data, task.config.train.seed
-    given = _read(task, data.train)
+    given = _read(task, data.train) if data.train is not None else []
     train = drop_duplicates(given)
     duplicates = len(given) - len(train)
     if data.validation is not None:
         validation = _read(task, data.validation)
     else:
-        train, validation = split(train, data.validation_fraction, seed)
+        train, validation = split(train, data.validation_fraction, seed) if train else ([], [])
     test = _read(task, data.test) if data.test is not None else []
     check_expected(test, task.config.eval.metric)
     if with_tools := sum(bool(row.tools) for row in test):
@@ -77,6 +81,7 @@ def main(task: Task) -> dict[str, Any]:
             )
         task.warn(f"{data.test.name}: {with_tools:,} of {len(test):,} rows have tools; they are not asked")
     if duplicates:
+        assert data.train is not None
         task.warn(f"{data.train.name}: {duplicates:,} of {len(given):,} rows repeat another; each is trained once")
     leaks = {}
     for name, held_out in (("validation", validation if data.validation else []), ("test", test)):
@@ -91,8 +96,7 @@ def main(task: Task) -> dict[str, Any]:
 
     model = task.config.model
     base = resolve_base(model.base, model.revision)
-    check_bits(base, task.config)
-    tokenizer, said = load_tokenizer(base, trust_remote_code=model.trust_remote_code, chat_template=model.chat_template)
+    tokenizer, said = trained_tokenizer(task.config)
     for words in said:
         task.warn(words)
     beyond = beyond_embedding(base)
@@ -102,14 +106,7 @@ def main(task: Task) -> dict[str, Any]:
         beyond.refuse_in("\n".join((*said_in_row, str(row.tools))), row.place)
     questions = chosen(map(question_of, test), task.config.eval.limit)
     lengths = question_lengths(tokenizer, questions)
-    adapter = targets.of_base(base, task.config.lora, trust_remote_code=model.trust_remote_code)
-    if adapter.experts:
-        task.warn(
-            f"lora.target_modules: the experts of this mixture are not trained ({adapter.experts[0]} and the like are "
-            f"tensors, no modules): the adapter is on {', '.join(adapter.names)}"
-        )
-    figures: dict[str, Any] = {"adapter_modules": adapter.names}
-    figures |= {"adapter_parameters": adapter.parameters(task.config.lora)}
+    figures: dict[str, Any] = {} if data.train is None else _adapter(task, base)
     figures |= {"test_rows": len(test), "duplicates_dropped": duplicates}
     figures |= {f"{name}_leaks": count for name, count in leaks.items()}
     figures["test_longest_question"] = max(lengths, default=0)
@@ -125,12 +122,24 @@ def main(task: Task) -> dict[str, Any]:
         figures |= {f"{name}_{key}": value for key, value in _figures(tokenizer, kept, tokenized).items()}
         figures |= {f"{name}_overlong_cut": cut, f"{name}_overlong_dropped": dropped}
         summary[f"{name}_examples"] = [_example(tokenizer, row) for row in tokenized[:EXAMPLES]]
-    if not figures["train_rows"]:
+    if data.train is not None and not figures["train_rows"]:
         raise UserError(f"{data.train}: no row is left to train on; see the warnings above")
     figures["context_needed"] = _check_context(task, base, questions, lengths, figures)
     text = json.dumps(figures | summary, ensure_ascii=False, indent=2)
     task.new(task.layout.data_summary).write_text(text + "\n", encoding="utf-8")
     return figures
+
+
+def _adapter(task: Task, base: Path) -> dict[str, Any]:
+    """The adapter that will be trained, as figures."""
+    check_bits(base, task.config)
+    adapter = targets.of_base(base, task.config.lora, trust_remote_code=task.config.model.trust_remote_code)
+    if adapter.experts:
+        task.warn(
+            f"lora.target_modules: the experts of this mixture are not trained ({adapter.experts[0]} and the like are "
+            f"tensors, no modules): the adapter is on {', '.join(adapter.names)}"
+        )
+    return {"adapter_modules": adapter.names, "adapter_parameters": adapter.parameters(task.config.lora)}
 
 
 def _check_context(
@@ -270,8 +279,11 @@ STAGE = Stage(
         *("train.max_length", "train.seed", "train.load_in_4bit", "merge.base"),
         *("eval.metric", "eval.limit", "eval.max_new_tokens", "ollama.parameters"),
     ),
+    indifferent_to=("adapter.path",),
     files=files,
     libraries=("transformers", "tokenizers", "jinja2"),
+    # Without data, as an adapter from elsewhere may come, there is nothing to do.
+    variants=lambda config: ("",) if _given(config) else (),
     figures=("train_rows", "train_tokens", "train_share_trained", "validation_rows", "test_rows"),
     judged=True,
 )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import console
 from pipeline.data.questions import asked
 from pipeline.errors import PipelineError, UserError
-from pipeline.ollama.address import usual_host
+from pipeline.ollama.address import given_host, usual_host
 from pipeline.ollama.deployment import proof_name, remove
 from pipeline.ollama.target import local_store, names_of, refuse_taken, remember, server
 from pipeline.run.layout import Layout
@@ -99,7 +99,7 @@ def plan(config: Config, run: Path) -> list[str]:
             there = {canonical(name) for name in client.names()}
             lines.append(f"server: Ollama {client.version} at {client.host}")
     except UserError as error:
-        if config.ollama.host:
+        if config.ollama.host or given_host():
             raise
         there = set()
         program = find_ollama()

@@ -48,7 +48,8 @@ def main(task: Task) -> dict[str, Any]:
         raise refusal(choice)
     for warning in choice.warnings:
         task.warn(warning)
-    needed = json.loads(task.layout.data_summary.read_text(encoding="utf-8"))["context_needed"]
+    summary = task.layout.data_summary  # which an adapter from elsewhere may come without
+    needed = json.loads(summary.read_text(encoding="utf-8"))["context_needed"] if summary.is_file() else 0
     final = task.layout.modelfile(task.variant).parent
     if choice.jinja is not None:
         require_space(task.output, gguf.stat().st_size, "the GGUF file with its chat template guarded")

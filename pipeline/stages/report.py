@@ -17,7 +17,7 @@ from pipeline.plots import ladder
 from pipeline.resources import resource
 from pipeline.run.folder import read_manifest
 from pipeline.run.stage import EVERY_JUDGED_STAGE, Stage, Task
-from pipeline.stages import declared
+from pipeline.stages import all_stages
 from pipeline.verify.rungs import BASE
 
 EXAMPLES = 8
@@ -33,6 +33,7 @@ def main(task: Task) -> dict[str, Any]:
     # What a former page cost is none of it either.
     names = [name for name in manifest["nodes"] if name in manifest["stages"] and name != "report"]
     stages = {name: manifest["stages"][name] for name in names}
+    figures = {stage.name: stage.figures for stage in all_stages(task.config)}
     evaluation = _read(task.layout.evaluation) if "evaluate/table" in stages else {}  # left by a run that had test data
     deployed = _read(task.layout.deployment)
     proof = _read(task.layout.verify_json)
@@ -47,7 +48,7 @@ def main(task: Task) -> dict[str, Any]:
     page = template.render(
         name=task.config.ollama.name,
         base=task.config.model.base,
-        lora=task.config.lora,
+        rank=stages["train"]["figures"].get("rank", task.config.lora.r),
         types=task.config.export.quant,
         served=served,
         cards=_cards(task.config, stages, evaluation),
@@ -55,11 +56,11 @@ def main(task: Task) -> dict[str, Any]:
         asked=len(evaluation.get("rows", ())),
         metric=task.config.eval.metric,
         proof=_proof(proof),
-        loss_chart=_image(task.layout.loss_curve),
+        loss_chart=_image(task.layout.loss_curve) if task.layout.loss_curve.is_file() else "",
         ladder_chart=_ladder(task, evaluation, proof),
         examples=_examples(evaluation),
         files=_files(stages),
-        stages=[_stage(name, record) for name, record in stages.items()],
+        stages=[_stage(name, record, figures) for name, record in stages.items()],
         warnings=[(name, warning) for name, record in stages.items() for warning in record["warnings"]],
         made_with=_made_with(manifest),
         configuration=_configuration(manifest),
@@ -165,12 +166,12 @@ def _files(stages: dict[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def _stage(name: str, record: dict[str, Any]) -> dict[str, str]:
+def _stage(name: str, record: dict[str, Any], figures: dict[str, tuple[str, ...]]) -> dict[str, str]:
     return {
         "name": name,
         "time": duration(record["seconds"]),
         "memory": peak_memory(record),
-        "figures": main_figures(declared(name.partition("/")[0]).figures, record["figures"]),
+        "figures": main_figures(figures[name.partition("/")[0]], record["figures"]),
     }
 
 
@@ -199,6 +200,6 @@ STAGE = Stage(
     summary="Write the run's page: report.html.",
     run=main,
     needs=(EVERY_JUDGED_STAGE, "verify"),
-    settings=("model.base", "lora", "export.quant", "ollama.name", "eval.metric"),
+    settings=("model.base", "lora", "adapter.path", "export.quant", "ollama.name", "eval.metric"),
     files=lambda config, _: [resource("templates/report.html.j2")],
 )

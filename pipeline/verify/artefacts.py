@@ -40,7 +40,9 @@ class Artefacts:
         quantized: the quantized ones, by the name of their type in lower case.
         scratch: a folder for what is needed on the way.
         base, adapter: what was merged; None for an export of another program.
+        given: the folder of an adapter that was trained elsewhere, as somebody gave it; None for one trained here.
         run, config: the run's folder and its configuration; None for an export.
+        ollama: the name of an export's model in the Ollama that is usually asked; None where none is judged.
         trained_on_4bit: whether the adapter was trained on the base in NF4, and the base is stored in 16 bits.
         merged_into: "16bit" or "dequantized".
         merge_row_losses: the loss on each held-out row (summed, trained tokens) of the base and of the adapter on both,
@@ -54,6 +56,8 @@ class Artefacts:
     scratch: Path
     base: Path | None = None
     adapter: Path | None = None
+    given: Path | None = None
+    ollama: str | None = None
     run: Path | None = None
     config: Config | None = None
     trained_on_4bit: bool = False
@@ -91,6 +95,7 @@ class Artefacts:
             scratch=scratch,
             base=base,
             adapter=layout.adapter,
+            given=config.adapter.path,
             run=run,
             config=config,
             # Where the base itself is in 4 bits there is no other that the adapter could be merged into.
@@ -114,6 +119,33 @@ class Artefacts:
         if unquantized_type(gguf):
             return Artefacts(settings, model, gguf, {}, scratch)
         return Artefacts(settings, model, None, {_type_of_name(gguf): gguf}, scratch)
+
+    def add_adapter(self, folder: Path, named: str | None = None) -> None:
+        """Say what an export was merged from. An adapter that does not fit is left for its check to say so.
+
+        Args:
+            folder: the adapter's.
+            named: the base; without it, the one that the adapter names.
+
+        Raises:
+            UserError: it is no adapter, or there is no such base.
+        """
+        from pipeline.model.adapter import base_of, fit_to, read_adapter, write_taken
+        from pipeline.model.base import resolve_base
+        from pipeline.model.four_bit import in_16bit
+        from pipeline.model.trained_tokenizer import tokenizer_source
+
+        found = read_adapter(folder)
+        named = named or base_of(found)
+        self.given, self.base = folder, in_16bit(resolve_base(named), self.scratch / "base")
+        try:
+            fit = fit_to(found, self.base)
+            # Whichever chat template it is, the merged folder's is what is compared with the file's.
+            source, _ = tokenizer_source(folder, self.base, self.tokenizer.chat_template)
+        except UserError:
+            return
+        self.adapter = self.scratch / "train" / "adapter"
+        write_taken(found, fit, saved_tokenizer(source), self.adapter, named)
 
     @property
     def without_metric(self) -> bool:

@@ -5,30 +5,64 @@ from __future__ import annotations
 import tempfile
 import tomllib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
 
 
-def verify_export(hf: Path, gguf: Path, rungs: Sequence[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """verify.json of a Hugging Face folder and the GGUF file that was made from it.
+@dataclass(frozen=True)
+class Export:
+    """What another program made, as it is given.
+
+    Attributes:
+        hf: the Hugging Face folder.
+        gguf: the GGUF file that was made from it.
+        ollama: the name of a model in Ollama that was made from it; where no file is given, its file is taken.
+        adapter: the adapter that the folder is said to have merged.
+        base: its base; without it the one that the adapter names.
+    """
+
+    hf: Path | None
+    gguf: Path | None = None
+    ollama: str | None = None
+    adapter: Path | None = None
+    base: str | None = None
+
+    @property
+    def given(self) -> bool:
+        """Whether anything is."""
+        return any(value is not None for value in vars(self).values())
+
+
+def verify_export(export: Export, rungs: Sequence[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """verify.json of an export of another program.
 
     Args:
-        hf: the folder.
-        gguf: the file.
+        export: what is given of it.
         rungs: the stages whose outputs are judged, in the order of the work.
         overrides: "verify.key=value" strings.
 
     Raises:
-        UserError: one of them is not there, or an override is none.
+        UserError: one of them is not there, one is given without what it belongs to, or an override is none.
     """
     from pipeline.verify.artefacts import Artefacts
     from pipeline.verify.chain import EXPORT_CHECKS
     from pipeline.verify.chain import verify as run
+    from pipeline.verify.in_ollama import file_of
 
+    hf, gguf = export.hf, export.gguf
+    if hf is None or (gguf is None and export.ollama is None):
+        raise UserError("--hf and --gguf, or --ollama, belong together: the folder, and the GGUF file made from it")
+    if export.base is not None and export.adapter is None:
+        raise UserError("--base belongs to --adapter: the base of the adapter that was merged")
+    gguf = gguf or file_of(str(export.ollama))
     with tempfile.TemporaryDirectory(prefix="pipeline-verify-") as scratch:
         artefacts = Artefacts.of_export(hf.absolute(), gguf.absolute(), _settings({}, overrides), Path(scratch))
+        if export.adapter is not None:
+            artefacts.add_adapter(export.adapter.absolute(), export.base)
+        artefacts.ollama = export.ollama
         return run(artefacts, rungs, EXPORT_CHECKS)
 
 

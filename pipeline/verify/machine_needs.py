@@ -56,6 +56,9 @@ def check(config: Config, run_folder: Path, base: Weights, gpu_bytes: int | None
             f"{float32 / 1e9:.0f} GB would be needed, {there / 1e9:.0f} GB are there: the logits of the "
             "merged model will not be compared with the 16-bit GGUF file's; its weights will be"
         )
+    if config.adapter.path is not None:  # nothing is trained
+        yield _judged(_VERSIONS, libraries.look())
+        return
     if gpu_bytes is not None:
         training = memory.training(parameters, in_4bit=in_4bit)
         yield _bytes(_GPU, training, gpu_bytes, "take a smaller base or a larger GPU")

@@ -17,8 +17,10 @@ from pipeline.config import Config
 from pipeline.console import progress
 from pipeline.errors import PipelineError
 from pipeline.llamacpp.quantizer import quantize
+from pipeline.model.adapter import fit_to, read_adapter
 from pipeline.model.base import as_trained, resolve_base
 from pipeline.model.four_bit import in_16bit
+from pipeline.model.trained_tokenizer import trained_tokenizer
 from pipeline.model.weights_file import read_weights
 from pipeline.ollama.client import Client
 from pipeline.ollama.ollama_server import OllamaServer, find_ollama
@@ -26,7 +28,6 @@ from pipeline.ollama.rendering import choose, refusal
 from pipeline.ollama.target import names_of, refuse_taken, server
 from pipeline.processes import require_space
 from pipeline.prompt.template import ChatTemplate
-from pipeline.prompt.tokenizer import load_tokenizer
 from pipeline.run.layout import Layout
 from pipeline.setup import gpu
 from pipeline.verify import logits, machine_needs, prompt, quantization, token_ids, toolchain, weights
@@ -52,11 +53,12 @@ def preflight(config: Config, run_folder: Path, scratch: Path, rungs: Sequence[s
         rungs: the stages whose outputs are judged, in the order of the work.
 
     Raises:
-        UserError: there is no such base.
+        UserError: there is no such base, or the adapter from elsewhere is not one of it.
     """
-    model = config.model
-    base = resolve_base(model.base, model.revision)
-    trained, _ = load_tokenizer(base, trust_remote_code=model.trust_remote_code, chat_template=model.chat_template)
+    base = resolve_base(config.model.base, config.model.revision)
+    if config.adapter.path is not None:  # what is wrong with it ends the run before anything long begins
+        fit_to(read_adapter(config.adapter.path), base, trust_remote_code=config.model.trust_remote_code)
+    trained, _ = trained_tokenizer(config)
     base = as_trained(in_16bit(base, scratch / "base-16bit"), trained, scratch / "base")
     stored = read_weights(base)
     parameters = stored.parameters

@@ -288,11 +288,16 @@ def test_rows_with_tools_are_asked_where_ollama_takes_them(tmp_path: Path) -> No
         client.delete("tools:latest")
 
 
-def test_in_a_server_of_its_own(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:1")  # nothing is running
+@pytest.fixture
+def nothing_is_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OLLAMA_HOST", raising=False)
+    monkeypatch.setattr("pipeline.ollama.address.DEFAULT_HOST", "http://127.0.0.1:1")
+
+
+@pytest.mark.usefixtures("nothing_is_running")
+def test_in_a_server_of_its_own(run: Path) -> None:
     made = task(run)
     figures = deploy.main(made)
-    assert "OLLAMA_HOST=127.0.0.1:1: no Ollama answers" in capsys.readouterr().err
     record = publish(made)
     assert figures["own_server"]
     assert record["models"][0]["selected"] == "go_template"
@@ -301,8 +306,8 @@ def test_in_a_server_of_its_own(run: Path, monkeypatch: pytest.MonkeyPatch, caps
         assert set(client.names()) == {"deployed:latest"}
 
 
-def test_the_native_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:1")
+@pytest.mark.usefixtures("nothing_is_running")
+def test_the_native_way(tmp_path: Path) -> None:
     folder = copied(servers.family_run("qwen3"), tmp_path / "run")
     types = {"export": {"quant": ["q8_0"]}}
     modelfile.main(task(folder, "modelfile", "q8_0", sections=types))
@@ -323,6 +328,10 @@ def test_a_host_that_is_down_or_none(run: Path, monkeypatch: pytest.MonkeyPatch)
         deploy.main(task(run, host="127.0.0.1:1"))
     with pytest.raises(UserError, match=r"ollama\.host = 'ftp://x': not an address"):
         deploy.main(task(run, host="ftp://x"))
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:1")  # and no other is taken instead
+    for ask in (lambda: deploy.main(task(run)), lambda: deploy.plan(task(run).config, run)):
+        with pytest.raises(UserError, match=r"no Ollama answers at http://127\.0\.0\.1:1 "):
+            ask()
     monkeypatch.setenv("OLLAMA_HOST", "ftp://x")
     with pytest.raises(UserError, match="OLLAMA_HOST = 'ftp://x': not an address"):
         deploy.main(task(run))
@@ -344,18 +353,16 @@ def test_through_a_proxy_with_a_password_and_nothing_of_it_is_kept(
         told = CliRunner().invoke(main, ["deploy", str(tmp_path), "--host", f"http://me:hush@{host[7:]}"])
         assert told.exit_code == 2
         monkeypatch.setenv("OLLAMA_HOST", host.replace("//", "//me:hushed@") + "/ollama")
-        monkeypatch.setattr("pipeline.ollama.target.find_ollama", lambda: None)
-        deploy.main(task(folder, name="proxied"))
-    told_on_screen = "".join(capsys.readouterr())
-    assert "HTTP status 401" in told_on_screen
-    assert "hush" not in told_on_screen + told.output
+        with pytest.raises(UserError, match="HTTP status 401") as error:
+            deploy.main(task(folder, name="proxied"))
+    assert "hush" not in "".join(capsys.readouterr()) + told.output + str(error.value)
     for file in folder.rglob("*"):
         assert not file.is_file() or file.suffix in (".gguf", ".safetensors") or b"hush" not in file.read_bytes(), file
     servers.client().delete("proxied:latest")
 
 
+@pytest.mark.usefixtures("nothing_is_running")
 def test_no_ollama_at_all_is_said_and_no_error(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:1")
     monkeypatch.setattr("pipeline.ollama.target.find_ollama", lambda: None)
     made = task(run)
     figures = deploy.main(made)

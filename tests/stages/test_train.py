@@ -16,6 +16,7 @@ import pytest
 
 from pipeline.config import Config, Verify
 from pipeline.errors import PipelineError
+from pipeline.model.adapter import fit_to, read_adapter
 from pipeline.model.base import resolve_base
 from pipeline.resources import sha256_of
 from pipeline.run.stage import Task
@@ -119,6 +120,11 @@ def test_the_adapter_learns_in_float32_and_says_what_it_is(trained: Path) -> Non
     assert losses[-1] < losses[0]
     assert "validation loss" in (adapter / "README.md").read_text()
     assert (trained / "train" / "loss.svg").read_text().startswith("<?xml")
+
+
+def test_what_unsloth_saves_is_taken_as_an_adapter_from_elsewhere(project: Path, trained: Path) -> None:
+    fit = fit_to(read_adapter(trained / "train" / "adapter"), project / "base")
+    assert len(fit.modules) == 2 * 7
 
 
 def test_the_batches_are_the_rows_of_the_data_stage(trained: Path) -> None:

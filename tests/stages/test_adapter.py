@@ -1,0 +1,154 @@
+"""An adapter from elsewhere in the place of training: what a run makes of it, and what the command writes down."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from support.adapters import peft_adapter, small_base, trl_checkpoint
+from support.small_models import make_config, scratch
+
+from pipeline.cli import main, resolved
+from pipeline.config import load_config
+from pipeline.errors import UserError
+from pipeline.run.basis import settings_of
+from pipeline.run.graph import Graph
+from pipeline.run.stage import Task
+from pipeline.stages import adapter, all_stages, data, merge
+from pipeline.verify.artefacts import Artefacts
+from pipeline.verify.chain import verify
+from pipeline.verify.result import FAIL, PASS
+
+QUESTIONS = [[{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"{n}"}] for n in range(3)]
+
+
+@pytest.fixture
+def test_data(tmp_path: Path) -> Path:
+    path = tmp_path / "test.jsonl"
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in QUESTIONS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def bare() -> Path:
+    """By a PEFT script: every way of naming a rank, a scaling and a layer at once, and nothing but the adapter."""
+    patterns = {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {r"model\.layers\.1\.mlp\.up_proj": 3}}
+    return peft_adapter(scratch() / "bare", small_base(), use_dora=True, use_rslora=True, **patterns)
+
+
+def sections(path: Path, **more: Any) -> dict[str, Any]:
+    """A configuration's, as `load_config` completes it."""
+    given = {"model": {"base": str(small_base())}, "adapter": {"path": path}, "data": {"train": None}}
+    return {**given, "train": {"load_in_4bit": False, "max_length": 256}, **more}
+
+
+def run_stage(stage: Any, run: Path, **settings: Any) -> dict[str, Any]:
+    declaration = stage.STAGE
+    output = run / declaration.name
+    output.mkdir(parents=True)
+    figures: dict[str, Any] = stage.main(Task(declaration, make_config(**settings), run, output, "", run / "scratch"))
+    return figures
+
+
+def judged(run: Path, settings: dict[str, Any], scratch: Path) -> dict[str, str]:
+    artefacts = Artefacts.of_run(run, make_config(**settings), scratch)
+    content = verify(artefacts, ("train", "merge"), ("adapter", "labels", "weights", "merge_base"))
+    assert {check["verdict"] for check in content["checks"]} > {PASS}
+    return {check["id"]: check["verdict"] for check in content["checks"]}
+
+
+def test_of_a_bare_script(bare: Path, tmp_path: Path) -> None:
+    run, settings = tmp_path / "run", sections(bare)
+    figures = run_stage(adapter, run, **settings)
+    assert (figures["modules"], figures["rank"], figures["alpha"]) == (14, 8, 16)
+    assert figures["base"] == str(small_base())
+    run_stage(merge, run, **settings)
+    verdicts = judged(run, settings, tmp_path)
+    assert FAIL not in verdicts.values()
+    assert verdicts["weights.merged"] == verdicts["adapter.fits"] == verdicts["adapter.same"] == PASS
+
+
+def test_of_a_checkpoint_of_trl(test_data: Path, tmp_path: Path) -> None:
+    """With the rows that every rung is asked."""
+    settings = sections(trl_checkpoint(), data={"train": None, "test": test_data}, eval={"metric": "text"})
+    run = tmp_path / "run"
+    figures = run_stage(data, run, **settings)
+    assert (figures["test_rows"], figures["train_rows"]) == (3, 0)
+    assert run_stage(adapter, run, **settings)["trained_parameters"] > 0
+    assert not list((run / "train").rglob("*.pt"))
+    run_stage(merge, run, **settings)
+    verdicts = judged(run, settings, tmp_path)
+    assert FAIL not in verdicts.values()
+    assert {"adapter.fits", "weights.merged", "adapter.prompt"} <= {i for i, v in verdicts.items() if v == PASS}
+
+
+def test_4_bits_that_it_was_trained_on_are_measured_where_that_is_said(bare: Path, tmp_path: Path) -> None:
+    tokens = tmp_path / "run" / "data" / "validation.tokens.jsonl"
+    tokens.parent.mkdir(parents=True)
+    tokens.write_text(json.dumps({"input_ids": list(range(40)), "labels": list(range(40))}) + "\n")
+    settings = sections(bare) | {"train": {"load_in_4bit": True, "max_length": 256}}
+    run_stage(adapter, tmp_path / "run", **settings)
+    figures = run_stage(merge, tmp_path / "run", **settings)
+    assert figures["held_out_loss_16bit"] != figures["held_out_loss_dequantized"]
+    verdicts = judged(tmp_path / "run", settings, tmp_path)
+    assert verdicts["weights.merged"] == verdicts["weights.untouched"] == verdicts["merge_base.better"] == PASS
+
+
+def project(folder: Path, text: str) -> Path:
+    path = folder / "pipeline.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_configuration_with_an_adapter_has_no_training(bare: Path, tmp_path: Path, test_data: Path) -> None:
+    text = f'[model]\nbase = "{small_base()}"\n[adapter]\npath = "{bare}"\n'
+    config, sources = resolved(project(tmp_path, text), ())
+    assert config.data.train is None
+    assert not config.train.load_in_4bit
+    assert sources["train.load_in_4bit"] == "default with adapter.path"
+    graph = Graph(all_stages(config))
+    names = [str(node) for node in graph.nodes(config)]
+    assert names == ["preflight", "train", "merge", "convert", "quantize/q4_k_m", "modelfile/q4_k_m", *names[6:]]
+    assert graph.stages["train"].summary == adapter.STAGE.summary
+    assert settings_of(graph.stages["train"], "", config)["model.base"] == str(small_base())
+    told = CliRunner().invoke(main, ["data", str(tmp_path)])
+    assert (told.exit_code, told.stderr) == (0, "data: nothing to do under this configuration\n")
+    config, _ = resolved(tmp_path, [f"data.test={test_data}"])
+    assert [str(node) for node in graph.nodes(config)][:3] == ["preflight", "data", "train"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('[adapter]\npath = "nowhere"\n', "pipeline.toml:4: adapter.path: .*nowhere: no such folder"),
+        ('[adapter]\npath = "."\n[data]\ntrain = "x.jsonl"\n', "pipeline.toml:6: data.train: nothing is trained with"),
+        ("[adapter]\npath = 3\n", "adapter.path = 3"),
+        ("[adapter]\n", "data: must be given"),
+    ],
+)
+def test_what_does_not_go_with_it(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        load_config(project(tmp_path, f'[model]\nbase = "{small_base()}"\n{text}'))
+
+
+def test_the_command_writes_a_configuration(
+    bare: Path, tmp_path: Path, test_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked: list[str] = []
+    monkeypatch.setattr("pipeline.cli._bring_up_to_date", lambda config, sources, names: asked.extend(names))
+    command = ["export", "--adapter", str(bare), "--quant", "q8_0", "--data", test_data.name, "--template", "chatml"]
+    for _ in range(2):  # what it wrote itself, it replaces
+        told = CliRunner().invoke(main, command)
+        assert told.exit_code == 0, told.output
+    config, _ = load_config(tmp_path / "bare-export" / "pipeline.toml")
+    assert asked == ["modelfile"] * 2
+    assert (config.model.base, config.model.chat_template) == (str(small_base()), "chatml")
+    assert (config.adapter.path, config.data.test) == (bare, test_data)
+    assert (config.export.quant, config.ollama.name) == (("q8_0",), "bare")
+    (tmp_path / "bare-export" / "pipeline.toml").write_text("# mine\n")
+    assert "was not written by this command" in CliRunner().invoke(main, command).stderr
+    assert "belong to --adapter" in CliRunner().invoke(main, ["export", "--base", "x"]).stderr
+    assert "in the place of CONFIG" in CliRunner().invoke(main, ["export", "x.toml", "--adapter", str(bare)]).stderr
+    assert "no such folder" in CliRunner().invoke(main, ["export", "--adapter", "nowhere"]).stderr
