@@ -56,16 +56,43 @@ class Model(Section):
 class Data(Section):
     """What it is trained on."""
 
-    train: File = Field(description="conversations to train on: .jsonl, .json, .csv or .parquet")
+    train: File = Field(
+        description="conversations to train on: a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow; also .gz, .zst), "
+        "a folder of them, or a pattern such as parts/*.jsonl"
+    )
     validation: File | None = Field(None, description="conversations for the validation loss")
     test: File | None = Field(None, description="conversations that `evaluate` and `deploy` ask")
     validation_fraction: float = Field(
         0.05, ge=0, lt=1, description="share of train that is split off when no validation file is given"
     )
+    group: str | None = Field(None, min_length=1, description="key of a row whose value keeps rows in one split")
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt"] = Field("auto", description="shape of a row")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description='the rows\' own names of known keys, e.g. { completion = "response" }'
+    )
+    template: str | None = Field(
+        None, min_length=1, description="Jinja expression that makes a list of messages of a row of another shape"
+    )
+    ignore: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (), description="keys of rows and messages that are left aside; any other unknown key is an error"
+    )
+    train_on: Literal["assistant", "last", "all"] = Field(
+        "assistant", description="what is trained of a row: every answer, the last answer, or every token"
+    )
     system: str | None = Field(None, description="system message for rows that have none")
-    on_overlong: Literal["error", "drop", "truncate"] = Field(
-        "error", description="what to do with a row that is longer than train.max_length"
+    on_error: Literal["stop", "skip"] = Field("stop", description="what to do with a row that cannot be used")
+    skip_limit: float = Field(0.1, ge=0, le=1, description="largest share of the rows that on_error = skip leaves out")
+    on_overlong: Literal["error", "drop", "truncate", "split"] = Field(
+        "error",
+        description="what to do with a row that is longer than train.max_length; split cuts between an answer and the "
+        "next question",
+    )
+    duplicates: Literal["drop", "keep"] = Field("drop", description="what to do with a row that repeats another")
+    control_tokens: Literal["error", "keep"] = Field(
+        "error", description="what to do with a text that holds a control token of the model"
+    )
+    unwritten: Literal["error", "keep"] = Field(
+        "error", description="what to do with a row of which the chat template leaves out a part, e.g. its tools"
     )
 
 
@@ -320,7 +347,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict
         raise UserError("\n".join(_explain(error, places, path))) from None
     for key in ("train", "validation", "test"):
         file = getattr(config.data, key)
-        if file is not None and (problem := _unreadable(file)):
+        if file is not None and (problem := _unreadable(file, many=True)):
             raise UserError(f"{places.get(f'data.{key}', path)}: data.{key}: {file}: {problem}")
     # Judged here and not in Config, by which runs of before are read too.
     if config.model.trust_remote_code and "/" in config.model.base and not Path(config.model.base).is_absolute():
@@ -346,9 +373,16 @@ def _base(base: str, folder: Path, where: str) -> str:
         raise UserError(f"{where}: {base}: {error.strerror}") from None
 
 
-def _unreadable(file: Path) -> str | None:
-    """Why a file cannot be read, if it cannot."""
+def is_pattern(file: Path) -> bool:
+    """Whether a path is no file's, but says which files are meant, e.g. parts/*.jsonl."""
+    return any(character in str(file) for character in "*?[") and not file.exists()
+
+
+def _unreadable(file: Path, *, many: bool = False) -> str | None:
+    """Why a file cannot be read, if it cannot; `many`: it may be a folder or a pattern, of which the stage says more."""
     try:
+        if many and (file.is_dir() or is_pattern(file)):
+            return None
         if file.is_dir():
             return "is a folder; give the file in it"
         if not file.is_file():

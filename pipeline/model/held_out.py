@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from pipeline.data.sources import read_rows
+from pipeline.data.token_file import read_tokens
 from pipeline.model.predict import predict
 from pipeline.prompt.labels import IGNORED
 from pipeline.run.layout import Layout
@@ -27,7 +27,7 @@ def read_held_out(layout: Layout, limit: int | None = None) -> tuple[str, list[t
     """
     for name in ("validation", "train"):
         path = layout.tokens(name)
-        if path.is_file() and (rows := list(read_rows(path))):
+        if path.is_file() and (rows := list(read_tokens(path))):
             return f"{name} rows", [(row["input_ids"][:limit], row["labels"][:limit]) for row in rows]
     return "", []
 

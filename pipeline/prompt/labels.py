@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.data.marks import ALL, Trained
 from pipeline.errors import PipelineError, UserError
 from pipeline.prompt.template import end_of_turn, render, token_ids, whole_tokens, with_bos
 
@@ -81,9 +82,18 @@ def tokenize_prompt(
 
 
 def training_texts(
-    tokenizer: Any, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None
+    tokenizer: Any,
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[dict[str, Any]] | None = None,
+    trained: Trained = None,
 ) -> list[TrainingText]:
     """The texts in which every answer of a conversation is trained once.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: the conversation, up to its last trained answer.
+        tools: JSON schemas of the tools on offer.
+        trained: the places of the messages that are trained; None for every answer, "all" for every token.
 
     Returns:
         One text for most templates. For one that rewrites history the whole conversation first, then the
@@ -94,7 +104,14 @@ def training_texts(
         UserError: the template refuses the conversation, breaks the prefix property, or writes no end-of-turn
             token.
     """
-    left = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index > 0]
+    if trained == ALL:
+        text = _turn(tokenizer, messages, tools).text
+        return [TrainingText(text, ((0, len(text.rstrip())),))]
+    left = [
+        index
+        for index, message in enumerate(messages)
+        if message["role"] == "assistant" and index > 0 and (trained is None or index in trained)
+    ]
     if not left:
         raise UserError("the conversation has no assistant turn after a question, so there is nothing to train")
     turns = {index: _turn(tokenizer, messages[: index + 1], tools) for index in left}

@@ -10,6 +10,7 @@ from support import bases, servers, small_models
 from transformers import AutoTokenizer
 
 from pipeline.config import Verify
+from pipeline.data.token_file import read_tokens
 from pipeline.errors import UserError
 from pipeline.llamacpp.programs import source_tree
 from pipeline.prompt.tokenizer import CONTROL_WORDS, as_served, load_tokenizer
@@ -103,7 +104,7 @@ def test_the_data_stage_trains_and_says_it(tmp_path: Path) -> None:
     data.main(task)
     (warning,) = task.warnings
     assert "texts are not normalised (NFC); special tokens in a text: </s>" in warning
-    row = json.loads((task.output / "train.tokens.jsonl").read_text(encoding="utf-8"))
+    (row,) = read_tokens(task.output / "train.tokens.arrow")
     tokenizer, _ = load_tokenizer(base)
     assert tokenizer.get_vocab()["</s>"] in row["input_ids"]
     assert DECOMPOSED in tokenizer.decode(row["input_ids"])

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from pipeline.config import Verify, load_config
-from pipeline.data.formats import Conversation
 from pipeline.data.questions import asked
 from pipeline.data.sources import read_rows
+from pipeline.data.token_file import read_tokens
 from pipeline.errors import UserError
 from pipeline.model.held_out import read_held_out
+from pipeline.prompt import training_set
 from pipeline.prompt.labels import IGNORED
 from pipeline.run.layout import Layout
 from pipeline.run.stage import Task
@@ -81,6 +82,10 @@ class Project:
         self.task = Task(data.STAGE, config, self.folder, self.output)
         return data.main(self.task)
 
+    def account(self, name: str) -> dict[str, Any]:
+        account: dict[str, Any] = json.loads((self.output / "data.json").read_text(encoding="utf-8"))["account"][name]
+        return account
+
     def rows(self, name: str) -> list[dict[str, Any]]:
         return list(read_rows(self.output / f"{name}.jsonl"))
 
@@ -92,8 +97,10 @@ def project(tmp_path: Path, base: Path) -> Project:
 
 def test_files_and_figures_say_what_will_be_trained(project: Project) -> None:
     figures = project.run("data.validation_fraction=0.1")
-    assert (figures["train_rows"], figures["validation_rows"], figures["test_rows"]) == (90, 10, 0)
-    tokens = project.rows("train.tokens")
+    assert figures["train_rows"] + figures["validation_rows"] == 100
+    assert 2 < figures["validation_rows"] < 20
+    assert figures["test_rows"] == 0
+    tokens = list(read_tokens(project.output / "train.tokens.arrow"))
     assert figures["train_tokens"] == sum(len(row["input_ids"]) for row in tokens)
     trained = sum(label != IGNORED for row in tokens for label in row["labels"])
     assert figures["train_tokens_trained"] == trained
@@ -102,7 +109,7 @@ def test_files_and_figures_say_what_will_be_trained(project: Project) -> None:
     assert figures["train_length_percentiles"]["99"] <= figures["train_longest"]
     assert figures["train_end_of_turn"] == ["<|im_end|>"]
     assert figures["train_leading_bos"] == [0]
-    summary = json.loads((project.output / "summary.json").read_text(encoding="utf-8"))
+    summary = json.loads((project.output / "data.json").read_text(encoding="utf-8"))
     assert summary.items() >= figures.items()
     example = summary["train_examples"][0]
     assert example["trained"] == ["A number.<|im_end|>"]
@@ -111,24 +118,52 @@ def test_files_and_figures_say_what_will_be_trained(project: Project) -> None:
     assert project.task.warnings == []
 
 
-def test_the_split_depends_on_the_seed_alone(project: Project) -> None:
-    def split(*overrides: str) -> tuple[list[Any], list[Any]]:
+def questions_of(rows: list[dict[str, Any]]) -> list[str]:
+    return [row["messages"][0]["content"] for row in rows]
+
+
+def test_the_split_depends_on_the_seed_and_the_question_alone(project: Project) -> None:
+    def split(*overrides: str) -> tuple[list[str], list[str]]:
         project.run("data.validation_fraction=0.2", *overrides)
-        return project.rows("train"), project.rows("validation")
+        return questions_of(project.rows("train")), questions_of(project.rows("validation"))
 
     first, again, other = split("train.seed=1"), split("train.seed=1"), split("train.seed=2")
     assert first == again
     assert first != other
     for train, validation in (first, other):
-        questions = [row["messages"][0]["content"] for row in [*train, *validation]]
-        assert sorted(questions) == sorted(QUESTIONS)
-        assert len(validation) == 20
+        assert sorted([*train, *validation]) == sorted(QUESTIONS)
+        assert 8 < len(validation) < 32
+    more = [f"Which is {number}?" for number in range(50)]
+    write(project.folder / "train.jsonl", [conversation(question) for question in [*more, *reversed(QUESTIONS)]])
+    train, validation = split("train.seed=1")
+    assert set(train) >= set(first[0])  # new rows and another order move no row
+    assert set(validation) >= set(first[1])
+    assert any(question in validation for question in more)
 
 
 @pytest.mark.parametrize(("rows", "fraction", "expected"), [(1, 0.5, 0), (2, 0.001, 1), (2, 0.99, 1), (9, 0, 0)])
-def test_the_split_leaves_something_to_train(rows: int, fraction: float, expected: int) -> None:
-    train, validation = data.split([Conversation([], str(at)) for at in range(rows)], fraction, 0)
-    assert (len(train), len(validation)) == (rows - expected, expected)
+def test_the_split_leaves_something_to_train(project: Project, rows: int, fraction: float, expected: int) -> None:
+    write(project.folder / "train.jsonl", [conversation(question) for question in QUESTIONS[:rows]])
+    figures = project.run(f"data.validation_fraction={fraction}")
+    assert (figures["train_rows"], figures["validation_rows"]) == (rows - expected, expected)
+    found = project.account("train")
+    assert (found["rows"], found["kept"]) == (rows, rows)
+
+
+def test_rows_of_one_group_stay_together(project: Project) -> None:
+    rows = [conversation(question) | {"author": number // 10} for number, question in enumerate(QUESTIONS)]
+    write(project.folder / "train.jsonl", rows)
+    project.run("data.validation_fraction=0.3", "data.group=author")
+    held_out = {QUESTIONS.index(question) // 10 for question in questions_of(project.rows("validation"))}
+    trained = {QUESTIONS.index(question) // 10 for question in questions_of(project.rows("train"))}
+    assert held_out
+    assert not held_out & trained
+    write(project.folder / "train.jsonl", [*rows, conversation("Whose?")])
+    with pytest.raises(UserError, match=r'train\.jsonl:101: has no "author", which data\.group names'):
+        project.run("data.group=author")
+    write(project.folder / "train.jsonl", [conversation(question) | {"author": 1} for question in QUESTIONS])
+    figures = project.run("data.group=author")
+    assert (figures["train_rows"], figures["validation_rows"]) == (100, 0)
 
 
 def test_given_sets_are_used_as_they_are(project: Project) -> None:
@@ -158,7 +193,7 @@ def test_what_only_python_takes_for_a_line_end_is_text_to_every_reader(project: 
     assert [(question.messages, question.expected) for question in found] == [(turns, odd) for turns in questions]
     assert artefacts.questions == found
     known = trained_labels.known_rows(artefacts.tokenizer, project.output / "train.jsonl")
-    assert [messages for messages, _, _ in known.values()] == [row["messages"] for row in rows]
+    assert [row.messages for row, _ in known.values()] == [row["messages"] for row in rows]
     assert len(read_held_out(Layout(project.folder))[1]) == 2
 
     answered = project.folder / "evaluate" / "base" / "answers.jsonl"
@@ -234,8 +269,10 @@ def test_duplicates_and_leaks_are_counted_and_said(project: Project) -> None:
     figures = project.run("data.test=t.jsonl", "data.validation_fraction=0")
     assert (figures["duplicates_dropped"], figures["test_leaks"], figures["train_rows"]) == (7, 1, 100)
     repeats, leaks = project.task.warnings
-    assert "7 of 107 rows repeat another" in repeats
-    assert "1 of 2 test rows" in leaks
+    assert "train: 7 of 107 rows: a repetition of another row; " in repeats
+    assert "train.jsonl:101: repeats " in repeats
+    assert "1 test rows ask what a training row asks" in leaks
+    assert "1 of them with the same answer" in leaks
     assert "t.jsonl:1" in leaks
     assert "train.jsonl:35" in leaks
 
@@ -247,10 +284,12 @@ def test_rows_that_are_too_long(project: Project) -> None:
         project.run("data.validation_fraction=0")
     figures = project.run("data.validation_fraction=0", "data.on_overlong=drop")
     assert (figures["train_rows"], figures["train_overlong_dropped"], len(project.rows("train"))) == (1, 1, 1)
-    assert "1 were dropped" in project.task.warnings[0]
+    assert re.search(
+        r"1 of 2 rows: too long and left out; .*train\.jsonl:2: has [\d,]+ tokens", project.task.warnings[0]
+    )
     figures = project.run("data.validation_fraction=0", "data.on_overlong=truncate")
     assert (figures["train_rows"], figures["train_overlong_cut"], figures["train_longest"]) == (2, 1, 256)
-    assert "1 were cut" in project.task.warnings[0]
+    assert re.search(r"1 of 2 rows: too long and cut; .*train\.jsonl:2: has", project.task.warnings[0])
     write(project.folder / "train.jsonl", [long])
     with pytest.raises(UserError, match="no row is left to train on"):
         project.run("data.validation_fraction=0", "data.on_overlong=drop")
@@ -262,7 +301,7 @@ def test_messages_that_were_cut_are_said(project: Project) -> None:
     write(project.folder / "train.jsonl", [row])
     project.run("data.validation_fraction=0")
     assert project.rows("train") == [conversation("Hi")]
-    assert "1 messages after a row's last answer" in project.task.warnings[0]
+    assert "1 messages after a row's last trained answer" in project.task.warnings[0]
 
 
 def test_a_template_that_refuses_names_the_row(project: Project, base: Path, tmp_path: Path) -> None:
@@ -286,7 +325,7 @@ def test_json_metric_asks_for_json_answers(project: Project) -> None:
 
 def test_the_same_bytes_every_time_and_in_any_batch_size(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     project.run(name="first")
-    monkeypatch.setattr(data, "BATCH", 7)
+    monkeypatch.setattr(training_set, "BATCH", 7)
     project.run(name="second")
     for path in (project.folder / "first").iterdir():
         assert path.read_bytes() == (project.folder / "second" / path.name).read_bytes(), path.name
