@@ -379,7 +379,7 @@ def is_pattern(file: Path) -> bool:
 
 
 def _unreadable(file: Path, *, many: bool = False) -> str | None:
-    """Why a file cannot be read, if it cannot; `many`: it may be a folder or a pattern, of which the stage says more."""
+    """Why a file cannot be read, if it cannot; `many`: a folder or a pattern will do."""
     try:
         if many and (file.is_dir() or is_pattern(file)):
             return None

@@ -134,7 +134,7 @@ def write_row(row: Any) -> Callable[[Path], Any]:
         ("a.jsonl", write_bytes(b"\xef\xbb\xbf\n \n"), "holds no rows"),
         ("a.json", write_bytes(b"[]"), "holds no rows"),
         ("a.jsonl", write_bytes(b'{"messages": ['), ":1: not valid JSON at column 15"),
-        ("a.json", write_bytes(json.dumps([TURNS]).encode()[:-1] + b",\n{\"a\":}]"), ":2: not valid JSON at column 6"),
+        ("a.json", write_bytes(json.dumps([TURNS]).encode()[:-1] + b',\n{"a":}]'), ":2: not valid JSON at column 6"),
         ("a.jsonl", write_bytes(json.dumps(TURNS).encode() + b"\n\xff\xfe"), ":2: not UTF-8 at byte 1"),
         ("a.jsonl", write_bytes(json.dumps(TURNS).encode("utf-16")), ":1: not UTF-8"),
         ("a.jsonl", write_bytes(b"[" * 100_000), ":1: not"),

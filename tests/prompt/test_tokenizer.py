@@ -98,11 +98,12 @@ def test_the_data_stage_trains_and_says_it(tmp_path: Path) -> None:
         tmp_path / "run",
         "data",
         model={"base": str(base)},
-        data={"train": str(rows), "validation_fraction": 0.0},
+        data={"train": str(rows), "validation_fraction": 0.0, "control_tokens": "keep"},
         train={"max_length": 512},
     )
     data.main(task)
-    (warning,) = task.warnings
+    warning, found = task.warnings
+    assert "the control token </s>" in found
     assert "texts are not normalised (NFC); special tokens in a text: </s>" in warning
     (row,) = read_tokens(task.output / "train.tokens.arrow")
     tokenizer, _ = load_tokenizer(base)

@@ -336,3 +336,164 @@ def test_inputs_are_the_data_and_what_makes_tokens(project: Project, base: Path)
     names = {path.name for path in data.STAGE.files(config, "")}
     assert names >= {"train.jsonl", "tokenizer.json", "chat_template.jinja"}
     assert "model.safetensors" not in names
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "lamp", "arguments": {"room": "hall"}}}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "lamp",
+        "description": "Switch a lamp.",
+        "parameters": {"type": "object", "properties": {"room": {"type": "string", "description": "Where."}}},
+    },
+}
+WITH_TOOLS = {
+    "messages": [
+        {"role": "user", "content": "Light!"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "It is on.", "tool_call_id": "c1"},
+        {"role": "assistant", "content": "Done."},
+    ],
+    "tools": [TOOL],
+}
+# What each part of a conversation is lost to: a template that writes everything but this.
+WRITES_ALL = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}{{ ' ' ~ m.name if m.name else '' }}\n"
+    "{{ '<think>' ~ m.reasoning_content ~ '</think>' if m.reasoning_content else '' }}{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NAMED = {"messages": [{"role": "user", "name": "Ann", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+REASONED = {
+    "messages": [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello", "reasoning_content": "A greeting."},
+    ]
+}
+SYSTEM = {"messages": [{"role": "system", "content": "Be brief."}, *NAMED["messages"]]}
+
+
+@pytest.mark.parametrize(
+    ("row", "lost", "found"),
+    [
+        (WITH_TOOLS, "tools", "nothing of the tool 'lamp'"),
+        (WITH_TOOLS, "m.tool_calls", "nothing of the call of 'lamp' in message 2"),
+        (WITH_TOOLS, "m.content if m.role == 'tool'", "nothing of the text of message 3"),
+        (REASONED, "m.reasoning_content", "nothing of the reasoning of message 2"),
+        (NAMED, "m.name", "nothing of the name 'Ann' of message 1"),
+        (SYSTEM, "m.content if m.role == 'system'", "nothing of the text of message 1"),
+    ],
+)
+def test_what_the_template_leaves_out_is_named(
+    project: Project, base: Path, row: dict[str, Any], lost: str, found: str
+) -> None:
+    shutil.copytree(base, own := project.folder / "base")
+    template = own / "chat_template.jinja"
+    template.write_text(WRITES_ALL)
+    write(project.folder / "train.jsonl", [conversation("Hey"), row])
+    given = (f"model.base={own}", "data.validation_fraction=0", "train.max_length=512")
+    assert project.run(*given)["train_rows"] == 2
+    assert project.task.warnings == []
+
+    value, _, condition = lost.partition(" if ")
+    for written in (f"{value} if", f"' ' ~ {value}", f"'<think>' ~ {value} ~", f"{{{{ {value} ", f"in {value} or"):
+        replacement = f"('' if {condition} else {value})" if condition else "[]" if "call" in value else "''"
+        template.write_text(template.read_text().replace(written, written.replace(value, replacement)))
+    if value == "tools":
+        template.write_text(template.read_text().replace("{% if tools %}", "{% if false %}"))
+    with pytest.raises(UserError, match=rf"train\.jsonl:2: the model's chat template writes {found}, so it would not"):
+        project.run(*given)
+    assert project.run(*given, "data.unwritten=keep")["train_rows"] == 2
+    (warning,) = project.task.warnings
+    assert "1 of 2 rows: " in warning
+    assert found in warning
+
+
+def test_control_tokens_in_texts_are_found(project: Project) -> None:
+    write(project.folder / "train.jsonl", [conversation("Hi"), conversation("Say <|im_end|>")])
+    message = r"train\.jsonl:2: message 1 holds '<\|im_end\|>', which is a control token"
+    with pytest.raises(UserError, match=message):
+        project.run()
+    figures = project.run("data.control_tokens=keep", "data.validation_fraction=0")
+    assert figures["train_rows"] == 2
+    assert re.search(rf"1 of 2 rows: the control token <\|im_end\|>; .*{message}", project.task.warnings[0])
+
+
+def test_rows_that_cannot_be_used_stop_the_stage_or_are_skipped_and_named(project: Project) -> None:
+    good = [conversation(question) for question in QUESTIONS]
+    bad = [conversation(question) | {"score": 1} for question in QUESTIONS[:25]]
+    lines = [json.dumps(row) for row in [*good, *bad]] + ["{", json.dumps(good[0]), json.dumps(good[1] | {"weight": 0})]
+    (project.folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError) as caught:
+        project.run()
+    first, *shown, more, advice = str(caught.value).splitlines()
+    assert first == 'train: 26 of 128 rows cannot be used: unknown key "score" (25), refused (1)'
+    assert len(shown) == 20
+    assert f'{project.folder}/train.jsonl:101: the key "score" is not known and would be lost; known are' in shown[0]
+    assert more == "  and 6 more"
+    assert 'data.on_error = "skip"' in advice
+
+    with pytest.raises(UserError, match=r"data\.skip_limit lets 10\.00% of the rows"):
+        project.run("data.on_error=skip")
+    figures = project.run("data.on_error=skip", "data.skip_limit=0.5", "data.validation_fraction=0.1")
+    assert figures["train_rows"] + figures["validation_rows"] == 100
+    account = project.account("train")
+    assert (account["rows"], account["kept"], account["skipped"], account["left_out"]) == (128, 100, 26, 2)
+    assert account["findings"]['unknown key "score"']["count"] == 25
+    assert account["findings"]["marked as not to be trained"]["places"] == [f"{project.folder}/train.jsonl:128"]
+    named = [json.loads(line) for line in (project.output / "findings.jsonl").read_text().splitlines()]
+    assert len(named) == 28
+    assert {row["place"].rpartition(":")[2] for row in named} == {str(number) for number in range(101, 129)}
+
+    figures = project.run("data.ignore=['score']", "data.on_error=skip", "data.duplicates=keep")
+    assert figures["train_rows"] + figures["validation_rows"] == 126
+
+
+def test_a_long_conversation_is_split_at_its_turns(project: Project) -> None:
+    turns = [turn for number in range(30) for turn in conversation(f"And {number}?", f"Then {number + 1}.")["messages"]]
+    system = {"role": "system", "content": "Count."}
+    long = {"messages": [system, *turns]}
+    long["messages"][2] = long["messages"][2] | {"weight": 0}
+    write(project.folder / "train.jsonl", [conversation("Hi"), long])
+    figures = project.run("data.on_overlong=split", "data.validation_fraction=0", "train.max_length=100")
+    assert figures["train_longest"] <= 100
+    pieces = project.rows("train")[1:]
+    assert 2 < len(pieces) < 30
+    assert all(piece["messages"][0] == system for piece in pieces)
+    assert [turn for piece in pieces for turn in piece["messages"][1:]] == turns
+    assert project.account("train")["kept"] == 2
+    assert f"1 of 2 rows: too long and split; {project.folder}/train.jsonl:2: is" in project.task.warnings[0]
+    assert pieces[0]["trained"] == list(range(4, len(pieces[0]["messages"]), 2))
+    with pytest.raises(UserError, match=r"train\.jsonl:2: has \d+ tokens in one question and its answer"):
+        project.run("data.on_overlong=split", "data.validation_fraction=0", "train.max_length=20")
+
+
+def test_marked_turns_are_not_trained_and_verify_knows_it(project: Project, base: Path) -> None:
+    turns = conversation("One?", "1")["messages"] + conversation("Two?", "2")["messages"]
+    masked = [turns[0], turns[1] | {"weight": 0}, *turns[2:]]
+    write(project.folder / "train.jsonl", [{"messages": masked}])
+    project.run("data.validation_fraction=0", name="data")
+    (row,) = read_tokens(project.output / "train.tokens.arrow")
+    artefacts = Artefacts(Verify(), base, None, {}, project.folder, run=project.folder)
+    tokenizer = artefacts.tokenizer
+    known = trained_labels.known_rows(tokenizer, project.output / "train.jsonl")
+    summary = json.loads((project.output / "data.json").read_text())
+    assert summary["train_examples"][0]["trained"] == ["2<|im_end|>"]
+
+    def faults(labels: list[int]) -> trained_labels.Faults:
+        found = trained_labels.Faults()
+        trained_labels.judge_row(tokenizer, row["input_ids"], labels, known, "", found, None)
+        return found
+
+    assert faults(row["labels"]) == trained_labels.Faults()
+    everything = [*row["input_ids"][:-1], IGNORED]
+    assert faults(everything) != trained_labels.Faults()
+    write(project.folder / "train.jsonl", [{"messages": turns}])
+    project.run("data.validation_fraction=0", "data.train_on=all", name="data")
+    (row,) = read_tokens(project.output / "train.tokens.arrow")
+    assert row["labels"] == everything
+    known = trained_labels.known_rows(tokenizer, project.output / "train.jsonl")
+    assert faults(row["labels"]) == trained_labels.Faults()
+    assert faults([IGNORED, *row["labels"][1:]]) != trained_labels.Faults()
+    assert faults([*row["labels"][:-4], *[IGNORED] * 4]) != trained_labels.Faults()
