@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from pathlib import Path
 from typing import IO, Any
 
 from pipeline.errors import PipelineError, UserError
 
-SHOWN = 20  # findings that the terminal shows
+SHOWN = 20  # places, and kinds, that are shown of each set
 
 
 class RowError(UserError):
@@ -50,15 +51,12 @@ class Findings:
         self.errors: Counter[str] = Counter()  # of rows that cannot be used
         self.left_out = 0  # rows that could be used and are not
         self.first: dict[str, str] = {}  # of each kind, in words
-        self._first_errors: list[str] = []
         self._places: dict[str, list[str]] = {}
 
     def error(self, place: str, found: UserError) -> None:
         """A row that cannot be used."""
-        kind = found.kind if isinstance(found, RowError) else "refused"
+        kind = found.kind if isinstance(found, RowError) else "cannot be read"
         self.errors[kind] += 1
-        if len(self._first_errors) < SHOWN:
-            self._first_errors.append(str(found))
         self.note(place, kind, str(found))
 
     def leave_out(self, place: str, kind: str, words: str) -> None:
@@ -89,22 +87,30 @@ class Findings:
         Raises:
             UserError: they end the stage: the first of them, and the counts of all.
         """
-        bad, first = self.errors.total(), self._first_errors
+        bad = self.errors.total()
         if not bad:
             return ""
         if on_error == "skip" and bad <= limit * self.rows:
-            return f"{self.name}: {bad:,} of {self.rows:,} rows were skipped: {_counted(self.errors)}; e.g. {first[0]}"
+            return f"{self.name}: {bad:,} of {self.rows:,} rows were skipped\n{self._shown()}"
         if bad == 1 and on_error == "stop":
-            raise UserError(first[0])
-        lines = [f"{self.name}: {bad:,} of {self.rows:,} rows cannot be used: {_counted(self.errors)}"]
-        lines += [f"  {words}" for words in first]
-        if bad > len(first):
-            lines.append(f"  and {bad - len(first):,} more")
+            raise UserError(self.first[next(iter(self.errors))])
+        advice = 'mend them, or leave them out with data.on_error = "skip"'
         if on_error == "skip":
-            lines.append(f"data.skip_limit lets {limit:.2%} of the rows be skipped: mend them, or raise it")
-        else:
-            lines.append('mend them, or leave them out with data.on_error = "skip"')
-        raise UserError("\n".join(lines))
+            advice = f"data.skip_limit lets {limit:.2%} of the rows be skipped: mend them, or raise it"
+        raise UserError(f"{self.name}: {bad:,} of {self.rows:,} rows cannot be used\n{self._shown()}\n{advice}")
+
+    def _shown(self) -> str:
+        """The first row of each kind in words, and the places of the next ones."""
+        lines = []
+        for kind, count in self.errors.most_common(SHOWN):
+            lines.append(f"  {self.first[kind]}")
+            if count > 1:
+                places = ", ".join(Path(place).name for place in self._places[kind][1:])
+                more = ", ..." if count > SHOWN else ""
+                lines.append(f"    {count:,} rows: {kind}; the next: {places}{more}")
+        if len(self.errors) > SHOWN:
+            lines.append(f"  and {len(self.errors) - SHOWN:,} kinds more")
+        return "\n".join(lines)
 
     def summary(self, out: int) -> dict[str, Any]:
         """The account of the rows, and of every kind of finding its count and the first places.
@@ -120,7 +126,3 @@ class Findings:
             )
         found = {kind: {"count": count, "places": self._places[kind]} for kind, count in self.counts.most_common()}
         return {"rows": self.rows, "kept": out, "skipped": skipped, "left_out": self.left_out, "findings": found}
-
-
-def _counted(counts: Counter[str]) -> str:
-    return ", ".join(f"{kind} ({count:,})" for kind, count in counts.most_common(8)) + ", ..." * (len(counts) > 8)

@@ -161,7 +161,7 @@ def _json_lines(file: IO[bytes], path: Path) -> Rows:
         try:
             text = _decoded(line, place, first=number == 1)
             if text.strip():
-                row = parse_json(text, place)
+                row = parse_json(text.rstrip(), place)
             else:
                 continue
         except UserError as error:

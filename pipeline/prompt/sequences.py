@@ -87,8 +87,8 @@ class Encoder:
                     )
                 outcome.notes.append((f"{kind} that the template leaves out", words))
         except UserError as error:
-            known = isinstance(error, RowError) or str(error).startswith(row.place)
-            outcome.error = error if known else RowError("the template refuses it", f"{row.place}: {error}")
+            known = isinstance(error, RowError)
+            outcome.error = error if known else RowError("the template cannot train it", f"{row.place}: {error}")
             return []
         return texts
 
@@ -96,7 +96,10 @@ class Encoder:
         row = outcome.row
         if self.beyond.tokens:
             said = (str(value) for message in row.messages for value in message.values())
-            self.beyond.refuse_in("\n".join((*said, str(row.tools))), row.place)
+            try:
+                self.beyond.refuse_in("\n".join((*said, str(row.tools))), row.place)
+            except UserError as error:
+                raise RowError("a token without an embedding", str(error)) from None
         for number, token in control_tokens_in(self.tokenizer, row):
             words = f"{row.place}: message {number} holds {token!r}, which is a control token of the model"
             if self.control_tokens == "error":
