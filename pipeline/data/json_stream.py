@@ -10,6 +10,7 @@ from pipeline.errors import UserError
 
 _PIECE = 1 << 20  # characters read at a time
 _LONGEST_WORD = 100  # characters: a mistake further from the end of a piece is none of where it was cut
+_OF_NUMBERS = ("", *"0123456789.eE+-")
 _SPACE = " \t\r\n"
 _DECODER = json.JSONDecoder()
 
@@ -89,7 +90,8 @@ class _Text:
         while True:
             try:
                 value, end = _DECODER.raw_decode(self._text, self._at)
-                if end < len(self._text) or self._ended:  # a number may go on in the next piece
+                # A number may go on: "-0" in a piece that ends in "-0.".
+                if self._ended or self._text[end : end + 1] not in _OF_NUMBERS:
                     break
             except json.JSONDecodeError as error:
                 unfinished = error.msg.startswith("Unterminated") or error.pos > len(self._text) - _LONGEST_WORD

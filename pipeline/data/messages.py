@@ -17,6 +17,8 @@ from pipeline.errors import UserError
 
 Message = dict[str, Any]
 _EXAMPLE = '{"role": "user", "content": "..."}'
+# The order of a tool's schema, as most write it.
+_KEYWORDS = ("type", "function", "name", "description", "parameters", "properties", "items", "enum", "required")
 _KNOWN = ("role", "content", "from", "value", "name", "tool_calls", "tool_call_id", "function_call", *REASONING, *MARKS)
 
 
@@ -201,7 +203,23 @@ def tools_of(tools: Any, place: str) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowError("tools cannot be read", f"{place}: tools must be a list of JSON schemas")
-    return tools
+    return [_in_order(tool) for tool in tools]
+
+
+def _in_order(schema: Any) -> Any:
+    """A schema whose keywords stand in one order: Arrow keeps one for all rows, whatever each of them had."""
+    if isinstance(schema, list):
+        return [_in_order(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    keys = sorted(schema, key=lambda key: (_KEYWORDS.index(key) if key in _KEYWORDS else len(_KEYWORDS), key))
+    return {
+        # Parameters stand as the user has them.
+        key: {name: _in_order(item) for name, item in schema[key].items()}
+        if key == "properties" and isinstance(schema[key], dict)
+        else _in_order(schema[key])
+        for key in keys
+    }
 
 
 def functions_of(functions: Any, place: str) -> list[dict[str, Any]] | None:
