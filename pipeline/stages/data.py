@@ -184,7 +184,7 @@ def _train_and_validation(
     share = data.validation_fraction if data.validation is None else 0.0
     start, again = file.tell(), False
     while True:
-        findings, sets, least, most = _one_pass(task, reading, encoder, file, leaks, share)
+        findings, sets, least, most = _one_pass(task, reading, encoder, file, leaks, share, again=again)
         train, validation = (sets[name].kept for name in ("train", "validation"))
         if not share or (train and (validation or again or least >= most)):
             return findings, sets
@@ -196,7 +196,14 @@ def _train_and_validation(
 
 
 def _one_pass(
-    task: Task, reading: Reading, encoder: Encoder, file: IO[str], leaks: dict[str, Leaks], share: float
+    task: Task,
+    reading: Reading,
+    encoder: Encoder,
+    file: IO[str],
+    leaks: dict[str, Leaks],
+    share: float,
+    *,
+    again: bool,
 ) -> tuple[Findings, dict[str, TrainingSet], float, float]:
     """Every row of the training data is read and written once.
 
@@ -211,7 +218,7 @@ def _one_pass(
             "train": stack.enter_context(_new_set(task, "train", encoder, findings, tuple(leaks.values()))),
             "validation": stack.enter_context(_new_set(task, "validation", encoder, findings)),
         }
-        update = stack.enter_context(progress("data", None, "rows"))
+        update = stack.enter_context(progress("data, split anew" if again else "data", None, "rows"))
         for row in _usable(data.train, reading, findings):
             if findings.rows % 1000 == 0:
                 update(findings.rows)
