@@ -80,7 +80,7 @@ class Leaks:
 
     def __init__(self, held_out: Sequence[Conversation]) -> None:
         self._held_out = held_out
-        self._pairs = [_word_pairs(row) for row in held_out]
+        self._pairs = [_asked(row) for row in held_out]
         self._frequency = Counter(itertools.chain.from_iterable(self._pairs))
         self._rare_in: dict[str, list[int]] = defaultdict(list)
         for index, of_row in enumerate(self._pairs):
@@ -92,7 +92,7 @@ class Leaks:
         """Look at one training row."""
         if not self._held_out:
             return
-        own = _word_pairs(row)
+        own = _asked(row)
         for index in {index for pair in _rarest(own, self._frequency) for index in self._rare_in.get(pair, ())}:
             similarity = len(own & self._pairs[index]) / len(own | self._pairs[index])
             if similarity >= NEAR and (index not in self._best or similarity > self._best[index].similarity):
@@ -114,9 +114,12 @@ def find_leaks(train: Iterable[Conversation], held_out: Sequence[Conversation]) 
     return leaks.found
 
 
-def _word_pairs(row: Conversation) -> frozenset[str]:
-    """Neighbouring words of what the user says, whatever the case and the punctuation."""
-    said = " ".join(message["content"] for message in row.messages if message["role"] == "user")
+def _asked(row: Conversation) -> frozenset[str]:
+    return word_pairs(" ".join(message["content"] for message in row.messages if message["role"] == "user"))
+
+
+def word_pairs(said: str) -> frozenset[str]:
+    """Neighbouring words of a text, whatever the case and the punctuation."""
     words = ["", *re.findall(r"\w+", said.casefold())] if said.strip() else [""]
     return frozenset(f"{a} {b}" for a, b in itertools.pairwise(words)) or frozenset([said])
 

@@ -19,6 +19,7 @@ from pipeline.data.checks import NEAR, Leaks, Seen, check_expected, position
 from pipeline.data.expression import Expression
 from pipeline.data.findings import Findings, MarkedRow
 from pipeline.data.formats import Conversation, Reading, conversations, no_rows
+from pipeline.data.near_duplicates import NearDuplicates
 from pipeline.data.questions import Question, chosen, question_of
 from pipeline.data.sources import files_of
 from pipeline.errors import UserError
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from pipeline.config import Config
 
 # Kinds of findings.
+NEARLY = "a near duplicate of another row"
 REPEATED = "a repetition of another row"
 CONTRADICTED = "another answer to the same question"
 
@@ -211,7 +213,7 @@ def _one_pass(
         What was found, the sets, and between which positions the rows lie.
     """
     data, seed = task.config.data, task.config.train.seed
-    findings, seen = Findings("train", file), Seen()
+    findings, seen, near = Findings("train", file), Seen(), NearDuplicates()
     least, most = 1.0, 0.0
     with ExitStack() as stack:
         sets = {
@@ -227,9 +229,12 @@ def _one_pass(
                 continue
             if first := seen.contradicted(row):
                 findings.note(row.place, CONTRADICTED, f"{row.place}: answers the question of {first} otherwise")
+            near.add(row)
             at = position(row, seed)
             least, most = min(least, at), max(most, at)
             sets["validation" if at < share else "train"].add(row)
+        for place, other, similarity in near.found():
+            findings.note(place, NEARLY, f"{place}: is nearly {other} (about {similarity:.0%} of the word pairs)")
         update(findings.rows)
     _settle(task, findings)
     return findings, sets, least, most
@@ -247,7 +252,7 @@ def _say(
         for kind in findings.counts.keys() - findings.errors.keys():
             task.warn(f"{name}: {findings.counts[kind]:,} of {findings.rows:,} rows: {kind}; {findings.first[kind]}")
     figures: dict[str, Any] = {"duplicates_dropped": found["train"].counts[REPEATED]}
-    figures["contradictions"] = found["train"].counts[CONTRADICTED]
+    figures |= {"near_duplicates": found["train"].counts[NEARLY], "contradictions": found["train"].counts[CONTRADICTED]}
     for name, findings in found.items():
         if name != "test":
             figures |= {f"{name}_{key}": findings.counts[kind] for key, kind in _TOO_LONG.items()}

@@ -498,3 +498,15 @@ def test_marked_turns_are_not_trained_and_verify_knows_it(project: Project, base
     assert faults(row["labels"]) == trained_labels.Faults()
     assert faults([IGNORED, *row["labels"][1:]]) != trained_labels.Faults()
     assert faults([*row["labels"][:-4], *[IGNORED] * 4]) != trained_labels.Faults()
+
+
+def test_near_duplicates_and_contradictions_are_said_with_their_places(project: Project) -> None:
+    words = " ".join(f"word{number}" for number in range(120))
+    rows = [conversation(words), conversation(words.upper() + "!"), conversation("Why?"), conversation("Why?", "So.")]
+    write(project.folder / "train.jsonl", rows)
+    figures = project.run("data.validation_fraction=0", "train.max_length=2000")
+    assert (figures["near_duplicates"], figures["contradictions"], figures["train_rows"]) == (1, 1, 4)
+    place = f"{project.folder}/train.jsonl"
+    said = "\n".join(project.task.warnings)
+    assert f"a near duplicate of another row; {place}:2: is nearly {place}:1 (about 100% of the word pairs)" in said
+    assert f"another answer to the same question; {place}:4: answers the question of {place}:3 otherwise" in said
