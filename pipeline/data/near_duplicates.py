@@ -56,15 +56,14 @@ class NearDuplicates:
             band = np.ascontiguousarray(signatures[:, start : start + _BAND]).view(f"V{4 * _BAND}").ravel()
             _, group = np.unique(band, return_inverse=True)
             order = np.argsort(group, kind="stable")
-            same = (
-                np.flatnonzero(group[order[1:]] == group[order[:-1]]) + 1
-            )  # places in the order, not first of a group
-            first = np.searchsorted(group[order], group[order[same]])
-            for other in (first, same - 1):
-                self._compare(signatures, order[same], order[other], best)
-        for row in sorted(best):
-            similarity, other = best[row]
-            yield self._rows[row], self._rows[-other], similarity
+            # Where a row stands in the order of its band, unless it is the first of those that share it.
+            same = np.flatnonzero(group[order[1:]] == group[order[:-1]]) + 1
+            firsts = np.searchsorted(group[order], group[order[same]])
+            for others in (firsts, same - 1):
+                self._compare(signatures, order[same], order[others], best)
+        for index in sorted(best):
+            similarity, earlier = best[index]
+            yield self._rows[index], self._rows[earlier], similarity
 
     @staticmethod
     def _compare(signatures: Any, rows: Any, others: Any, best: dict[int, tuple[float, int]]) -> None:
@@ -72,5 +71,6 @@ class NearDuplicates:
             some, theirs = rows[start : start + _COMPARED], others[start : start + _COMPARED]
             similar = (signatures[some] == signatures[theirs]).mean(axis=1)
             for at in (similar >= NEAR).nonzero()[0].tolist():
-                row, other, value = int(some[at]), int(theirs[at]), float(similar[at])
-                best[row] = max(best.get(row, (0.0, 0)), (value, -other))  # of equals the first
+                row, value = int(some[at]), float(similar[at])
+                if row not in best or value > best[row][0]:
+                    best[row] = value, int(theirs[at])
