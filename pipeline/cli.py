@@ -275,7 +275,10 @@ def show_config(config: Path, overrides: tuple[str, ...], as_json: bool) -> None
 def _toml(value: Any) -> str:
     """A JSON value as TOML writes it: the two agree but for tables."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items()) + "}"
+        given = {key: item for key, item in value.items() if item is not None}  # TOML has no null
+        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(item)}" for key, item in given.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
     return json.dumps(value, ensure_ascii=False)
 
 

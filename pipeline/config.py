@@ -53,12 +53,26 @@ class Model(Section):
     )
 
 
+class Source(Section):
+    """More rows to train on."""
+
+    path: File = Field(description="a file, a folder or a pattern, as data.train is")
+    weight: float = Field(1.0, gt=0, le=100, description="how often each row is trained: 0.5 takes half of them")
+    limit: int | None = Field(None, ge=1, description="the first so many rows")
+    system: str | None = Field(None, description="system message for its rows that have none, instead of data.system")
+
+
 class Data(Section):
     """What it is trained on."""
 
     train: File = Field(
         description="conversations to train on: a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow; also .gz, .zst), "
         "a folder of them, or a pattern such as parts/*.jsonl"
+    )
+    sources: Annotated[tuple[Source, ...], Field(strict=False)] = Field(
+        (),
+        description="more to train on, each a table with path and, where wanted, weight (how often a row is trained: 0.5 "
+        "takes half of them), limit (the first so many rows) and system (for its rows that have none)",
     )
     validation: File | None = Field(None, description="conversations for the validation loss")
     test: File | None = Field(None, description="conversations that `evaluate` and `deploy` ask")
@@ -325,6 +339,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict
         if isinstance(given, str):
             where = places.get(f"{section}.{key}")
             values[section][key] = path.parent / expanded(given, f"{where}: {section}.{key}")
+    of_data = values.get("data")
+    for source in of_data["sources"] if isinstance(of_data, dict) and isinstance(of_data.get("sources"), list) else ():
+        if isinstance(source, dict) and isinstance(source.get("path"), str):
+            source["path"] = path.parent / expanded(source["path"], f"{places.get('data.sources')}: data.sources")
     template = values.get("ollama", {}).get("template") if isinstance(values.get("ollama"), dict) else None
     if isinstance(template, str) and template not in ("auto", "go", "native"):
         values["ollama"]["template"] = str(
@@ -349,6 +367,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict
         file = getattr(config.data, key)
         if file is not None and (problem := _unreadable(file, many=True)):
             raise UserError(f"{places.get(f'data.{key}', path)}: data.{key}: {file}: {problem}")
+    for source in config.data.sources:
+        if problem := _unreadable(source.path, many=True):
+            raise UserError(f"{places.get('data.sources', path)}: data.sources: {source.path}: {problem}")
     # Judged here and not in Config, by which runs of before are read too.
     if config.model.trust_remote_code and "/" in config.model.base and not Path(config.model.base).is_absolute():
         raise UserError(

@@ -81,6 +81,7 @@ class Conversation:
         cut: how many messages after the last trained one were left off: nothing in them can be trained.
         trained: which messages are trained; None for every answer.
         group: what it belongs to; None where rows stand alone.
+        times: how often it is trained, by the weight of its source.
     """
 
     messages: list[Message]
@@ -89,6 +90,7 @@ class Conversation:
     cut: int = 0
     trained: Trained = None
     group: str | None = None
+    times: int = 1
 
     def as_row(self) -> dict[str, Any]:
         """The row as it is written to JSONL."""

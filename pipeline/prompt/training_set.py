@@ -88,7 +88,7 @@ class TrainingSet:
         self.openings += row.messages[0]["role"] == "assistant"
         for leaks in self._leaks:
             leaks.add(row)
-        for conversation, sequences in outcome.kept:
+        for conversation, sequences in outcome.kept * row.times:
             self.kept += 1
             self._rows.write(conversation.as_line())
             for sequence in sequences:

@@ -7,10 +7,12 @@ faithfully is an error with its line.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 # Kinds of findings.
 NEARLY = "a near duplicate of another row"
+WEIGHED = "left out by the weight of its source"
 REPEATED = "a repetition of another row"
 CONTRADICTED = "another answer to the same question"
 
@@ -48,7 +51,8 @@ _TOO_LONG = {"overlong_cut": TOO_LONG_CUT, "overlong_dropped": TOO_LONG_DROPPED,
 def files(config: Config, _: str) -> list[Path]:
     """The user's data files, and what of the base makes tokens of them."""
     data = config.data
-    given = [file for path in (data.train, data.validation, data.test) if path is not None for file in files_of(path)]
+    paths = (data.train, *(source.path for source in data.sources), data.validation, data.test)
+    given = [file for path in paths if path is not None for file in files_of(path)]
     return [*given, *(path for path in base_files(config.model) if path.suffix != ".safetensors")]
 
 
@@ -136,9 +140,10 @@ def _adapter(task: Task, base: Path) -> dict[str, Any]:
     return {"adapter_modules": adapter.names, "adapter_parameters": adapter.parameters(task.config.lora)}
 
 
-def _usable(path: Path, reading: Reading, findings: Findings) -> Iterator[Conversation]:
-    """The rows of a file that are conversations; of the others it is kept why they are none."""
-    for place, row in conversations(path, reading):
+def _usable(path: Path, reading: Reading, findings: Findings, limit: int | None = None) -> Iterator[Conversation]:
+    """The first rows of a file that are conversations; of the others it is kept why they are none."""
+    before = findings.rows
+    for place, row in itertools.islice(conversations(path, reading), limit):
         findings.rows += 1
         if isinstance(row, MarkedRow):
             findings.leave_out(place, row.kind, str(row))
@@ -146,7 +151,7 @@ def _usable(path: Path, reading: Reading, findings: Findings) -> Iterator[Conver
             findings.error(place, row)
         else:
             yield row
-    if not findings.rows:
+    if findings.rows == before:
         raise no_rows(path)
 
 
@@ -221,7 +226,7 @@ def _one_pass(
             "validation": stack.enter_context(_new_set(task, "validation", encoder, findings)),
         }
         update = stack.enter_context(progress("data, split anew" if again else "data", None, "rows"))
-        for row in _usable(data.train, reading, findings):
+        for row, weight in _training_rows(task, reading, findings):
             if findings.rows % 1000 == 0:
                 update(findings.rows)
             if data.duplicates == "drop" and (first := seen.repeated(row)):
@@ -231,6 +236,12 @@ def _one_pass(
                 findings.note(row.place, CONTRADICTED, f"{row.place}: answers the question of {first} otherwise")
             near.add(row)
             at = position(row, seed)
+            if at >= share:  # what is held out is held out once
+                times = int(weight) + (position(row, seed + 1) < weight % 1)
+                if not times:
+                    findings.leave_out(row.place, WEIGHED, f"{row.place}: left out by its source's weight, {weight}")
+                    continue
+                row = replace(row, times=times)
             least, most = min(least, at), max(most, at)
             sets["validation" if at < share else "train"].add(row)
         for place, other, similarity in near.found():
@@ -238,6 +249,15 @@ def _one_pass(
         update(findings.rows)
     _settle(task, findings)
     return findings, sets, least, most
+
+
+def _training_rows(task: Task, reading: Reading, findings: Findings) -> Iterator[tuple[Conversation, float]]:
+    """The rows of data.train and of every further source, each with the weight of its source."""
+    data = task.config.data
+    yield from ((row, 1.0) for row in _usable(data.train, reading, findings))
+    for source in data.sources:
+        of_source = reading if source.system is None else replace(reading, system=source.system)
+        yield from ((row, source.weight) for row in _usable(source.path, of_source, findings, source.limit))
 
 
 def _say(

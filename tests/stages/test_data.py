@@ -510,3 +510,34 @@ def test_near_duplicates_and_contradictions_are_said_with_their_places(project: 
     said = "\n".join(project.task.warnings)
     assert f"a near duplicate of another row; {place}:2: is nearly {place}:1 (about 100% of the word pairs)" in said
     assert f"another answer to the same question; {place}:4: answers the question of {place}:3 otherwise" in said
+
+
+def test_further_sources_have_a_weight_a_limit_and_a_system_message(project: Project) -> None:
+    for name in ("half", "twice", "few"):
+        write(project.folder / f"{name}.jsonl", [conversation(f"{name} {question}") for question in QUESTIONS])
+    with (project.folder / "pipeline.toml").open("a") as file:
+        file.write(
+            "[[data.sources]]\npath = 'half.jsonl'\nweight = 0.5\nsystem = 'Half.'\n"
+            "[[data.sources]]\npath = 'twice.jsonl'\nweight = 2\n[[data.sources]]\npath = 'few.jsonl'\nlimit = 7\n"
+        )
+    figures = project.run("data.validation_fraction=0", "data.system=Be brief.")
+    account = project.account("train")
+    half = account["left_out"]
+    assert 30 < half < 70
+    assert account["findings"]["left out by the weight of its source"]["count"] == half
+    assert (account["rows"], account["kept"]) == (307, 307 - half)
+    assert figures["train_rows"] == 100 + (100 - half) + 200 + 7
+    systems = [row["messages"][0]["content"] for row in project.rows("train")]
+    assert (systems.count("Half."), systems.count("Be brief.")) == (100 - half, 307)
+    sources = json.loads((project.output / "data.json").read_text())["train_sources"]
+    assert {Path(name).name: of["sequences"] for name, of in sources.items()} == {
+        "train.jsonl": 100, "half.jsonl": 100 - half, "twice.jsonl": 200, "few.jsonl": 7,
+    }  # fmt: skip
+    project.run("data.validation_fraction=0.2")
+    held_out = [json.dumps(row) for row in project.rows("validation")]
+    assert len(set(held_out)) == len(held_out)
+    names = {path.name for path in data.STAGE.files(project.config, "")}
+    assert names >= {"half.jsonl", "twice.jsonl", "few.jsonl"}
+    (project.folder / "few.jsonl").unlink()
+    with pytest.raises(UserError, match=r"data\.sources: .*few\.jsonl: no such file"):
+        project.run()
