@@ -71,8 +71,8 @@ class Data(Section):
     )
     sources: Annotated[tuple[Source, ...], Field(strict=False)] = Field(
         (),
-        description="more to train on, each a table with path and, where wanted, weight (how often a row is trained: 0.5 "
-        "takes half of them), limit (the first so many rows) and system (for its rows that have none)",
+        description="more to train on, each a table with path and, where wanted, weight (how often a row is trained: "
+        "0.5 takes half of them), limit (the first so many rows) and system (for its rows that have none)",
     )
     validation: File | None = Field(None, description="conversations for the validation loss")
     test: File | None = Field(None, description="conversations that `evaluate` and `deploy` ask")
