@@ -159,8 +159,9 @@ def _prepare_tracker(task: Task, *, new: bool) -> None:
 
 def _read_rows(path: Path) -> Any:
     """The sequences of a file, mapped into memory: a data set of {"input_ids", "labels"}."""
-    from datasets import Dataset
+    from datasets import Dataset, disable_caching
 
+    disable_caching()  # what packing makes of the rows would be kept beside them, in the data stage's folder
     return Dataset.from_file(str(path))
 
 
