@@ -1,6 +1,6 @@
 """A bare Unsloth and TRL script: `python -m benchmarks.bare_train SETTINGS`.
 
-SETTINGS is a JSON file: "base" (a folder), "rows" (a file of token ids and labels by line), "values" (what
+SETTINGS is a JSON file: "base" (a folder), "rows" (an Arrow file of token ids and labels), "values" (what
 `pipeline config --json` prints as such) and "result", a file that is given the seconds of the training.
 """
 
@@ -16,7 +16,7 @@ from unsloth import FastLanguageModel
 
 given = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
 lora, train = given["values"]["lora"], given["values"]["train"]
-rows = [json.loads(line) for line in Path(given["rows"]).read_text(encoding="utf-8").splitlines()]
+rows = Dataset.from_file(given["rows"])
 checkpointing = "unsloth" if train["gradient_checkpointing"] else False
 
 model, _ = FastLanguageModel.from_pretrained(
@@ -38,7 +38,7 @@ model = FastLanguageModel.get_peft_model(
 trainer = SFTTrainer(
     model=model,
     processing_class=AutoTokenizer.from_pretrained(given["base"]),
-    train_dataset=Dataset.from_list([{key: row[key] for key in ("input_ids", "labels")} for row in rows]),
+    train_dataset=rows,
     args=SFTConfig(
         output_dir=str(Path(given["result"]).with_suffix("")),
         per_device_train_batch_size=train["batch"],

@@ -15,6 +15,8 @@ import click
 
 from benchmarks.measure import Sample, child, medians, table
 from benchmarks.program import COMMAND, HOME, project, recorded, settings
+from pipeline.data.token_file import token_count
+from pipeline.run.layout import Layout
 
 SPEED = "tokens/s"
 BARE, PROGRAM = "bare script", "pipeline train"
@@ -36,8 +38,8 @@ def main(base: str, steps: int, batch: int, count: int, overrides: tuple[str, ..
         config = project(folder / "project", base, [json.loads(line) for line in lines])
         options = settings([f"train.steps={steps}", f"train.batch={batch}", "train.accumulation=1", *overrides])
         child(*COMMAND, "data", config, *options)
-        rows = config.parent / "run" / "data" / "train.tokens.jsonl"
-        tokens = sum(len(json.loads(line)["input_ids"]) for line in rows.read_text(encoding="utf-8").splitlines())
+        rows = Layout(config.parent / "run").tokens("train")
+        tokens = token_count(rows)
         given = folder / "settings.json"
         given.write_text(json.dumps(_given(base, rows, config, options, folder)), encoding="utf-8")
 

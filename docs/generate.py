@@ -18,7 +18,7 @@ import click
 from pydantic.fields import FieldInfo
 
 from pipeline.cli import main
-from pipeline.config import Config, Data, Model, fields
+from pipeline.config import Config, Data, Model, Source, fields
 from pipeline.defaults import RULES, Facts, resolve
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -143,7 +143,15 @@ def default_of(key: str, field: FieldInfo) -> str:
     return f"`{json.dumps(str(default) if isinstance(default, Path) else default)}`"
 
 
-NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false", Path: "path", dict: "table"}
+NAMES = {
+    str: "text",
+    int: "whole number",
+    float: "number",
+    bool: "true or false",
+    Path: "path",
+    dict: "table",
+    Source: "table",
+}
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 

@@ -318,7 +318,10 @@ def show_config(config: Path, overrides: tuple[str, ...], as_json: bool) -> None
 def _toml(value: Any) -> str:
     """A JSON value as TOML writes it: the two agree but for tables."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items()) + "}"
+        given = {key: item for key, item in value.items() if item is not None}  # TOML has no null
+        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(item)}" for key, item in given.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -363,6 +366,47 @@ def _print_checks(content: dict[str, Any], as_json: bool) -> None:
         click.echo(json.dumps(content, indent=1, ensure_ascii=False))
     else:
         show(content)
+
+
+@stage_command("data", "pipeline data my/pipeline.toml --show 3")
+@click.option("--show", type=click.IntRange(min=1), metavar="N", help="Print the first rows as the model sees them.")
+@click.option("--ids", is_flag=True, help="With --show: every token with its id.")
+@force_option
+def data(config: Path, overrides: tuple[str, ...], show: int | None, ids: bool, force: bool) -> None:
+    """What stands in brackets is trained, and nothing else. What was found in the rows, with its place, is in
+    data/findings.jsonl of the run's folder.
+    """
+    from pipeline.errors import UserError
+
+    if ids and show is None:
+        raise UserError("--ids goes with --show, e.g. --show 3 --ids")
+    settings, sources = resolved(config, overrides)
+    _bring_up_to_date(settings, sources, ["data"], force)
+    if show is not None:
+        _show_rows(settings, show, ids)
+
+
+def _show_rows(config: Config, count: int, ids: bool) -> None:
+    import itertools
+
+    from rich.text import Text
+
+    from pipeline.console import results
+    from pipeline.data.token_file import read_tokens
+    from pipeline.model.base import resolve_base
+    from pipeline.prompt import shown
+    from pipeline.prompt.tokenizer import load_tokenizer
+
+    model = config.model
+    base = resolve_base(model.base, model.revision)
+    tokenizer, _ = load_tokenizer(base, trust_remote_code=model.trust_remote_code, chat_template=model.chat_template)
+    rows = read_tokens(Layout(config.run_folder).tokens("train"))
+    for number, row in enumerate(itertools.islice(rows, count), 1):
+        parts = list(shown.parts(tokenizer, row["input_ids"], row["labels"], ids=ids))
+        text = Text(f"row {number}: {len(row['input_ids']):,} tokens\n", style="dim")
+        for part, trained in parts:
+            text.append(part, style="not dim green" if trained else "not dim")
+        results().print(text, soft_wrap=True)
 
 
 @stage_command("deploy", "pipeline deploy my/pipeline.toml --host 127.0.0.1:11434 --name my-model --dry-run")

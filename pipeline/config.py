@@ -53,21 +53,60 @@ class Model(Section):
     )
 
 
+class Source(Section):
+    """More rows to train on."""
+
+    path: File = Field(description="a file, a folder or a pattern, as data.train is")
+    weight: float = Field(1.0, gt=0, le=100, description="how often each row is trained: 0.5 takes half of them")
+    limit: int | None = Field(None, ge=1, description="the first so many rows")
+    system: str | None = Field(None, description="system message for its rows that have none, instead of data.system")
+
+
 class Data(Section):
     """What it is trained on."""
 
     train: File | None = Field(
-        description="conversations to train on: .jsonl, .json, .csv or .parquet; not with adapter.path"
+        description="conversations to train on: a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow; also .gz, .zst), "
+        "a folder of them, or a pattern such as parts/*.jsonl; not with adapter.path"
+    )
+    sources: Annotated[tuple[Source, ...], Field(strict=False)] = Field(
+        (),
+        description="more to train on, each a table with path and, where wanted, weight (how often a row is trained: "
+        "0.5 takes half of them), limit (the first so many rows) and system (for its rows that have none)",
     )
     validation: File | None = Field(None, description="conversations for the validation loss")
     test: File | None = Field(None, description="conversations that `evaluate` and `deploy` ask")
     validation_fraction: float = Field(
         0.05, ge=0, lt=1, description="share of train that is split off when no validation file is given"
     )
+    group: str | None = Field(None, min_length=1, description="key of a row whose value keeps rows in one split")
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt"] = Field("auto", description="shape of a row")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description='the rows\' own names of known keys, e.g. { completion = "response" }'
+    )
+    template: str | None = Field(
+        None, min_length=1, description="Jinja expression that makes a list of messages of a row of another shape"
+    )
+    ignore: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (), description="keys of rows and messages that are left aside; any other unknown key is an error"
+    )
+    train_on: Literal["assistant", "last", "all"] = Field(
+        "assistant", description="what is trained of a row: every answer, the last answer, or every token"
+    )
     system: str | None = Field(None, description="system message for rows that have none")
-    on_overlong: Literal["error", "drop", "truncate"] = Field(
-        "error", description="what to do with a row that is longer than train.max_length"
+    on_error: Literal["stop", "skip"] = Field("stop", description="what to do with a row that cannot be used")
+    skip_limit: float = Field(0.1, ge=0, le=1, description="largest share of the rows that on_error = skip leaves out")
+    on_overlong: Literal["error", "drop", "truncate", "split"] = Field(
+        "error",
+        description="what to do with a row that is longer than train.max_length; split cuts between an answer and the "
+        "next question",
+    )
+    duplicates: Literal["drop", "keep"] = Field("drop", description="what to do with a row that repeats another")
+    control_tokens: Literal["error", "keep"] = Field(
+        "error", description="what to do with a text that holds a control token of the model"
+    )
+    unwritten: Literal["error", "keep"] = Field(
+        "error", description="what to do with a row of which the chat template leaves out a part, e.g. its tools"
     )
 
 
@@ -313,6 +352,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict
             where = places.get(f"{section}.{key}")
             values[section][key] = path.parent / expanded(given, f"{where}: {section}.{key}")
     _from_elsewhere(values, places)
+    of_data = values.get("data")
+    for source in of_data["sources"] if isinstance(of_data, dict) and isinstance(of_data.get("sources"), list) else ():
+        if isinstance(source, dict) and isinstance(source.get("path"), str):
+            source["path"] = path.parent / expanded(source["path"], f"{places.get('data.sources')}: data.sources")
     template = values.get("ollama", {}).get("template") if isinstance(values.get("ollama"), dict) else None
     if isinstance(template, str) and template not in ("auto", "go", "native"):
         values["ollama"]["template"] = str(
@@ -335,8 +378,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict
         raise UserError("\n".join(_explain(error, places, path))) from None
     for key in ("train", "validation", "test"):
         file = getattr(config.data, key)
-        if file is not None and (problem := _unreadable(file)):
+        if file is not None and (problem := _unreadable(file, many=True)):
             raise UserError(f"{places.get(f'data.{key}', path)}: data.{key}: {file}: {problem}")
+    for source in config.data.sources:
+        if problem := _unreadable(source.path, many=True):
+            raise UserError(f"{places.get('data.sources', path)}: data.sources: {source.path}: {problem}")
     # Judged here and not in Config, by which runs of before are read too.
     if config.model.trust_remote_code and "/" in config.model.base and not Path(config.model.base).is_absolute():
         raise UserError(
@@ -382,9 +428,16 @@ def _base(base: str, folder: Path, where: str) -> str:
         raise UserError(f"{where}: {base}: {error.strerror}") from None
 
 
-def _unreadable(file: Path) -> str | None:
-    """Why a file cannot be read, if it cannot."""
+def is_pattern(file: Path) -> bool:
+    """Whether a path is no file's, but says which files are meant, e.g. parts/*.jsonl."""
+    return any(character in str(file) for character in "*?[") and not file.exists()
+
+
+def _unreadable(file: Path, *, many: bool = False) -> str | None:
+    """Why a file cannot be read, if it cannot; `many`: a folder or a pattern will do."""
     try:
+        if many and (file.is_dir() or is_pattern(file)):
+            return None
         if file.is_dir():
             return "is a folder; give the file in it"
         if not file.is_file():

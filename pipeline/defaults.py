@@ -25,6 +25,8 @@ RULES = {
     "adapter.path": "none: one is trained",
     "data.validation": "the rows that data.validation_fraction splits off",
     "data.test": "none: no rung is asked",
+    "data.group": "rows of one question stay together",
+    "data.template": "none: rows have one of the known shapes",
     "data.system": "none is added",
     "lora.alpha": "equal to lora.r: a scaling of 1",
     "train.epochs": "3, where train.steps is not given",

@@ -193,8 +193,8 @@ def _data(settings: Config) -> tuple[int, int | None]:
     if summary.is_file():
         figures = json.loads(summary.read_text(encoding="utf-8"))
         return most if settings.train.packing else min(figures["train_longest"], most), figures["train_tokens"]
-    rows = Path(settings.data.train)
-    if settings.train.packing or rows.suffix != ".jsonl" or not rows.is_file():
+    rows = settings.data.train
+    if settings.train.packing or rows is None or rows.suffix != ".jsonl" or not rows.is_file():
         return most, None
     with rows.open("rb") as file:  # a token is a byte at least, and JSON's own marks are more than a template's
         return min(most, max(map(len, file), default=most)), None

@@ -46,7 +46,7 @@ def test_idle(tmp_path: Path) -> None:
     assert [event["kind"] for event in events if event["stage"] == "data"].count("start") == 1
 
 
-@pytest.mark.parametrize("name", ["export", "idle", "random_model", "start", "train"])
+@pytest.mark.parametrize("name", ["data", "export", "idle", "random_model", "start", "train"])
 def test_each_explains_itself(name: str) -> None:
     assert "Usage: python -m benchmarks." in printed(f"benchmarks.{name}", "--help")
 

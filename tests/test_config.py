@@ -180,11 +180,10 @@ def test_unknown_override_names_itself(tmp_path: Path) -> None:
     assert "train.epochs" in message
 
 
-@pytest.mark.parametrize(("name", "said"), [("absent.jsonl", "no such file"), (".", "is a folder")])
-def test_data_that_is_not_there_is_named_with_its_line(tmp_path: Path, name: str, said: str) -> None:
-    message = refusal(tmp_path, MINIMAL + f'test = "{name}"\n')
+def test_data_that_is_not_there_is_named_with_its_line(tmp_path: Path) -> None:
+    message = refusal(tmp_path, MINIMAL + 'test = "absent.jsonl"\n')
     assert "pipeline.toml:6: data.test: " in message
-    assert said in message
+    assert "no such file" in message
 
 
 @pytest.mark.parametrize("name", ["missing.toml", "."])

@@ -37,7 +37,7 @@ def test_what_is_written_passes_the_data_stage(tmp_path: Path) -> None:
         )
         assert answer.returncode == 0, answer.stderr
         assert "warning" not in answer.stderr
-    assert (folder / "run" / "data" / "summary.json").is_file()
+    assert (folder / "run" / "data" / "data.json").is_file()
 
 
 def test_without_a_folder_it_is_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What is wrong with a data set as a whole: rows twice, test rows that were trained on, answers that no metric reads.
+"""What is wrong with a data set as a whole: rows twice, two answers to one question, test rows that were trained on.
 
 Near-duplicates are found exactly, not by sampling: two texts whose sets of word pairs have a Jaccard
 similarity of t must share one of the ceil((1 - t) n) + 1 rarest pairs of either (prefix filtering; Bayardo,
@@ -7,12 +7,14 @@ Ma and Srikant, "Scaling up all pairs similarity search", 2007). So only a few r
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.data.formats import Conversation
 from pipeline.data.metric import parse_strict
@@ -24,43 +26,100 @@ NEAR = 0.9  # Jaccard similarity of the word pairs from which two questions are 
 @dataclass(frozen=True)
 class Leak:
     """A question that is in the training data and in the held-out data. A similarity of 1.0: the same
-    words."""
+    words. `same_answer`: the last answers are equal too."""
 
     train: str
     held_out: str
     similarity: float
+    same_answer: bool
 
 
-def drop_duplicates(conversations: Sequence[Conversation]) -> list[Conversation]:
-    """The conversations without exact repetitions; the first of each stays."""
-    first: dict[str, Conversation] = {}
-    for row in conversations:
-        first.setdefault(json.dumps(row.as_row(), sort_keys=True), row)
-    return list(first.values())
+class Seen:
+    """The rows of a set that were met so far; of each a digest and its place is kept."""
+
+    def __init__(self) -> None:
+        self._rows: dict[bytes, str] = {}
+        self._answers: dict[bytes, tuple[bytes, str]] = {}
+
+    def repeated(self, row: Conversation) -> str | None:
+        """Where the same row stood first; None for a new one, which is kept."""
+        place = self._rows.setdefault(digest(row.as_row()), row.place)
+        return None if place is row.place else place
+
+    def contradicted(self, row: Conversation) -> str | None:
+        """Where the same question stood first, if its answer was another one."""
+        answer = digest(row.messages[-1])
+        first, place = self._answers.setdefault(question_digest(row), (answer, row.place))
+        return None if first == answer else place
 
 
-def find_leaks(train: Sequence[Conversation], held_out: Sequence[Conversation]) -> list[Leak]:
-    """Held-out conversations whose questions are in the training data too, literally or nearly."""
-    pairs = [_word_pairs(row) for row in held_out]
-    frequency = Counter(itertools.chain.from_iterable(pairs))
-    rare_in: dict[str, list[int]] = defaultdict(list)
-    for index, of_row in enumerate(pairs):
-        for pair in _rarest(of_row, frequency):
-            rare_in[pair].append(index)
+def digest(value: Any, seed: int = 0) -> bytes:
+    """16 bytes that stand for a JSON value, whatever the order of its keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16, salt=seed.to_bytes(16, "big")).digest()
 
-    best: dict[int, Leak] = {}
+
+def question_digest(row: Conversation, seed: int = 0) -> bytes:
+    """16 bytes that stand for what is asked: the turns before the last answer, and the tools."""
+    return digest([row.messages[:-1], row.tools], seed)
+
+
+def position(row: Conversation, seed: int) -> float:
+    """Where a row stands between 0 and 1, by its group or else its question alone: a share of the rows is what lies
+    below it, and a row that is added moves no other."""
+    key = question_digest(row, seed) if row.group is None else digest(row.group, seed)
+    return int.from_bytes(key[:8], "big") / 2**64
+
+
+class Leaks:
+    """Held-out conversations whose questions are in the training data too, literally or nearly.
+
+    Args:
+        held_out: the set that was not to be trained on.
+    """
+
+    def __init__(self, held_out: Sequence[Conversation]) -> None:
+        self._held_out = held_out
+        self._pairs = [_asked(row) for row in held_out]
+        self._frequency = Counter(itertools.chain.from_iterable(self._pairs))
+        self._rare_in: dict[str, list[int]] = defaultdict(list)
+        for index, of_row in enumerate(self._pairs):
+            for pair in _rarest(of_row, self._frequency):
+                self._rare_in[pair].append(index)
+        self._best: dict[int, Leak] = {}
+
+    def add(self, row: Conversation) -> None:
+        """Look at one training row."""
+        if not self._held_out:
+            return
+        own = _asked(row)
+        for index in {index for pair in _rarest(own, self._frequency) for index in self._rare_in.get(pair, ())}:
+            similarity = len(own & self._pairs[index]) / len(own | self._pairs[index])
+            if similarity >= NEAR and (index not in self._best or similarity > self._best[index].similarity):
+                other = self._held_out[index]
+                same = row.messages[-1]["content"].strip() == other.messages[-1]["content"].strip()
+                self._best[index] = Leak(row.place, other.place, similarity, same)
+
+    @property
+    def found(self) -> list[Leak]:
+        """The nearest training row of each, in the order of the held-out rows."""
+        return [self._best[index] for index in sorted(self._best)]
+
+
+def find_leaks(train: Iterable[Conversation], held_out: Sequence[Conversation]) -> list[Leak]:
+    """All leaks between two sets."""
+    leaks = Leaks(held_out)
     for row in train:
-        own = _word_pairs(row)
-        for index in {index for pair in _rarest(own, frequency) for index in rare_in.get(pair, ())}:
-            similarity = len(own & pairs[index]) / len(own | pairs[index])
-            if similarity >= NEAR and (index not in best or similarity > best[index].similarity):
-                best[index] = Leak(row.place, held_out[index].place, similarity)
-    return [best[index] for index in sorted(best)]
+        leaks.add(row)
+    return leaks.found
 
 
-def _word_pairs(row: Conversation) -> frozenset[str]:
-    """Neighbouring words of what the user says, whatever the case and the punctuation."""
-    said = " ".join(message["content"] for message in row.messages if message["role"] == "user")
+def _asked(row: Conversation) -> frozenset[str]:
+    return word_pairs(" ".join(message["content"] for message in row.messages if message["role"] == "user"))
+
+
+def word_pairs(said: str) -> frozenset[str]:
+    """Neighbouring words of a text, whatever the case and the punctuation."""
     words = ["", *re.findall(r"\w+", said.casefold())] if said.strip() else [""]
     return frozenset(f"{a} {b}" for a, b in itertools.pairwise(words)) or frozenset([said])
 

@@ -1,41 +1,72 @@
-"""Conversations from the files that people have: four shapes of a row come in, one goes out.
+"""Conversations from the rows that people have: many shapes of a row come in, one goes out.
 
 Every row becomes `messages`, a list of {"role", "content"}. What cannot become that is refused with its file
-and line, since a row that is skipped in silence is data that was paid for and not trained.
+and line, and so is a key that nobody reads: what is lost in silence is data that was paid for and not trained.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pipeline.data.sources import parse_json, rows_of
+from pipeline.data.expression import Expression
+from pipeline.data.findings import RowError
+from pipeline.data.marks import ALL, Trained, take_list_of_marks, take_mark, trained
+from pipeline.data.messages import (
+    Message,
+    functions_of,
+    json_of,
+    messages_of,
+    refuse_unknown,
+    said,
+    take_reasoning,
+    text,
+    tools_of,
+)
+from pipeline.data.names import LIKELY_ANSWERS, LIKELY_QUESTIONS, PREFERENCES
+from pipeline.data.sources import rows_of
 from pipeline.errors import UserError
 
-Message = dict[str, Any]
-
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-}
 SHAPES = {
     "messages": '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}',
     "sharegpt": '{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}',
     "alpaca": '{"instruction": "...", "input": "...", "output": "..."}',
     "prompt": '{"prompt": "...", "completion": "..."}',
 }
-# Beside role and content, what a chat template can make use of.
-_KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content")
+# Beside a shape's own keys, what every row may have.
+_COMMON = ("system", "tools", "functions", "weight", "train", "loss", "loss_mask")
+_OWN = {
+    "messages": ("messages", "conversations"),
+    "sharegpt": ("messages", "conversations"),
+    "alpaca": ("instruction", "input", "output", "history", "reasoning_content"),
+    "prompt": ("prompt", "completion", "reasoning_content"),
+}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How rows are read; the keys of [data] by the same names.
+
+    Attributes:
+        format: a key of SHAPES, or "auto" to look at each row.
+        system: the system message for rows that have none.
+        ignore: keys that are left aside.
+        columns: the row's own names of known keys: {"completion": "response"}.
+        template: an expression that makes messages or a row of a row; None for none.
+        train_on: "assistant", "last" or "all".
+        group: the key whose value says which rows belong together.
+    """
+
+    format: str = "auto"
+    system: str | None = None
+    ignore: tuple[str, ...] = ()
+    columns: Mapping[str, str] = field(default_factory=dict)
+    template: Expression | None = None
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -44,158 +75,248 @@ class Conversation:
 
     Attributes:
         messages: {"role", "content"}, and where given "name", "tool_calls", "tool_call_id",
-            "reasoning_content". The last one is the assistant's.
+            "reasoning_content". The last one is the last that is trained.
         place: "file:line", for messages to the user.
         tools: JSON schemas of the tools that the model may call; None for none.
-        cut: how many messages after the last assistant's were left off: nothing in them can be trained.
+        cut: how many messages after the last trained one were left off: nothing in them can be trained.
+        trained: which messages are trained; None for every answer.
+        group: what it belongs to; None where rows stand alone.
+        times: how often it is trained, by the weight of its source.
     """
 
     messages: list[Message]
     place: str
     tools: list[dict[str, Any]] | None = None
     cut: int = 0
+    trained: Trained = None
+    group: str | None = None
+    times: int = 1
 
     def as_row(self) -> dict[str, Any]:
         """The row as it is written to JSONL."""
-        return {"messages": self.messages} | ({"tools": self.tools} if self.tools else {})
+        return (
+            {"messages": self.messages}
+            | ({"tools": self.tools} if self.tools else {})
+            | ({"trained": self.trained if self.trained == ALL else list(self.trained)} if self.trained else {})
+        )
+
+    def as_line(self) -> str:
+        """The same as a line of JSONL."""
+        return json.dumps(self.as_row(), ensure_ascii=False, separators=(",", ":")) + "\n"
+
+    @staticmethod
+    def from_row(row: Mapping[str, Any], place: str) -> Conversation:
+        """A row that `as_row` made."""
+        marked = row.get("trained")
+        chosen: Trained = ALL if marked == ALL else tuple(marked) if marked else None
+        return Conversation(row["messages"], place, row.get("tools"), trained=chosen)
 
 
-def read_conversations(path: Path, shape: str = "auto", system: str | None = None) -> list[Conversation]:
-    """Read a data file.
+def conversations(path: Path, reading: Reading = Reading()) -> Iterator[tuple[str, Conversation | UserError]]:
+    """Every row of a file with its place: the conversation, or what is wrong with the row.
 
-    Args:
-        path: .jsonl (or .ndjson), .json (an array, or lines), .csv or .parquet.
-        shape: a key of SHAPES, or "auto" to look at each row.
-        system: the system message for rows that have none.
+    Raises:
+        UserError: the file as a whole cannot be read.
+    """
+    for place, row in rows_of(path):
+        try:
+            yield place, conversation_of(row, place, reading)
+        except UserError as error:
+            yield place, error
+
+
+def read_conversations(path: Path, reading: Reading = Reading()) -> list[Conversation]:
+    """All rows of a file.
 
     Raises:
         UserError: the file or a row in it cannot be used: where, why, what is allowed.
     """
-    conversations = [_conversation(row, place, shape, system) for place, row in rows_of(path)]
-    if not conversations:
-        raise UserError(f"{path}: holds no rows; write one conversation a line, e.g. {SHAPES['messages']}")
-    return conversations
+    found = []
+    for _, row in conversations(path, reading):
+        if isinstance(row, UserError):
+            raise row
+        found.append(row)
+    if not found:
+        raise no_rows(path)
+    return found
 
 
-def _conversation(row: Any, place: str, shape: str, system: str | None) -> Conversation:
+def no_rows(path: Path) -> UserError:
+    """The message for a file without rows."""
+    return UserError(f"{path}: holds no rows; write one conversation a line, e.g. {SHAPES['messages']}")
+
+
+def conversation_of(row: Any, place: str, reading: Reading) -> Conversation:
+    """The conversation that a row holds.
+
+    Raises:
+        MarkedRow: its own marks say that nothing of it is trained.
+        RowError: it cannot be used, or holds what would be lost.
+    """
+    if isinstance(row, UserError):
+        raise row
+    shape = reading.format
     if not isinstance(row, dict):
-        raise UserError(f"{place}: must be a JSON object, e.g. {SHAPES['messages' if shape == 'auto' else shape]}")
-    found = _shape_of(row)
+        raise RowError(
+            "no object", f"{place}: must be a JSON object, e.g. {SHAPES['messages' if shape == 'auto' else shape]}"
+        )
+    fields = {key: value for key, value in row.items() if value is not None and key not in reading.ignore}
+    group = fields.pop(reading.group, None) if reading.group else None
+    if reading.group and group is None:
+        raise RowError("no group", f'{place}: has no "{reading.group}", which data.group names')
+    if reading.template is not None:
+        fields = reading.template.apply(fields, place)
+    fields = _renamed(fields, reading.columns, place)
+    _refuse_preferences(fields, place)
+    found = _shape_of(fields)
     if found is None or shape not in ("auto", found):
-        wanted = " or ".join(SHAPES.values()) if shape == "auto" else f"{SHAPES[shape]} (data.format = {shape!r})"
-        raise UserError(f"{place}: has the keys {', '.join(map(str, row)) or '(none)'}; wanted is {wanted}")
-    if found in ("messages", "sharegpt"):
-        messages = _messages(row["messages"] if row.get("messages") is not None else row["conversations"], place)
-    elif found == "alpaca":
-        question = _text(row["instruction"], f"{place}: instruction")
-        if addition := _text(row.get("input") or "", f"{place}: input"):
-            question = f"{question}\n\n{addition}"
-        messages = [_said("user", question), _said("assistant", _text(row.get("output"), f"{place}: output"))]
-    elif isinstance(row["prompt"], list):
-        messages = [*_messages(row["prompt"], place), *_messages(row.get("completion"), place)]
-    else:
-        messages = [
-            _said("user", _text(row["prompt"], f"{place}: prompt")),
-            _said("assistant", _text(row.get("completion"), f"{place}: completion")),
-        ]
-    own = _text(row.get("system") or "", f"{place}: system") or system
-    if own and not any(message["role"] == "system" for message in messages):
-        messages.insert(0, _said("system", own))
-    return _checked(messages, _tools(row.get("tools"), place), place)
+        raise RowError("unknown shape", f"{place}: {_not_a_shape(fields, shape)}")
+    messages = _turns(fields, found, place, reading)
+    marks = take_list_of_marks(fields, len(messages), place)
+    if marks is not None:
+        messages = [(message, mark) for (message, _), mark in zip(messages, marks, strict=True)]
+    own = text(fields.pop("system", ""), f"{place}: system") or reading.system
+    if own and not any(message["role"] == "system" for message, _ in messages):
+        messages.insert(0, said("system", own))
+    mark = take_mark(fields, place)
+    tools = tools_of(fields.pop("tools", None), place)
+    older = functions_of(fields.pop("functions", None), place)
+    refuse_unknown(fields, place, (*_OWN[found], *_COMMON))
+    turns = [message for message, _ in messages]
+    _check_answers(turns, place)
+    chosen = trained([turn["role"] for turn in turns], [mark for _, mark in messages], mark, reading.train_on, place)
+    return _cut(turns, tools or older, chosen, place, None if group is None else json.dumps(group, sort_keys=True))
 
 
-def _shape_of(row: dict[str, Any]) -> str | None:
+def _renamed(fields: dict[str, Any], columns: Mapping[str, str], place: str) -> dict[str, Any]:
+    names = {own: known for known, own in columns.items()}
+    renamed: dict[str, Any] = {}
+    for key, value in fields.items():
+        name = names.get(key, key)
+        if name in renamed:
+            raise RowError(
+                f'two columns for "{name}"',
+                f'{place}: data.columns reads "{columns[name]}" as "{name}", and the row has "{name}" too: list the '
+                "one that is not wanted in data.ignore",
+            )
+        renamed[name] = value
+    return renamed
+
+
+def _refuse_preferences(fields: dict[str, Any], place: str) -> None:
+    found = [key for key in PREFERENCES if key in fields]
+    if not found and {"prompt", "completion", "label"} <= fields.keys():
+        found = ["label"]
+    if found:
+        raise RowError(
+            "preference data",
+            f"{place}: is a row of preference data (its keys: {', '.join(map(str, fields))}), which says which of two "
+            "answers is better; trained is one answer a row. To train the better one alone, name its column in "
+            f"data.columns and list the other in data.ignore, e.g. columns = {{ completion = {_quoted('chosen')} }}, "
+            f"ignore = [{_quoted('rejected')}]",
+        )
+
+
+def _quoted(name: str) -> str:
+    return json.dumps(name, ensure_ascii=False)
+
+
+def _not_a_shape(fields: dict[str, Any], shape: str) -> str:
+    words = f"has the keys {', '.join(map(str, fields)) or '(none)'}; wanted is "
+    words += " or ".join(SHAPES.values()) if shape == "auto" else f"{SHAPES[shape]} (data.format = {shape!r})"
+    question = next((key for key in LIKELY_QUESTIONS if key in fields), None)
+    answer = next((key for key in LIKELY_ANSWERS if key in fields and key != question), None)
+    if shape == "auto" and question and answer:
+        return f"{words}. {_advice(question, answer)}"
+    return words
+
+
+def _advice(question: str, answer: str) -> str:
+    names = {"prompt": question, "completion": answer}
+    columns = ", ".join(f"{known} = {_quoted(own)}" for known, own in names.items() if own != known)
+    return f"Should {question} be asked and {answer} be answered: data.columns = {{ {columns} }}"
+
+
+def _shape_of(fields: dict[str, Any]) -> str | None:
     for key in ("messages", "conversations"):
-        if (turns := row.get(key)) is not None:
+        if (turns := fields.get(key)) is not None:
             sharegpt = isinstance(turns, list) and turns and isinstance(turns[0], dict) and "from" in turns[0]
             return "sharegpt" if sharegpt else "messages"
-    if "instruction" in row:
+    if "instruction" in fields:
         return "alpaca"
-    return "prompt" if "prompt" in row else None
+    return "prompt" if "prompt" in fields else None
 
 
-def _said(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
+def _turns(fields: dict[str, Any], shape: str, place: str, reading: Reading) -> list[tuple[Message, bool | None]]:
+    """The messages of a row, whose own keys are taken out of the fields."""
+    if shape in ("messages", "sharegpt"):
+        turns = fields.pop("messages" if "messages" in fields else "conversations")
+        return messages_of(turns, place, reading.ignore)
+    if shape == "alpaca":
+        question = text(fields.pop("instruction"), f"{place}: instruction")
+        if addition := text(fields.pop("input", ""), f"{place}: input"):
+            question = f"{question}\n\n{addition}"
+        history = _history(fields.pop("history", None), place)
+        return [*history, said("user", question), _answer(fields, "instruction", "output", place)]
+    if isinstance(fields["prompt"], list):
+        asked = messages_of(fields.pop("prompt"), place, reading.ignore)
+        return [*asked, *messages_of(fields.pop("completion", None), place, reading.ignore)]
+    return [
+        said("user", text(fields.pop("prompt"), f"{place}: prompt")),
+        _answer(fields, "prompt", "completion", place),
+    ]
 
 
-def _messages(turns: Any, place: str) -> list[Message]:
-    if isinstance(turns, str) and turns.lstrip().startswith("["):
-        turns = parse_json(turns, place)  # a cell of a CSV file
-    if not isinstance(turns, list) or not turns:
-        raise UserError(f"{place}: the messages must be a list with at least one question and one answer")
-    return [_message(turn, f"{place}: message {number}") for number, turn in enumerate(turns, 1)]
+def _answer(fields: dict[str, Any], question: str, key: str, place: str) -> tuple[Message, None]:
+    reasoning = take_reasoning(fields, place)
+    if key not in fields and (other := next((name for name in LIKELY_ANSWERS if name in fields), None)):
+        raise RowError(
+            "no text", f'{place}: {key}: the text is missing, and "{other}" is not read. {_advice(question, other)}'
+        )
+    message, _ = said("assistant", text(fields.pop(key, None), f"{place}: {key}"))
+    return message | ({"reasoning_content": reasoning} if reasoning else {}), None
 
 
-def _message(turn: Any, place: str) -> Message:
-    if not isinstance(turn, dict):
-        raise UserError(f'{place}: must be an object: {{"role": "user", "content": "..."}}')
-    said = turn.get("from", turn.get("role"))
-    role = ROLES.get(said) if isinstance(said, str) else None
-    if role is None:
-        raise UserError(f"{place}: unknown role {said!r}; known are: {', '.join(ROLES)}")
-    for key in ("weight", "train", "training"):
-        if turn.get(key) in (0, "0", False):
-            raise UserError(
-                f"{place}: {key} = {turn[key]!r}: every assistant turn is trained; make a row of its own for "
-                "each conversation that ends in a turn to train"
-            )
-    message = {"role": role} | {key: turn[key] for key in _KEPT if turn.get(key) is not None}
-    if "tool_calls" in message:
-        message["tool_calls"] = _tool_calls(message["tool_calls"], place)
-    content = turn.get("value" if "from" in turn else "content")
-    if content is None and message.get("tool_calls"):
-        content = ""
-    return {"role": role, "content": _text(content, place), **message}
+def _history(history: Any, place: str) -> list[tuple[Message, None]]:
+    """Alpaca's earlier turns: a list of [question, answer]."""
+    if isinstance(history, str) and history.strip():
+        history = json_of(history, place, "history")
+    if not history:
+        return []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise RowError("history cannot be read", f'{place}: history must be a list of ["question", "answer"]')
+    return [
+        said(role, text(words, f"{place}: history {number}"))
+        for number, pair in enumerate(history, 1)
+        for role, words in zip(("user", "assistant"), pair, strict=True)
+    ]
 
 
-def _text(content: Any, place: str) -> str:
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text", "")) for part in content)
-    if not isinstance(content, str):
-        what = "is missing" if content is None else f"is {type(content).__name__}"
-        raise UserError(f"{place}: the text {what}; give a string (an answer that is JSON too: as one string)")
-    try:
-        content.encode()
-    except UnicodeEncodeError as error:
-        character = f"\\u{ord(content[error.start]):04x}"
-        raise UserError(f"{place}: holds half a surrogate pair ({character}), which is no character") from None
-    return content
-
-
-def _tool_calls(calls: Any, place: str) -> list[dict[str, Any]]:
-    """Calls whose arguments are objects, as chat templates want them; the OpenAI API writes them as a
-    string."""
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise UserError(f"{place}: tool_calls must be a list of objects")
-    opened = []
-    for call in calls:
-        function = call.get("function", call)
-        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-            function = function | {"arguments": parse_json(function["arguments"], f"{place}: tool_calls")}
-        opened.append(call | {"function": function} if "function" in call else function)
-    return opened
-
-
-def _tools(tools: Any, place: str) -> list[dict[str, Any]] | None:
-    if isinstance(tools, str) and tools.strip():
-        tools = parse_json(tools, f"{place}: tools")
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise UserError(f"{place}: tools must be a list of JSON schemas")
-    return tools
-
-
-def _checked(messages: list[Message], tools: list[dict[str, Any]] | None, place: str) -> Conversation:
-    """A conversation that ends with an answer, and has no empty one."""
+def _check_answers(messages: list[Message], place: str) -> None:
+    """A conversation has an answer after a question, and no empty one."""
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         roles = ", ".join(message["role"] for message in messages)
-        raise UserError(f"{place}: has no assistant turn (its roles: {roles}), so there is nothing to train")
+        raise RowError(
+            "no answer", f"{place}: has no assistant turn (its roles: {roles}), so there is nothing to train"
+        )
     if answers[-1] == 0:
-        raise UserError(f"{place}: has an answer and no question before it")
+        raise RowError("no question", f"{place}: has an answer and no question before it")
     for index in answers:
         if not messages[index]["content"].strip() and not messages[index].get("tool_calls"):
-            raise UserError(f"{place}: message {index + 1}: the assistant's answer is empty; remove the row or fill it")
-    kept = messages[: answers[-1] + 1]
-    return Conversation(kept, place, tools, len(messages) - len(kept))
+            raise RowError(
+                "an empty answer",
+                f"{place}: message {index + 1}: the assistant's answer is empty; remove the row or fill it",
+            )
+
+
+def _cut(
+    messages: list[Message], tools: list[dict[str, Any]] | None, chosen: Trained, place: str, group: str | None
+) -> Conversation:
+    """The conversation up to its last trained answer."""
+    answers = [at for at, message in enumerate(messages) if message["role"] == "assistant" and at > 0]
+    last = chosen[-1] if isinstance(chosen, tuple) else answers[-1]
+    kept = messages[: last + 1]
+    if isinstance(chosen, tuple) and list(chosen) == [at for at in answers if at <= last]:
+        chosen = None
+    return Conversation(kept, place, tools, len(messages) - len(kept), chosen, group)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.formats import Conversation, Message
-from pipeline.data.sources import rows_of
+from pipeline.data.sources import placed_rows
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,11 @@ def asked(data: Path, limit: int | None, sets: Sequence[str] = ("test", "validat
         sets: whose questions; the first set that has any is taken.
     """
     for path in (data / f"{name}.jsonl" for name in sets):
-        if path.is_file() and (questions := chosen(map(_read, rows_of(path)), limit)):
+        if path.is_file() and (questions := chosen(map(_read, placed_rows(path)), limit)):
             return questions
     return []
 
 
 def _read(placed: tuple[str, dict[str, Any]]) -> Question:
     place, row = placed
-    return question_of(Conversation(row["messages"], place, row.get("tools")))
+    return question_of(Conversation.from_row(row, place))

@@ -1,15 +1,30 @@
-"""Rows from files: JSON lines, a JSON list, CSV, Parquet. Each comes with its place, for every message about it."""
+"""Rows from files: JSON lines, JSON, CSV, TSV, Parquet, Arrow, each plain or compressed, alone or many in a folder.
+
+Each row comes with its place, for every message about it. Rows are a stream: no file is held in memory whole.
+"""
 
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
+import re
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from pipeline.config import is_pattern
+from pipeline.data.json_stream import elements
 from pipeline.errors import UserError
+
+COMPRESSED = (".gz", ".zst")
+# {"train": [{...}]} and not {"messages": [{"role": ...}]}, which is a row.
+_WRAPPED = re.compile(rb'\{\s*"[^"\\]*"\s*:\s*\[\s*(\]|\{\s*"(?!(role|content|from|value)"))')
+_NO_ROWS = ("dataset_info.json", "dataset_dict.json", "state.json")  # what the datasets library writes beside rows
+Rows = Iterator[tuple[str, Any]]
+_BATCH = 1000  # rows that are taken out of Arrow at a time
 
 
 def read_rows(path: Path) -> Iterator[Any]:
@@ -20,76 +35,241 @@ def read_rows(path: Path) -> Iterator[Any]:
     Raises:
         UserError: a line is not JSON.
     """
-    return (row for _, row in _json_lines(path))
+    return (row for _, row in placed_rows(path))
 
 
-def rows_of(path: Path) -> Iterator[tuple[str, Any]]:
-    """Every row of a user's file with its place, e.g. ("train.jsonl:3", {...}).
+def placed_rows(path: Path) -> Rows:
+    """The values of a run's file of JSON lines with their places.
 
     Raises:
-        UserError: the file cannot be read, or what kind it is cannot be told.
+        UserError: a line is not JSON.
     """
-    readers: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
-        ".jsonl": _json_lines,
-        ".ndjson": _json_lines,
-        ".json": _json_array,
-        ".csv": _csv,
-        ".parquet": _parquet,
-    }
-    if (reader := readers.get(path.suffix.lower())) is None:
-        raise UserError(f"{path}: cannot tell what kind of file this is; known are: {', '.join(readers)}")
+    with path.open("rb") as file:
+        for place, row in _json_lines(file, path):
+            if isinstance(row, UserError):
+                raise row
+            yield place, row
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that a path of the configuration means: itself, those of a folder, or those that a pattern fits.
+
+    Raises:
+        UserError: there is none, or a folder has files of an unknown kind.
+    """
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file, path))
+        if other := [file for file in found if kind_of(file) is None and file.suffix.lower() not in (".md", ".txt")]:
+            raise UserError(
+                f"{other[0]}: cannot tell what kind of file this is; known are: {', '.join(_READERS)}, each also with "
+                f"{' or '.join(COMPRESSED)}; move it out of {path}, or give a pattern such as {path / '*.jsonl'}"
+            )
+        found = [file for file in found if kind_of(file) is not None]
+        if not found:
+            raise UserError(f"{path}: the folder has no data files; known are: {', '.join(_READERS)}")
+        return found
+    if is_pattern(path):
+        plain = next(number for number, part in enumerate(path.parts) if any(c in part for c in "*?["))
+        root = Path(*path.parts[:plain])
+        if found := sorted(file for file in root.glob(str(Path(*path.parts[plain:]))) if file.is_file()):
+            return found
+        raise UserError(f"{path}: no file fits this pattern")
+    return [path]
+
+
+def rows_of(path: Path) -> Rows:
+    """Every row of a user's file with its place, e.g. ("train.jsonl:3", {...}).
+
+    A line that cannot be read is a row too: its value is the UserError.
+
+    Raises:
+        UserError: the file as a whole cannot be read, or what kind it is cannot be told.
+    """
+    for file in files_of(path):
+        yield from _rows_of_file(file)
+
+
+def file_of(place: str) -> str:
+    """The file of a row's place."""
+    return place.rpartition(":")[0]
+
+
+def kind_of(path: Path) -> str | None:
+    """The kind of a data file by its name, e.g. ".jsonl"; None where it is no known one."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    while suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes and suffixes[-1] in _READERS else None
+
+
+def _hidden(file: Path, folder: Path) -> bool:
+    """Whether a file is none of the user's: of git, of a download, of the datasets library."""
+    return file.name in _NO_ROWS or any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
+def _rows_of_file(path: Path) -> Rows:
+    if (kind := kind_of(path)) is None:
+        raise UserError(
+            f"{path}: cannot tell what kind of file this is; known are: {', '.join(_READERS)}, each also with "
+            f"{' or '.join(COMPRESSED)}"
+        )
     try:
-        yield from reader(path)
+        with _opened(path) as file:
+            yield from _READERS[kind](file, path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except EOFError:
+        raise UserError(f"{path}: cannot be read: the compressed file is cut off") from None
+    except (OSError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read: {reason}") from None
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            place = f"{path}:{number}"
+def _opened(path: Path) -> IO[bytes]:
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        return io.BufferedReader(gzip.open(path, "rb"))
+    if suffix == ".zst":
+        import pyarrow
+
+        return io.BufferedReader(_Readable(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")))
+    return path.open("rb")
+
+
+class _Readable(io.RawIOBase):
+    """A stream of pyarrow's as Python's own readers take one."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._stream.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+def _json_lines(file: IO[bytes], path: Path) -> Rows:
+    for number, line in enumerate(file, 1):
+        place = f"{path}:{number}"
+        try:
             text = _decoded(line, place, first=number == 1)
             if text.strip():
-                yield place, parse_json(text, place)
+                row = parse_json(text.rstrip(), place)
+            else:
+                continue
+        except UserError as error:
+            row = error
+        yield place, row
 
 
-def _json_array(path: Path) -> Iterator[tuple[str, Any]]:
-    data = path.read_bytes()
-    if not data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        yield from _json_lines(path)  # many a .json holds lines
+def _json(file: IO[bytes], path: Path) -> Rows:
+    """A list, an object whose one value is such a list, or lines: many a .json holds these."""
+    assert isinstance(file, io.BufferedReader)
+    head = file.peek().removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not head.startswith(b"[") and not _WRAPPED.match(head):
+        yield from _json_lines(file, path)
         return
-    for number, row in enumerate(parse_json(_decoded(data, str(path), first=True), str(path)), 1):
-        yield f"{path}: row {number}", row
-
-
-def _csv(path: Path) -> Iterator[tuple[str, Any]]:
-    text = _decoded(path.read_bytes(), str(path), first=True)
-    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is shorter than a long document
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     try:
+        for number, row in enumerate(elements(text, str(path)), 1):
+            yield f"{path}: row {number}", row
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+
+
+def _csv(file: IO[bytes], path: Path, delimiter: str = ",") -> Rows:
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is shorter than a long document
+    reader = csv.DictReader(text, strict=True, delimiter=delimiter)
+    try:
+        if len(set(names := reader.fieldnames or ())) < len(names):
+            twice = next(name for name in names if list(names).count(name) > 1)
+            raise UserError(f'{path}:1: the column "{twice}" occurs twice; give each a name of its own')
         for row in reader:
+            place = f"{path}:{reader.line_num}"
             if None in row or None in row.values():
-                raise UserError(f"{path}:{reader.line_num}: has not as many fields as the first line has names")
-            yield f"{path}:{reader.line_num}", row
+                yield place, UserError(f"{place}: has not as many fields as the first line has names")
+            else:
+                yield place, {key: value for key, value in row.items() if value != ""}
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: not UTF-8 after line {reader.line_num} ({error.reason}); save the file as UTF-8"
+        ) from None
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow  # type: ignore[import-untyped]
+def _tsv(file: IO[bytes], path: Path) -> Rows:
+    return _csv(file, path, "\t")
+
+
+def _parquet(file: IO[bytes], path: Path) -> Rows:
     from pyarrow import parquet
+
+    def batches() -> Iterator[Any]:
+        with _seekable(file) as whole, parquet.ParquetFile(whole) as reader:
+            yield from reader.iter_batches(batch_size=_BATCH)
+
+    return _arrow_rows(batches(), path, "Parquet")
+
+
+def _arrow(file: IO[bytes], path: Path) -> Rows:
+    """Arrow's two ways to lie in a file: with a footer, or as a stream, which the datasets library writes."""
+    import pyarrow
+
+    def batches() -> Iterator[Any]:
+        with _seekable(file) as whole:
+            footed = whole.read(6) == b"ARROW1"
+            whole.seek(0)
+            if footed:
+                reader = pyarrow.ipc.open_file(whole)
+                yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
+            else:
+                yield from pyarrow.ipc.open_stream(whole)
+
+    return _arrow_rows(batches(), path, "Arrow")
+
+
+def _seekable(file: IO[bytes]) -> IO[bytes]:
+    """The file itself, or what a compressed one holds: these formats are read from many places."""
+    if isinstance(file, io.BufferedReader) and isinstance(file.raw, io.FileIO):
+        return file
+    import shutil
+    import tempfile
+
+    whole = tempfile.TemporaryFile()  # noqa: SIM115  (who reads from it closes it)
+    shutil.copyfileobj(file, whole)
+    whole.seek(0)
+    return whole
+
+
+def _arrow_rows(batches: Iterator[Any], path: Path, kind: str) -> Rows:
+    import pyarrow
 
     number = 0
     try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
+        for batch in batches:
+            for start in range(0, batch.num_rows, _BATCH):
+                for row in batch.slice(start, _BATCH).to_pylist(maps_as_pydicts="strict"):
                     number += 1
-                    yield f"{path}: row {number}", row
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: not a Parquet file that can be read: {error}") from None
+                    yield f"{path}: row {number}", without_padding(row)
+    except (pyarrow.ArrowException, OSError) as error:
+        words = str(error).splitlines()[0]
+        raise UserError(f"{path}: not {kind} that can be read, after row {number:,}: {words}") from None
+
+
+def without_padding(value: Any) -> Any:
+    """A value of Arrow without the keys that are there only because all rows of a column share one struct."""
+    if isinstance(value, dict):
+        return {key: without_padding(item) for key, item in value.items() if item is not None}
+    return [without_padding(item) for item in value] if isinstance(value, list) else value
 
 
 def _decoded(data: bytes, place: str, *, first: bool) -> str:
@@ -113,3 +293,14 @@ def parse_json(text: str, place: str) -> Any:
         raise UserError(f"{where}: not valid JSON at column {error.colno}: {error.msg}") from None
     except (RecursionError, ValueError) as error:
         raise UserError(f"{place}: not JSON that can be read: {error}") from None
+
+
+_READERS: dict[str, Callable[[IO[bytes], Path], Rows]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _tsv,
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from pipeline.data.sources import read_rows
+from pipeline.data.token_file import read_tokens
 from pipeline.model.predict import predict
 from pipeline.prompt.labels import IGNORED
 from pipeline.run.layout import Layout
@@ -26,7 +26,7 @@ def read_held_out(layout: Layout, limit: int | None = None) -> tuple[str, list[t
     """
     for name in ("validation", "train"):
         path = layout.tokens(name)
-        if path.is_file() and (rows := list(read_rows(path))):
+        if path.is_file() and (rows := list(read_tokens(path))):
             return f"{name} rows", [(row["input_ids"][:limit], row["labels"][:limit]) for row in rows]
     return "", []
 

@@ -20,8 +20,10 @@ import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+from pipeline.data.marks import ALL, Trained
 from pipeline.errors import PipelineError, UserError
 from pipeline.prompt.template import end_of_turn, render, token_ids, whole_tokens, with_bos
 
@@ -81,9 +83,18 @@ def tokenize_prompt(
 
 
 def training_texts(
-    tokenizer: Any, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None
+    tokenizer: Any,
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[dict[str, Any]] | None = None,
+    trained: Trained = None,
 ) -> list[TrainingText]:
     """The texts in which every answer of a conversation is trained once.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: the conversation, up to its last trained answer.
+        tools: JSON schemas of the tools on offer.
+        trained: the places of the messages that are trained; None for every answer, "all" for every token.
 
     Returns:
         One text for most templates. For one that rewrites history the whole conversation first, then the
@@ -94,7 +105,14 @@ def training_texts(
         UserError: the template refuses the conversation, breaks the prefix property, or writes no end-of-turn
             token.
     """
-    left = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index > 0]
+    if trained == ALL:
+        text = _turn(tokenizer, messages, tools).text
+        return [TrainingText(text, ((0, len(text.rstrip())),))]
+    left = [
+        index
+        for index, message in enumerate(messages)
+        if message["role"] == "assistant" and index > 0 and (trained is None or index in trained)
+    ]
     if not left:
         raise UserError("the conversation has no assistant turn after a question, so there is nothing to train")
     turns = {index: _turn(tokenizer, messages[: index + 1], tools) for index in left}
@@ -156,12 +174,41 @@ def tokenize_texts(tokenizer: Any, texts: Sequence[TrainingText]) -> list[Tokeni
     if not texts:
         return []
     whole = tokenizer([text.text for text in texts], add_special_tokens=False, return_offsets_mapping=True)
-    prompts = [text.text[:start] for text in texts for start, _ in text.spans]
-    served = iter(tokenizer(prompts, add_special_tokens=False)["input_ids"])
+    tails = [
+        _tail(tokenizer, text.text, ids, offsets, start)
+        for text, ids, offsets in zip(texts, whole["input_ids"], whole["offset_mapping"], strict=True)
+        for start, _ in text.spans
+    ]
+    endings = tokenizer([tail for _, tail in tails], add_special_tokens=False)["input_ids"]
+    served = ((kept, ids) for (kept, _), ids in zip(tails, endings, strict=True))
     return [
-        _labelled(tokenizer, text, ids, offsets, list(itertools.islice(served, len(text.spans))))
+        _labelled(
+            tokenizer, text, ids, offsets, [ids[:kept] + end for kept, end in itertools.islice(served, len(text.spans))]
+        )
         for text, ids, offsets in zip(texts, whole["input_ids"], whole["offset_mapping"], strict=True)
     ]
+
+
+def _tail(tokenizer: Any, text: str, ids: list[int], offsets: list[tuple[int, int]], start: int) -> tuple[int, str]:
+    """What of a prompt may be tokenized otherwise than in the whole text: it begins with its last added token.
+
+    A tokenizer cuts a text at added tokens before anything else, so that what follows one changes nothing before it.
+
+    Returns:
+        How many of the whole text's tokens stand before it, and the tail.
+    """
+    added = _cutting_tokens(tokenizer)
+    place = bisect_left(offsets, start, key=lambda offset: offset[1]) if start else 0
+    while place > 0 and (ids[place] not in added or offsets[place][1] > start):
+        place -= 1
+    return place, text[offsets[place][0] if place else 0 : start]
+
+
+@lru_cache(maxsize=8)
+def _cutting_tokens(tokenizer: Any) -> frozenset[int]:
+    """The added tokens that are found in a text whatever stands beside them."""
+    added = tokenizer.added_tokens_decoder.items()
+    return frozenset(number for number, token in added if not token.single_word and not token.lstrip)
 
 
 def _labelled(

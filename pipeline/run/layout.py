@@ -69,12 +69,17 @@ class Layout:
 
     def tokens(self, name: str) -> Path:
         """The token ids and labels of a set: train or validation."""
-        return self.data / f"{name}.tokens.jsonl"
+        return self.data / f"{name}.tokens.arrow"
 
     @property
     def data_summary(self) -> Path:
-        """The figures of the data, with examples."""
-        return self.data / "summary.json"
+        """The figures of the data, with counts and places of what was found, and examples."""
+        return self.data / "data.json"
+
+    @property
+    def findings(self) -> Path:
+        """Every finding in the data with its place."""
+        return self.data / "findings.jsonl"
 
     # train
 

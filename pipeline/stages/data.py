@@ -1,137 +1,141 @@
 """data: from the user's files to token ids and labels that are known to be right before anything is trained.
 
-Conversations are read in any of the usual shapes, checked as a whole, split, rendered by the base's own chat
-template and labelled. What is left out is counted and said; what cannot be trained faithfully is an error
-with its line.
+Rows are a stream: each is read, checked, put into a split, rendered by the base's own chat template, labelled and
+written, and what stays of it in memory is a digest. What is left out is counted and named; what cannot be trained
+faithfully is an error with its line.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import random
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from pipeline.console import progress
-from pipeline.data.checks import NEAR, check_expected, drop_duplicates, find_leaks
-from pipeline.data.formats import Conversation, read_conversations
+from pipeline.data.checks import NEAR, Leaks, Seen, check_expected, position
+from pipeline.data.expression import Expression
+from pipeline.data.findings import Findings, MarkedRow
+from pipeline.data.formats import Conversation, Reading, conversations, no_rows
+from pipeline.data.near_duplicates import NearDuplicates
 from pipeline.data.questions import Question, chosen, question_of
+from pipeline.data.sources import files_of
 from pipeline.errors import UserError
 from pipeline.model import targets
 from pipeline.model.base import check_bits, resolve_base
 from pipeline.model.facts import base_files, context_of
 from pipeline.model.trained_tokenizer import adapter_files, trained_tokenizer
 from pipeline.ollama.parameters import served_context
-from pipeline.prompt.labels import (
-    IGNORED,
-    Tokenized,
-    decode,
-    leading_bos,
-    tokenize_texts,
-    trained_parts,
-    training_texts,
-)
-from pipeline.prompt.lengths import check_room, fit, question_lengths
+from pipeline.prompt.lengths import check_room, question_lengths
+from pipeline.prompt.sequences import TOO_LONG_CUT, TOO_LONG_DROPPED, TOO_LONG_SPLIT, Encoder
 from pipeline.prompt.template import render
 from pipeline.prompt.tokenizer import beyond_embedding
+from pipeline.prompt.training_set import TrainingSet
 from pipeline.run.stage import Stage, Task
 
 if TYPE_CHECKING:
     from pipeline.config import Config
 
-BATCH = 1000  # rows tokenized in one call: enough for the tokenizer's threads, little memory
-EXAMPLES = 3  # rows shown in the summary
+# Kinds of findings.
+NEARLY = "a near duplicate of another row"
+WEIGHED = "left out by the weight of its source"
+REPEATED = "a repetition of another row"
+CONTRADICTED = "another answer to the same question"
+
+_TOO_LONG = {"overlong_cut": TOO_LONG_CUT, "overlong_dropped": TOO_LONG_DROPPED, "overlong_split": TOO_LONG_SPLIT}
 
 
 def files(config: Config, _: str) -> list[Path]:
     """The user's data files, and what of the base, or of an adapter from elsewhere, makes tokens of them."""
     models = (*base_files(config.model), *adapter_files(config))
-    return [*_given(config), *(path for path in models if path.suffix != ".safetensors")]
+    given = [file for path in _given(config) for file in files_of(path)]
+    return [*given, *(path for path in models if path.suffix != ".safetensors")]
 
 
 def _given(config: Config) -> list[Path]:
-    return [path for path in (config.data.train, config.data.validation, config.data.test) if path is not None]
+    data = config.data
+    paths = (data.train, *(source.path for source in data.sources), data.validation, data.test)
+    return [path for path in paths if path is not None]
 
 
 def main(task: Task) -> dict[str, Any]:
-    """Write {train,validation,test}.jsonl, {train,validation}.tokens.jsonl and summary.json.
+    """Write {train,validation,test}.jsonl, {train,validation}.tokens.arrow, findings.jsonl and data.json.
 
     A set that was not given is an empty file.
 
     Returns:
-        The figures of the summary: rows, tokens, trained tokens, lengths in tokens, what was left out.
+        The figures of data.json: rows, tokens, trained tokens, lengths in tokens, what was left out.
     """
-    data, seed = task.config.data, task.config.train.seed
-    given = _read(task, data.train) if data.train is not None else []
-    train = drop_duplicates(given)
-    duplicates = len(given) - len(train)
-    if data.validation is not None:
-        validation = _read(task, data.validation)
-    else:
-        train, validation = split(train, data.validation_fraction, seed) if train else ([], [])
-    test = _read(task, data.test) if data.test is not None else []
-    check_expected(test, task.config.eval.metric)
-    if with_tools := sum(bool(row.tools) for row in test):
-        assert data.test is not None
-        if with_tools == len(test):
-            raise UserError(
-                f"data.test: every row of {data.test} has tools, and calls of tools are not judged: add rows without, "
-                "or leave data.test out"
-            )
-        task.warn(f"{data.test.name}: {with_tools:,} of {len(test):,} rows have tools; they are not asked")
-    if duplicates:
-        assert data.train is not None
-        task.warn(f"{data.train.name}: {duplicates:,} of {len(given):,} rows repeat another; each is trained once")
-    leaks = {}
-    for name, held_out in (("validation", validation if data.validation else []), ("test", test)):
-        if found := find_leaks(train, held_out):
-            leak = max(found, key=lambda leak: leak.similarity)
-            task.warn(
-                f"{len(found):,} of {len(held_out):,} {name} rows ask what a training row asks "
-                f"(word pairs at least {NEAR:.0%} the same), so their score flatters; "
-                f"e.g. {leak.held_out} and {leak.train}"
-            )
-        leaks[name] = len(found)
-
-    model = task.config.model
+    data, model = task.config.data, task.config.model
+    reading = _reading(task)
     base = resolve_base(model.base, model.revision)
+    encoder = _encoder(task, base)
+    figures: dict[str, Any] = {} if data.train is None else _adapter(task, base)
+    with task.new(task.layout.findings).open("w", encoding="utf-8", newline="\n") as file:
+        found = {name: Findings(name, file) for name in ("test", "validation")}
+        test = _read(data.test, reading, found["test"])
+        _settle(task, found["test"])
+        _check_test(task, test)
+        questions = chosen(map(question_of, test), task.config.eval.limit)
+        lengths = question_lengths(encoder.tokenizer, questions)
+        figures |= {"test_rows": len(test), "test_longest_question": max(lengths, default=0)}
+        held_out = _read(data.validation, reading, found["validation"])
+        leaks = {"validation": Leaks(held_out), "test": Leaks(test)}
+        found["train"], sets = _train_and_validation(task, reading, encoder, file, leaks)
+        if data.validation is not None:
+            with _new_set(task, "validation", encoder, found["validation"]) as sets["validation"]:
+                for row in held_out:
+                    sets["validation"].add(row)
+            _settle(task, found["validation"])
+    task.new(task.layout.rows("test")).write_text(
+        "".join(row.as_line() for row in test), encoding="utf-8", newline="\n"
+    )
+    if data.train is not None and not sets["train"].kept:
+        raise UserError(f"{data.train}: no row is left to train on; see data.on_overlong and the marks of the rows")
+    for name, one in sets.items():
+        figures |= {f"{name}_{key}": value for key, value in one.figures().items()}
+    figures |= _say(task, found, sets, leaks)
+    figures["context_needed"] = _check_context(task, base, questions, lengths, figures)
+    out = {"test": len(test), **{name: one.out for name, one in sets.items()}}
+    if data.validation is None:
+        out |= {"train": out["train"] + out["validation"], "validation": 0}  # all of them are rows of data.train
+    summary = figures | {f"{name}_{key}": value for name, one in sets.items() for key, value in one.account().items()}
+    summary |= {"account": {name: one.summary(out[name]) for name, one in found.items()}}
+    text = json.dumps(summary, ensure_ascii=False, indent=2)
+    task.new(task.layout.data_summary).write_text(text + "\n", encoding="utf-8")
+    return figures
+
+
+def _reading(task: Task) -> Reading:
+    data = task.config.data
+    return Reading(
+        format=data.format,
+        system=data.system,
+        ignore=data.ignore,
+        columns=data.columns,
+        template=Expression(data.template) if data.template is not None else None,
+        train_on=data.train_on,
+        group=data.group,
+    )
+
+
+def _encoder(task: Task, base: Path) -> Encoder:
+    data = task.config.data
     tokenizer, said = trained_tokenizer(task.config)
     for words in said:
         task.warn(words)
     beyond = beyond_embedding(base)
     beyond.refuse_in(render(tokenizer, [{"role": "user", "content": ""}], add_generation_prompt=True), "chat template")
-    for row in (*train, *validation, *test):
-        said_in_row = (str(value) for message in row.messages for value in message.values())
-        beyond.refuse_in("\n".join((*said_in_row, str(row.tools))), row.place)
-    questions = chosen(map(question_of, test), task.config.eval.limit)
-    lengths = question_lengths(tokenizer, questions)
-    figures: dict[str, Any] = {} if data.train is None else _adapter(task, base)
-    figures |= {"test_rows": len(test), "duplicates_dropped": duplicates}
-    figures |= {f"{name}_leaks": count for name, count in leaks.items()}
-    figures["test_longest_question"] = max(lengths, default=0)
-    summary: dict[str, Any] = {}
-    _write(task.new(task.layout.rows("test")), (row.as_row() for row in test))
-    for name, rows in (("train", train), ("validation", validation)):
-        kept, tokenized, cut, dropped = _tokenize(task, tokenizer, name, rows)
-        _write(task.new(task.layout.rows(name)), (row.as_row() for row in kept))
-        _write(
-            task.new(task.layout.tokens(name)),
-            ({"input_ids": row.input_ids, "labels": row.labels} for row in tokenized),
-        )
-        figures |= {f"{name}_{key}": value for key, value in _figures(tokenizer, kept, tokenized).items()}
-        figures |= {f"{name}_overlong_cut": cut, f"{name}_overlong_dropped": dropped}
-        summary[f"{name}_examples"] = [_example(tokenizer, row) for row in tokenized[:EXAMPLES]]
-    if data.train is not None and not figures["train_rows"]:
-        raise UserError(f"{data.train}: no row is left to train on; see the warnings above")
-    figures["context_needed"] = _check_context(task, base, questions, lengths, figures)
-    text = json.dumps(figures | summary, ensure_ascii=False, indent=2)
-    task.new(task.layout.data_summary).write_text(text + "\n", encoding="utf-8")
-    return figures
+    longest = task.config.train.max_length or tokenizer.model_max_length
+    return Encoder(tokenizer, beyond, longest, data.on_overlong, data.control_tokens, data.unwritten)
 
 
 def _adapter(task: Task, base: Path) -> dict[str, Any]:
-    """The adapter that will be trained, as figures."""
+    """What the adapter will be, which is known before it is trained."""
     check_bits(base, task.config)
     adapter = targets.of_base(base, task.config.lora, trust_remote_code=task.config.model.trust_remote_code)
     if adapter.experts:
@@ -140,6 +144,166 @@ def _adapter(task: Task, base: Path) -> dict[str, Any]:
             f"tensors, no modules): the adapter is on {', '.join(adapter.names)}"
         )
     return {"adapter_modules": adapter.names, "adapter_parameters": adapter.parameters(task.config.lora)}
+
+
+def _usable(path: Path, reading: Reading, findings: Findings, limit: int | None = None) -> Iterator[Conversation]:
+    """The first rows of a file that are conversations; of the others it is kept why they are none."""
+    before = findings.rows
+    for place, row in itertools.islice(conversations(path, reading), limit):
+        findings.rows += 1
+        if isinstance(row, MarkedRow):
+            findings.leave_out(place, row.kind, str(row))
+        elif isinstance(row, UserError):
+            findings.error(place, row)
+        else:
+            yield row
+    if findings.rows == before:
+        raise no_rows(path)
+
+
+def _read(path: Path | None, reading: Reading, findings: Findings) -> list[Conversation]:
+    """A whole held-out set, which training rows are compared with."""
+    return list(_usable(path, reading, findings)) if path is not None else []
+
+
+def _settle(task: Task, findings: Findings) -> None:
+    if words := findings.settle(task.config.data.on_error, task.config.data.skip_limit):
+        task.warn(words)
+
+
+def _check_test(task: Task, test: Sequence[Conversation]) -> None:
+    path = task.config.data.test
+    check_expected(test, task.config.eval.metric)
+    if with_tools := sum(bool(row.tools) for row in test):
+        assert path is not None
+        if with_tools == len(test):
+            raise UserError(
+                f"data.test: every row of {path} has tools, and calls of tools are not judged: add rows without, "
+                "or leave data.test out"
+            )
+        task.warn(f"{path.name}: {with_tools:,} of {len(test):,} rows have tools; they are not asked")
+
+
+def _new_set(task: Task, name: str, encoder: Encoder, findings: Findings, leaks: Sequence[Leaks] = ()) -> TrainingSet:
+    layout = task.layout
+    return TrainingSet(name, task.new(layout.rows(name)), task.new(layout.tokens(name)), encoder, findings, leaks)
+
+
+def _train_and_validation(
+    task: Task, reading: Reading, encoder: Encoder, file: IO[str], leaks: dict[str, Leaks]
+) -> tuple[Findings, dict[str, TrainingSet]]:
+    """Write the training set, and what is split off it; where there are two rows to split, one in each."""
+    data = task.config.data
+    share = data.validation_fraction if data.validation is None else 0.0
+    start, again = file.tell(), False
+    while True:
+        findings, sets, least, most = _one_pass(task, reading, encoder, file, leaks, share, again=again)
+        train, validation = (sets[name].kept for name in ("train", "validation"))
+        if not share or (train and (validation or again or least >= most)):
+            return findings, sets
+        # So few rows that none, or each, lies below the share: it is moved to the nearest row.
+        share = 0.0 if again or least >= most else math.nextafter(least, 1) if train else most
+        again = True
+        file.seek(start)
+        file.truncate()
+
+
+def _one_pass(
+    task: Task,
+    reading: Reading,
+    encoder: Encoder,
+    file: IO[str],
+    leaks: dict[str, Leaks],
+    share: float,
+    *,
+    again: bool,
+) -> tuple[Findings, dict[str, TrainingSet], float, float]:
+    """Every row of the training data is read and written once.
+
+    Returns:
+        What was found, the sets, and between which positions the rows lie.
+    """
+    data, seed = task.config.data, task.config.train.seed
+    findings, seen, near = Findings("train", file), Seen(), NearDuplicates()
+    least, most = 1.0, 0.0
+    with ExitStack() as stack:
+        sets = {
+            "train": stack.enter_context(_new_set(task, "train", encoder, findings, tuple(leaks.values()))),
+            "validation": stack.enter_context(_new_set(task, "validation", encoder, findings)),
+        }
+        update = stack.enter_context(progress("data, split anew" if again else "data", None, "rows"))
+        for row, weight in _training_rows(task, reading, findings):
+            if findings.rows % 1000 == 0:
+                update(findings.rows)
+            if data.duplicates == "drop" and (first := seen.repeated(row)):
+                findings.leave_out(row.place, REPEATED, f"{row.place}: repeats {first}")
+                continue
+            if first := seen.contradicted(row):
+                findings.note(row.place, CONTRADICTED, f"{row.place}: answers the question of {first} otherwise")
+            near.add(row)
+            at = position(row, seed)
+            if at >= share:  # what is held out is held out once
+                times = int(weight) + (position(row, seed + 1) < weight % 1)
+                if not times:
+                    findings.leave_out(row.place, WEIGHED, f"{row.place}: left out by its source's weight, {weight}")
+                    continue
+                row = replace(row, times=times)
+            least, most = min(least, at), max(most, at)
+            sets["validation" if at < share else "train"].add(row)
+        for place, other, similarity in near.found():
+            findings.note(place, NEARLY, f"{place}: is nearly {other} (about {similarity:.0%} of the word pairs)")
+        update(findings.rows)
+    _settle(task, findings)
+    return findings, sets, least, most
+
+
+def _training_rows(task: Task, reading: Reading, findings: Findings) -> Iterator[tuple[Conversation, float]]:
+    """The rows of data.train and of every further source, each with the weight of its source."""
+    data = task.config.data
+    if data.train is not None:
+        yield from ((row, 1.0) for row in _usable(data.train, reading, findings))
+    for source in data.sources:
+        of_source = reading if source.system is None else replace(reading, system=source.system)
+        yield from ((row, source.weight) for row in _usable(source.path, of_source, findings, source.limit))
+
+
+def _say(
+    task: Task, found: dict[str, Findings], sets: dict[str, TrainingSet], leaks: dict[str, Leaks]
+) -> dict[str, Any]:
+    """Warn of what a user has to know of the rows.
+
+    Returns:
+        Figures: what was left out, and leaks.
+    """
+    for name, findings in found.items():
+        for kind in findings.counts.keys() - findings.errors.keys():
+            task.warn(f"{name}: {findings.counts[kind]:,} of {findings.rows:,} rows: {kind}; {findings.first[kind]}")
+    figures: dict[str, Any] = {"duplicates_dropped": found["train"].counts[REPEATED]}
+    figures |= {"near_duplicates": found["train"].counts[NEARLY], "contradictions": found["train"].counts[CONTRADICTED]}
+    for name, findings in found.items():
+        if name != "test":
+            figures |= {f"{name}_{key}": findings.counts[kind] for key, kind in _TOO_LONG.items()}
+    for name, one in sets.items():
+        if one.left_off:
+            task.warn(f"{name}: {one.left_off:,} messages after a row's last trained answer were left off")
+        if one.openings:
+            task.warn(f"{name}: {one.openings:,} rows begin with an answer, which is not trained: nobody asks for it")
+        if one.merged:
+            task.warn(
+                f"{name}: {one.merged:,} answers begin with characters that the tokenizer joins to the prompt's end "
+                "(most likely white space); that token is not trained, since the server cannot send it"
+            )
+    for name, of_set in leaks.items():
+        leaked = of_set.found
+        figures[f"{name}_leaks"] = len(leaked)
+        if leaked:
+            leak = max(leaked, key=lambda leak: leak.similarity)
+            same = sum(leak.same_answer for leak in leaked)
+            task.warn(
+                f"{len(leaked):,} {name} rows ask what a training row asks (word pairs at least {NEAR:.0%} the same), "
+                f"{same:,} of them with the same answer, so their score flatters; e.g. {leak.held_out} and {leak.train}"
+            )
+    return figures
 
 
 def _check_context(
@@ -171,105 +335,6 @@ def _check_context(
     return needed
 
 
-def split(rows: Sequence[Conversation], fraction: float, seed: int) -> tuple[list[Conversation], list[Conversation]]:
-    """Take a share of the rows for validation: at least one where the share is not 0, never all; the order
-    stays."""
-    count = min(max(1, round(fraction * len(rows))), len(rows) - 1) if fraction else 0
-    chosen = set(random.Random(seed).sample(range(len(rows)), count))
-    return (
-        [row for index, row in enumerate(rows) if index not in chosen],
-        [row for index, row in enumerate(rows) if index in chosen],
-    )
-
-
-def _read(task: Task, path: Path) -> list[Conversation]:
-    rows = read_conversations(path, task.config.data.format, task.config.data.system)
-    if cut := sum(row.cut for row in rows):
-        task.warn(f"{path.name}: {cut:,} messages after a row's last answer were left off: nothing answers them")
-    return rows
-
-
-def _tokenize(
-    task: Task, tokenizer: Any, name: str, rows: Sequence[Conversation]
-) -> tuple[list[Conversation], list[Tokenized], int, int]:
-    """The rows that are kept, their sequences, and how many sequences were cut and dropped for their
-    length."""
-    limit, on_overlong = (
-        task.config.train.max_length or tokenizer.model_max_length,
-        task.config.data.on_overlong,
-    )
-    kept: list[Conversation] = []
-    sequences: list[Tokenized] = []
-    cut = dropped = merged = 0
-    if not rows:
-        return kept, sequences, cut, dropped
-    with progress(f"tokenize {name}", len(rows), "rows") as done:
-        for start in range(0, len(rows), BATCH):
-            batch = rows[start : start + BATCH]
-            texts = [_texts(tokenizer, row) for row in batch]
-            tokenized = iter(tokenize_texts(tokenizer, [text for of_row in texts for text in of_row]))
-            for row, of_row in zip(batch, texts, strict=True):
-                before = len(sequences)
-                for _ in of_row:
-                    sequence = next(tokenized)
-                    merged += sequence.merged
-                    fitting = fit(sequence, limit, on_overlong, row.place)
-                    dropped += fitting is None
-                    if fitting is not None:
-                        cut += fitting is not sequence
-                        sequences.append(fitting)
-                if len(sequences) > before:
-                    kept.append(row)
-            done(start + len(batch))
-    if dropped or cut:
-        what = f"{dropped:,} were dropped" if dropped else f"{cut:,} were cut, their ends are not trained"
-        task.warn(f"{name}: of {len(sequences) + dropped:,} sequences {what} (longer than {limit:,} tokens)")
-    if merged:
-        task.warn(
-            f"{name}: {merged:,} answers begin with characters that the tokenizer joins to the prompt's end "
-            "(most likely white space); that token is not trained, since the server cannot send it"
-        )
-    return kept, sequences, cut, dropped
-
-
-def _texts(tokenizer: Any, row: Conversation) -> list[Any]:
-    try:
-        return training_texts(tokenizer, row.messages, row.tools)
-    except UserError as error:
-        raise UserError(f"{row.place}: {error}") from None
-
-
-def _figures(tokenizer: Any, rows: Sequence[Conversation], sequences: Sequence[Tokenized]) -> dict[str, Any]:
-    """What can be said about a set in numbers. Lengths are in tokens."""
-    lengths = sorted(len(sequence.input_ids) for sequence in sequences)
-    trained = sum(sequence.trained for sequence in sequences)
-    return {
-        "rows": len(rows),
-        "sequences": len(sequences),
-        "tokens": sum(lengths),
-        "tokens_trained": trained,
-        "share_trained": round(trained / sum(lengths), 4) if lengths else 0.0,
-        "longest": max(lengths, default=0),
-        "length_percentiles": {str(p): lengths[(len(lengths) - 1) * p // 100] for p in (50, 90, 99) if lengths},
-        "end_of_turn": sorted({_last_trained(tokenizer, sequence) for sequence in sequences}),
-        "leading_bos": sorted({leading_bos(tokenizer, sequence.input_ids) for sequence in sequences}),
-    }
-
-
-def _last_trained(tokenizer: Any, sequence: Tokenized) -> str:
-    last = max(index for index, label in enumerate(sequence.labels) if label != IGNORED)
-    return decode(tokenizer, [sequence.input_ids[last]])
-
-
-def _example(tokenizer: Any, row: Tokenized) -> dict[str, Any]:
-    return {"text": decode(tokenizer, row.input_ids), "trained": trained_parts(tokenizer, row)}
-
-
-def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
-
-
 STAGE = Stage(
     name="data",
     summary="Check, split and render the conversations; account for every trained token.",
@@ -281,7 +346,7 @@ STAGE = Stage(
     ),
     indifferent_to=("adapter.path",),
     files=files,
-    libraries=("transformers", "tokenizers", "jinja2"),
+    libraries=("transformers", "tokenizers", "jinja2", "pyarrow"),
     # Without data, as an adapter from elsewhere may come, there is nothing to do.
     variants=lambda config: ("",) if _given(config) else (),
     figures=("train_rows", "train_tokens", "train_share_trained", "validation_rows", "test_rows"),

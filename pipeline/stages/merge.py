@@ -241,7 +241,7 @@ STAGE = Stage(
     run=main,
     needs=("data", "train"),
     reads={
-        "data": ("train.tokens.jsonl", "validation.tokens.jsonl"),
+        "data": ("train.tokens.arrow", "validation.tokens.arrow"),
         "train": ("adapter/*", "modules.json", "!adapter/README.md"),
     },
     settings=("model", "merge", "train.load_in_4bit"),

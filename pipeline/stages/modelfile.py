@@ -96,7 +96,7 @@ STAGE = Stage(
     run=main,
     # The length of the trained rows, the merged model's tokenizer, and the one GGUF file.
     needs=lambda variant: ("data", "merge", f"quantize/{variant}"),
-    reads={"data": ("summary.json",)},
+    reads={"data": ("data.json",)},
     settings=("ollama.system", "ollama.template", "ollama.parameters", "ollama.license", "data.system"),
     files=files,
     libraries=("transformers", "tokenizers", "jinja2"),

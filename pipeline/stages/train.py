@@ -18,7 +18,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.console import progress
-from pipeline.data.sources import read_rows
+from pipeline.data.token_file import token_count
 from pipeline.errors import PipelineError, UserError
 from pipeline.model.facts import base_files
 from pipeline.prompt.labels import IGNORED
@@ -113,12 +113,12 @@ def main(task: Task) -> dict[str, Any]:
     if not losses or not all(math.isfinite(loss) for loss in losses):
         raise PipelineError("the training loss is not finite; try a smaller train.learning_rate")
     if max(losses) == 0:
-        raise PipelineError("the training loss is 0 from the start: no token is trained; look at data/summary.json")
+        raise PipelineError("the training loss is 0 from the start: no token is trained; look at data/data.json")
     _save(trainer.model, tokenizer, chosen.names, history, task)
 
     validation = [row["eval_loss"] for row in history if "eval_loss" in row]
     seconds = result.metrics["train_runtime"]
-    tokens = sum(len(row["input_ids"]) for row in train_rows) * trainer.state.global_step / max(1, _epoch(trainer))
+    tokens = token_count(task.layout.tokens("train")) * trainer.state.global_step / max(1, _epoch(trainer))
     return {
         "steps": trainer.state.global_step,
         "loss_first": losses[0],
@@ -157,10 +157,12 @@ def _prepare_tracker(task: Task, *, new: bool) -> None:
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
 
 
-def _read_rows(path: Path) -> list[dict[str, list[int]]]:
-    if not path.is_file():
-        return []
-    return [{key: row[key] for key in ("input_ids", "labels")} for row in read_rows(path)]
+def _read_rows(path: Path) -> Any:
+    """The sequences of a file, mapped into memory: a data set of {"input_ids", "labels"}."""
+    from datasets import Dataset, disable_caching
+
+    disable_caching()  # what packing makes of the rows would be kept beside them, in the data stage's folder
+    return Dataset.from_file(str(path))
 
 
 def _count_parameters(model: Any) -> tuple[int, int]:
@@ -192,8 +194,8 @@ def schedule(rows: int, validation_rows: int, config: Config) -> tuple[int, int,
 def make_trainer(
     model: Any,
     tokenizer: Any,
-    train_rows: list[Any],
-    validation_rows: list[Any],
+    train_rows: Any,
+    validation_rows: Any,
     resuming: bool,
     packing: bool,
     task: Task,
@@ -203,13 +205,12 @@ def make_trainer(
     Args:
         model: a PEFT model of Unsloth's.
         tokenizer: the trained one.
-        train_rows, validation_rows: {"input_ids", "labels"}.
+        train_rows, validation_rows: data sets of {"input_ids", "labels"}.
         resuming: a checkpoint follows, so that no validation is due before the first step.
         packing: put several rows into one sequence.
         task: the stage's task.
     """
     import torch
-    from datasets import Dataset
     from transformers import EarlyStoppingCallback, TrainerCallback
     from trl import SFTConfig, SFTTrainer
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -290,8 +291,8 @@ def make_trainer(
     trainer = RecordingTrainer(
         model=model,
         args=arguments,
-        train_dataset=Dataset.from_list(train_rows),
-        eval_dataset=Dataset.from_list(validation_rows) if validation_rows else None,
+        train_dataset=train_rows,
+        eval_dataset=validation_rows if len(validation_rows) else None,
         processing_class=copy.deepcopy(tokenizer),  # a trainer may give it a pad token, which is not to be saved
         data_collator=None if end_to_end else DataCollatorForLanguageModeling(_padding(model, tokenizer)),
         callbacks=[
@@ -406,7 +407,7 @@ STAGE = Stage(
     summary="Train the LoRA adapter with Unsloth and TRL's SFTTrainer.",
     run=main,
     needs=("data",),
-    reads={"data": ("train.tokens.jsonl", "validation.tokens.jsonl")},
+    reads={"data": ("train.tokens.arrow", "validation.tokens.arrow")},
     settings=("model", "lora", "train"),
     # Who looks on, and how much of an interrupted training is lost.
     indifferent_to=("train.report_to", "train.save_interval"),

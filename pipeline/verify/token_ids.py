@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.console import progress
-from pipeline.data.sources import read_rows
+from pipeline.data.token_file import read_tokens
 from pipeline.errors import PipelineError
 from pipeline.llamacpp.gguf_file import inspect
 from pipeline.llamacpp.library import LlamaModel
@@ -158,7 +158,7 @@ def _same_ids(artefacts: Artefacts, claim: Claim, server: LlamaServer) -> Iterat
 def _training_rows(artefacts: Artefacts) -> list[str]:
     if artefacts.run is None or not (path := Layout(artefacts.run).tokens("train")).is_file():
         return []
-    return [decode(artefacts.tokenizer, row["input_ids"]) for row in itertools.islice(read_rows(path), _ROWS)]
+    return [decode(artefacts.tokenizer, row["input_ids"]) for row in itertools.islice(read_tokens(path), _ROWS)]
 
 
 def _adds(artefacts: Artefacts, rung: str, server: LlamaServer) -> Result:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.console import progress
+from pipeline.data.formats import Conversation
+from pipeline.data.marks import ALL
 from pipeline.data.sources import read_rows
 from pipeline.prompt.labels import (
     IGNORED,
@@ -104,15 +106,16 @@ def check(artefacts: Artefacts) -> Iterator[Result]:
     yield _BOS.at_most(faults.bos.count, 0, faults.bos.words)
 
 
-KnownRows = dict[tuple[int, ...], tuple[list[dict[str, Any]], Any, int]]
+KnownRows = dict[tuple[int, ...], tuple[Conversation, int]]
 
 
 def known_rows(tokenizer: Any, path: Path) -> KnownRows:
-    """The ids of every training text, with its conversation's messages and tools and how many answers it trains."""
+    """The ids of every training text, with its conversation and how many parts of it are trained."""
     owners, texts = [], []
     for row in read_rows(path):
-        for text in training_texts(tokenizer, row["messages"], row.get("tools")):
-            owners.append((row["messages"], row.get("tools"), len(text.spans)))
+        known = Conversation.from_row(row, "")
+        for text in training_texts(tokenizer, known.messages, known.tools, known.trained):
+            owners.append((known, len(text.spans)))
             texts.append(text)
     rows = tokenize_texts(tokenizer, texts)
     return {tuple(row.input_ids): owner for row, owner in zip(rows, owners, strict=True)}
@@ -146,7 +149,8 @@ def judge_row(
     if owner is None:
         faults.unknown.add(f"{where}{decode(tokenizer, ids[:60])!r} is none of the conversations")
         return
-    messages, tools, trained_answers = owner
+    row, trained_answers = owner
+    messages, tools = row.messages, row.tools
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index]
     prompts = {index: tokenize_prompt(tokenizer, messages[:index], tools) for index in answers}
     expected_bos = expected_bos or leading_bos(tokenizer, prompts[answers[-1]])
@@ -160,6 +164,11 @@ def judge_row(
         return
     if cut:
         faults.cut.add(f"{where}ends after {len(ids)} tokens, in the middle: {decode(tokenizer, ids[-12:])!r}")
+        return
+    if row.trained == ALL:  # the end-of-turn token may be followed by white space, which nobody waits for
+        written = decode(tokenizer, ids[spans[0][1] :]).strip()
+        if len(spans) > 1 or ids[count : spans[0][1]] != labels[count : spans[0][1]] or written:
+            faults.spans.add(f"{where}a token is not trained: {decode(tokenizer, ids[:60])!r}")
         return
     for start, end in spans:
         index = next((i for i in answers if _served(tokenizer, prompts[i], ids[:start])), None)

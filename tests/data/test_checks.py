@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.checks import NEAR, check_expected, drop_duplicates, find_leaks
+from pipeline.data.checks import NEAR, Seen, check_expected, find_leaks
 from pipeline.data.formats import Conversation
 from pipeline.errors import UserError
 from pipeline.prompt.labels import IGNORED, Tokenized
@@ -21,12 +21,21 @@ def row(question: str, answer: str = "ok", place: str = "a.jsonl:1") -> Conversa
 def test_only_exact_repetitions_are_dropped_and_the_first_stays() -> None:
     rows = [row("a", place="1"), row("b", place="2"), row("a", place="3"), row("a", "other", place="4")]
     rows.append(Conversation(rows[0].messages, "5", tools=[{"name": "t"}]))
-    assert [kept.place for kept in drop_duplicates(rows)] == ["1", "2", "4", "5"]
+    seen = Seen()
+    assert [seen.repeated(kept) for kept in rows] == [None, None, "1", None, None]
+
+
+def test_another_answer_to_the_same_question_is_found_with_its_place() -> None:
+    seen = Seen()
+    rows = [row("a", "x", "1"), row("a", "x", "2"), row("a", "y", "3"), row("A", "y", "4")]
+    assert [seen.contradicted(kept) for kept in rows] == [None, None, "1", None]
 
 
 def test_a_question_that_was_trained_is_a_leak_whatever_its_case_and_answer() -> None:
     (leak,) = find_leaks([row("Turn it on, please!", "yes", "train:1")], [row("turn it on please", "no", "test:1")])
-    assert (leak.train, leak.held_out, leak.similarity) == ("train:1", "test:1", 1.0)
+    assert (leak.train, leak.held_out, leak.similarity, leak.same_answer) == ("train:1", "test:1", 1.0, False)
+    (leak,) = find_leaks([row("turn it on", "no")], [row("turn it on", " no")])
+    assert leak.same_answer
 
 
 def test_a_long_text_with_one_word_changed_is_a_leak_and_a_short_one_is_not() -> None:

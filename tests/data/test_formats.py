@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.formats import read_conversations
+from pipeline.data.formats import Reading, read_conversations
 from pipeline.data.sources import read_rows
 from pipeline.errors import UserError
 
@@ -28,7 +28,7 @@ def lines(path: Path, *rows: Any) -> Path:
     "row",
     [
         TURNS,
-        {"conversations": [USER, ASSISTANT], "id": 7},
+        {"conversations": [USER, ASSISTANT], "system": None},
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
         {
             "conversations": [
@@ -61,9 +61,9 @@ def test_system_message_is_added_where_there_is_none(tmp_path: Path) -> None:
     own = {"conversations": [{"from": "system", "value": "Mine"}, {"from": "human", "value": "a"}]}
     own["conversations"].append({"from": "gpt", "value": "b"})
     path = lines(tmp_path / "a.jsonl", TURNS, own, {"instruction": "a", "output": "b", "system": "Row's"})
-    systems = [row.messages[0]["content"] for row in read_conversations(path, system="Default")]
+    systems = [row.messages[0]["content"] for row in read_conversations(path, Reading(system="Default"))]
     assert systems == ["Default", "Mine", "Row's"]
-    assert all(len(row.messages) == 3 for row in read_conversations(path, system="Default"))
+    assert all(len(row.messages) == 3 for row in read_conversations(path, Reading(system="Default")))
 
 
 def test_messages_after_the_last_answer_are_cut_and_counted(tmp_path: Path) -> None:
@@ -128,13 +128,13 @@ def write_row(row: Any) -> Callable[[Path], Any]:
     ("name", "write", "message"),
     [
         ("a.jsonl", lambda path: None, "no such file"),
-        ("a.jsonl", lambda path: path.mkdir(), "cannot be read"),
+        ("a.jsonl", lambda path: path.mkdir(), "the folder has no data files"),
         ("a.txt", write_bytes(b"hi"), "known are: .jsonl"),
         ("a.jsonl", write_bytes(b""), "holds no rows"),
         ("a.jsonl", write_bytes(b"\xef\xbb\xbf\n \n"), "holds no rows"),
         ("a.json", write_bytes(b"[]"), "holds no rows"),
         ("a.jsonl", write_bytes(b'{"messages": ['), ":1: not valid JSON at column 15"),
-        ("a.json", write_bytes(b'[{},\n{"a":}]'), ":2: not valid JSON at column 6"),
+        ("a.json", write_bytes(json.dumps([TURNS]).encode()[:-1] + b',\n{"a":}]'), ":2: not valid JSON at column 6"),
         ("a.jsonl", write_bytes(json.dumps(TURNS).encode() + b"\n\xff\xfe"), ":2: not UTF-8 at byte 1"),
         ("a.jsonl", write_bytes(json.dumps(TURNS).encode("utf-16")), ":1: not UTF-8"),
         ("a.jsonl", write_bytes(b"[" * 100_000), ":1: not"),
@@ -164,7 +164,7 @@ def write_row(row: Any) -> Callable[[Path], Any]:
             write_row({"messages": [USER, {"role": "assistant", "content": {}}]}),
             "the text is dict",
         ),
-        ("a.jsonl", write_row({"messages": [USER, ASSISTANT | {"weight": 0}]}), "weight = 0: every"),
+        ("a.jsonl", write_row({"messages": [USER, ASSISTANT | {"weight": 0}]}), "leave no answer to train"),
         ("a.jsonl", write_row({"messages": [USER, {"role": "assistant", "content": "\ud83d"}]}), "surrogate"),
         ("a.jsonl", write_row({"instruction": "a", "output": None}), ":2: output: the text is missing"),
         ("a.jsonl", write_row({"instruction": "a", "output": ""}), "answer is empty"),
@@ -174,7 +174,7 @@ def write_row(row: Any) -> Callable[[Path], Any]:
         ("a.csv", write_bytes(b"prompt,completion\na,b,c\n"), ":2: has not as many fields"),
         ("a.csv", write_bytes("prompt,completion\na\u2028b,c\x0cd\ne\n".encode()), ":3: has not as many fields"),
         ("a.csv", write_bytes(b'prompt,completion\na,"b'), "not valid CSV"),
-        ("a.parquet", write_bytes(b"PAR1"), "not a Parquet file"),
+        ("a.parquet", write_bytes(b"PAR1"), "not Parquet that can be read"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, name: str, write: Callable[[Path], Any], message: str) -> None:
@@ -189,8 +189,8 @@ def test_what_is_wrong_is_named(tmp_path: Path, name: str, write: Callable[[Path
 def test_a_given_shape_refuses_the_others(tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", TURNS)
     with pytest.raises(UserError, match=r'wanted is \{"instruction".*data.format = \'alpaca\''):
-        read_conversations(path, "alpaca")
-    assert len(read_conversations(path, "messages")) == 1
+        read_conversations(path, Reading("alpaca"))
+    assert len(read_conversations(path, Reading("messages"))) == 1
 
 
 # st.text() has no surrogates: such text is refused, see above. The example has what str.splitlines cuts at.

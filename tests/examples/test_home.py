@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.config import load_config
 from pipeline.data.checks import find_leaks
-from pipeline.data.formats import Conversation, read_conversations
+from pipeline.data.formats import Conversation, Reading, read_conversations
 from pipeline.data.metric import parse_strict
 from pipeline.resources import resource
 
@@ -37,7 +37,10 @@ def examples(generator: ModuleType) -> dict[str, list[Any]]:
 
 @pytest.fixture(scope="module")
 def sets() -> dict[str, list[Conversation]]:
-    return {name: read_conversations(HOME / f"{name}.jsonl", "messages") for name in ("train", "validation", "test")}
+    return {
+        name: read_conversations(HOME / f"{name}.jsonl", Reading("messages"))
+        for name in ("train", "validation", "test")
+    }
 
 
 def test_the_committed_data_is_what_the_generator_writes(generator: ModuleType, tmp_path: Path) -> None:

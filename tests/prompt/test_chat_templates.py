@@ -193,7 +193,7 @@ def test_the_data_stage_says_it_and_trains_it(folders: Path, tmp_path: Path) -> 
     data.main(task)
     (warning,) = task.warnings
     assert f"trained with {DEFAULT}" in warning
-    summary = json.loads((task.output / "summary.json").read_text(encoding="utf-8"))
+    summary = json.loads((task.output / "data.json").read_text(encoding="utf-8"))
     assert summary["train_end_of_turn"] == ["</s>"]
     assert summary["train_leading_bos"] == [1]
     assert "<|assistant|>" in summary["train_examples"][0]["text"]

@@ -1,6 +1,7 @@
 """Labels: what is trained is what the model has to write, for tokenizers and templates of every kind."""
 
 import json
+import random
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -287,3 +288,17 @@ def test_real_families(real: Any) -> None:
     assert first.input_ids[: len(prompt)] == prompt
     whole = real.apply_chat_template(CHAT[:3], return_dict=False)
     assert first.input_ids == whole
+
+
+def test_what_stands_before_an_answer_is_the_prompt_as_a_server_reads_it(real: Any) -> None:
+    """A prompt's tokens are taken from the whole text up to its last added token: whatever the texts hold."""
+    chance = random.Random(0)
+    pieces = ["a", "b ", " ", "\n", "\t", "'s", "1", "é", "你", ".", "▁", "<", "|", ">", "</s>"]
+    for _ in range(60):
+        question, answer = ("".join(chance.choices(pieces, k=8)) for _ in range(2))
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": f"x{answer}x"}]
+        (row,) = rows_of(real, messages)
+        served = tokenize_prompt(real, messages[:1])
+        first = next(at for at, label in enumerate(row.labels) if label != IGNORED)
+        assert row.input_ids[:first] == served
+        assert row.merged == 0

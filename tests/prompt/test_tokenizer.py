@@ -9,6 +9,7 @@ import pytest
 from support import bases, servers, small_models
 from transformers import AutoTokenizer
 
+from pipeline.data.token_file import read_tokens
 from pipeline.errors import UserError
 from pipeline.llamacpp.programs import source_tree
 from pipeline.prompt.tokenizer import CONTROL_WORDS, as_served, load_tokenizer
@@ -93,13 +94,14 @@ def test_the_data_stage_trains_and_says_it(tmp_path: Path) -> None:
         tmp_path / "run",
         "data",
         model={"base": str(base)},
-        data={"train": str(rows), "validation_fraction": 0.0},
+        data={"train": str(rows), "validation_fraction": 0.0, "control_tokens": "keep"},
         train={"max_length": 512},
     )
     data.main(task)
-    (warning,) = task.warnings
+    warning, found = task.warnings
+    assert "the control token </s>" in found
     assert "texts are not normalised (NFC); special tokens in a text: </s>" in warning
-    row = json.loads((task.output / "train.tokens.jsonl").read_text(encoding="utf-8"))
+    (row,) = read_tokens(task.output / "train.tokens.arrow")
     tokenizer, _ = load_tokenizer(base)
     assert tokenizer.get_vocab()["</s>"] in row["input_ids"]
     assert DECOMPOSED in tokenizer.decode(row["input_ids"])

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from pipeline.config import Verify, load_config
-from pipeline.data.formats import Conversation
 from pipeline.data.questions import asked
 from pipeline.data.sources import read_rows
+from pipeline.data.token_file import read_tokens
 from pipeline.errors import UserError
 from pipeline.model.held_out import read_held_out
+from pipeline.prompt import training_set
 from pipeline.prompt.labels import IGNORED
 from pipeline.run.layout import Layout
 from pipeline.run.stage import Task
@@ -81,6 +82,10 @@ class Project:
         self.task = Task(data.STAGE, config, self.folder, self.output)
         return data.main(self.task)
 
+    def account(self, name: str) -> dict[str, Any]:
+        account: dict[str, Any] = json.loads((self.output / "data.json").read_text(encoding="utf-8"))["account"][name]
+        return account
+
     def rows(self, name: str) -> list[dict[str, Any]]:
         return list(read_rows(self.output / f"{name}.jsonl"))
 
@@ -92,8 +97,10 @@ def project(tmp_path: Path, base: Path) -> Project:
 
 def test_files_and_figures_say_what_will_be_trained(project: Project) -> None:
     figures = project.run("data.validation_fraction=0.1")
-    assert (figures["train_rows"], figures["validation_rows"], figures["test_rows"]) == (90, 10, 0)
-    tokens = project.rows("train.tokens")
+    assert figures["train_rows"] + figures["validation_rows"] == 100
+    assert 2 < figures["validation_rows"] < 20
+    assert figures["test_rows"] == 0
+    tokens = list(read_tokens(project.output / "train.tokens.arrow"))
     assert figures["train_tokens"] == sum(len(row["input_ids"]) for row in tokens)
     trained = sum(label != IGNORED for row in tokens for label in row["labels"])
     assert figures["train_tokens_trained"] == trained
@@ -102,7 +109,7 @@ def test_files_and_figures_say_what_will_be_trained(project: Project) -> None:
     assert figures["train_length_percentiles"]["99"] <= figures["train_longest"]
     assert figures["train_end_of_turn"] == ["<|im_end|>"]
     assert figures["train_leading_bos"] == [0]
-    summary = json.loads((project.output / "summary.json").read_text(encoding="utf-8"))
+    summary = json.loads((project.output / "data.json").read_text(encoding="utf-8"))
     assert summary.items() >= figures.items()
     example = summary["train_examples"][0]
     assert example["trained"] == ["A number.<|im_end|>"]
@@ -111,24 +118,52 @@ def test_files_and_figures_say_what_will_be_trained(project: Project) -> None:
     assert project.task.warnings == []
 
 
-def test_the_split_depends_on_the_seed_alone(project: Project) -> None:
-    def split(*overrides: str) -> tuple[list[Any], list[Any]]:
+def questions_of(rows: list[dict[str, Any]]) -> list[str]:
+    return [row["messages"][0]["content"] for row in rows]
+
+
+def test_the_split_depends_on_the_seed_and_the_question_alone(project: Project) -> None:
+    def split(*overrides: str) -> tuple[list[str], list[str]]:
         project.run("data.validation_fraction=0.2", *overrides)
-        return project.rows("train"), project.rows("validation")
+        return questions_of(project.rows("train")), questions_of(project.rows("validation"))
 
     first, again, other = split("train.seed=1"), split("train.seed=1"), split("train.seed=2")
     assert first == again
     assert first != other
     for train, validation in (first, other):
-        questions = [row["messages"][0]["content"] for row in [*train, *validation]]
-        assert sorted(questions) == sorted(QUESTIONS)
-        assert len(validation) == 20
+        assert sorted([*train, *validation]) == sorted(QUESTIONS)
+        assert 8 < len(validation) < 32
+    more = [f"Which is {number}?" for number in range(50)]
+    write(project.folder / "train.jsonl", [conversation(question) for question in [*more, *reversed(QUESTIONS)]])
+    train, validation = split("train.seed=1")
+    assert set(train) >= set(first[0])  # new rows and another order move no row
+    assert set(validation) >= set(first[1])
+    assert any(question in validation for question in more)
 
 
 @pytest.mark.parametrize(("rows", "fraction", "expected"), [(1, 0.5, 0), (2, 0.001, 1), (2, 0.99, 1), (9, 0, 0)])
-def test_the_split_leaves_something_to_train(rows: int, fraction: float, expected: int) -> None:
-    train, validation = data.split([Conversation([], str(at)) for at in range(rows)], fraction, 0)
-    assert (len(train), len(validation)) == (rows - expected, expected)
+def test_the_split_leaves_something_to_train(project: Project, rows: int, fraction: float, expected: int) -> None:
+    write(project.folder / "train.jsonl", [conversation(question) for question in QUESTIONS[:rows]])
+    figures = project.run(f"data.validation_fraction={fraction}")
+    assert (figures["train_rows"], figures["validation_rows"]) == (rows - expected, expected)
+    found = project.account("train")
+    assert (found["rows"], found["kept"]) == (rows, rows)
+
+
+def test_rows_of_one_group_stay_together(project: Project) -> None:
+    rows = [conversation(question) | {"author": number // 10} for number, question in enumerate(QUESTIONS)]
+    write(project.folder / "train.jsonl", rows)
+    project.run("data.validation_fraction=0.3", "data.group=author")
+    held_out = {QUESTIONS.index(question) // 10 for question in questions_of(project.rows("validation"))}
+    trained = {QUESTIONS.index(question) // 10 for question in questions_of(project.rows("train"))}
+    assert held_out
+    assert not held_out & trained
+    write(project.folder / "train.jsonl", [*rows, conversation("Whose?")])
+    with pytest.raises(UserError, match=r'train\.jsonl:101: has no "author", which data\.group names'):
+        project.run("data.group=author")
+    write(project.folder / "train.jsonl", [conversation(question) | {"author": 1} for question in QUESTIONS])
+    figures = project.run("data.group=author")
+    assert (figures["train_rows"], figures["validation_rows"]) == (100, 0)
 
 
 def test_given_sets_are_used_as_they_are(project: Project) -> None:
@@ -158,7 +193,7 @@ def test_what_only_python_takes_for_a_line_end_is_text_to_every_reader(project: 
     assert [(question.messages, question.expected) for question in found] == [(turns, odd) for turns in questions]
     assert artefacts.questions == found
     known = trained_labels.known_rows(artefacts.tokenizer, project.output / "train.jsonl")
-    assert [messages for messages, _, _ in known.values()] == [row["messages"] for row in rows]
+    assert [row.messages for row, _ in known.values()] == [row["messages"] for row in rows]
     assert len(read_held_out(Layout(project.folder))[1]) == 2
 
     answered = project.folder / "evaluate" / "base" / "answers.jsonl"
@@ -234,8 +269,10 @@ def test_duplicates_and_leaks_are_counted_and_said(project: Project) -> None:
     figures = project.run("data.test=t.jsonl", "data.validation_fraction=0")
     assert (figures["duplicates_dropped"], figures["test_leaks"], figures["train_rows"]) == (7, 1, 100)
     repeats, leaks = project.task.warnings
-    assert "7 of 107 rows repeat another" in repeats
-    assert "1 of 2 test rows" in leaks
+    assert "train: 7 of 107 rows: a repetition of another row; " in repeats
+    assert "train.jsonl:101: repeats " in repeats
+    assert "1 test rows ask what a training row asks" in leaks
+    assert "1 of them with the same answer" in leaks
     assert "t.jsonl:1" in leaks
     assert "train.jsonl:35" in leaks
 
@@ -247,10 +284,12 @@ def test_rows_that_are_too_long(project: Project) -> None:
         project.run("data.validation_fraction=0")
     figures = project.run("data.validation_fraction=0", "data.on_overlong=drop")
     assert (figures["train_rows"], figures["train_overlong_dropped"], len(project.rows("train"))) == (1, 1, 1)
-    assert "1 were dropped" in project.task.warnings[0]
+    assert re.search(
+        r"1 of 2 rows: too long and left out; .*train\.jsonl:2: has [\d,]+ tokens", project.task.warnings[0]
+    )
     figures = project.run("data.validation_fraction=0", "data.on_overlong=truncate")
     assert (figures["train_rows"], figures["train_overlong_cut"], figures["train_longest"]) == (2, 1, 256)
-    assert "1 were cut" in project.task.warnings[0]
+    assert re.search(r"1 of 2 rows: too long and cut; .*train\.jsonl:2: has", project.task.warnings[0])
     write(project.folder / "train.jsonl", [long])
     with pytest.raises(UserError, match="no row is left to train on"):
         project.run("data.validation_fraction=0", "data.on_overlong=drop")
@@ -262,7 +301,7 @@ def test_messages_that_were_cut_are_said(project: Project) -> None:
     write(project.folder / "train.jsonl", [row])
     project.run("data.validation_fraction=0")
     assert project.rows("train") == [conversation("Hi")]
-    assert "1 messages after a row's last answer" in project.task.warnings[0]
+    assert "1 messages after a row's last trained answer" in project.task.warnings[0]
 
 
 def test_a_template_that_refuses_names_the_row(project: Project, base: Path, tmp_path: Path) -> None:
@@ -286,7 +325,7 @@ def test_json_metric_asks_for_json_answers(project: Project) -> None:
 
 def test_the_same_bytes_every_time_and_in_any_batch_size(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     project.run(name="first")
-    monkeypatch.setattr(data, "BATCH", 7)
+    monkeypatch.setattr(training_set, "BATCH", 7)
     project.run(name="second")
     for path in (project.folder / "first").iterdir():
         assert path.read_bytes() == (project.folder / "second" / path.name).read_bytes(), path.name
@@ -297,3 +336,208 @@ def test_inputs_are_the_data_and_what_makes_tokens(project: Project, base: Path)
     names = {path.name for path in data.STAGE.files(config, "")}
     assert names >= {"train.jsonl", "tokenizer.json", "chat_template.jinja"}
     assert "model.safetensors" not in names
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "lamp", "arguments": {"room": "hall"}}}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "lamp",
+        "description": "Switch a lamp.",
+        "parameters": {"type": "object", "properties": {"room": {"type": "string", "description": "Where."}}},
+    },
+}
+WITH_TOOLS = {
+    "messages": [
+        {"role": "user", "content": "Light!"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "It is on.", "tool_call_id": "c1"},
+        {"role": "assistant", "content": "Done."},
+    ],
+    "tools": [TOOL],
+}
+# What each part of a conversation is lost to: a template that writes everything but this.
+WRITES_ALL = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}{{ ' ' ~ m.name if m.name else '' }}\n"
+    "{{ '<think>' ~ m.reasoning_content ~ '</think>' if m.reasoning_content else '' }}{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NAMED = {"messages": [{"role": "user", "name": "Ann", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+REASONED = {
+    "messages": [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello", "reasoning_content": "A greeting."},
+    ]
+}
+SYSTEM = {"messages": [{"role": "system", "content": "Be brief."}, *NAMED["messages"]]}
+
+
+@pytest.mark.parametrize(
+    ("row", "lost", "found"),
+    [
+        (WITH_TOOLS, "tools", "nothing of the tool 'lamp'"),
+        (WITH_TOOLS, "m.tool_calls", "nothing of the call of 'lamp' in message 2"),
+        (WITH_TOOLS, "m.content if m.role == 'tool'", "nothing of the text of message 3"),
+        (REASONED, "m.reasoning_content", "nothing of the reasoning of message 2"),
+        (NAMED, "m.name", "nothing of the name 'Ann' of message 1"),
+        (SYSTEM, "m.content if m.role == 'system'", "nothing of the text of message 1"),
+    ],
+)
+def test_what_the_template_leaves_out_is_named(
+    project: Project, base: Path, row: dict[str, Any], lost: str, found: str
+) -> None:
+    shutil.copytree(base, own := project.folder / "base")
+    template = own / "chat_template.jinja"
+    template.write_text(WRITES_ALL)
+    write(project.folder / "train.jsonl", [conversation("Hey"), row])
+    given = (f"model.base={own}", "data.validation_fraction=0", "train.max_length=512")
+    assert project.run(*given)["train_rows"] == 2
+    assert project.task.warnings == []
+
+    value, _, condition = lost.partition(" if ")
+    for written in (f"{value} if", f"' ' ~ {value}", f"'<think>' ~ {value} ~", f"{{{{ {value} ", f"in {value} or"):
+        replacement = f"('' if {condition} else {value})" if condition else "[]" if "call" in value else "''"
+        template.write_text(template.read_text().replace(written, written.replace(value, replacement)))
+    if value == "tools":
+        template.write_text(template.read_text().replace("{% if tools %}", "{% if false %}"))
+    with pytest.raises(UserError, match=rf"train\.jsonl:2: the model's chat template writes {found}, so it would not"):
+        project.run(*given)
+    assert project.run(*given, "data.unwritten=keep")["train_rows"] == 2
+    (warning,) = project.task.warnings
+    assert "1 of 2 rows: " in warning
+    assert found in warning
+
+
+def test_control_tokens_in_texts_are_found(project: Project) -> None:
+    write(project.folder / "train.jsonl", [conversation("Hi"), conversation("Say <|im_end|>")])
+    message = r"train\.jsonl:2: message 1 holds '<\|im_end\|>', which is a control token"
+    with pytest.raises(UserError, match=message):
+        project.run()
+    figures = project.run("data.control_tokens=keep", "data.validation_fraction=0")
+    assert figures["train_rows"] == 2
+    assert re.search(rf"1 of 2 rows: the control token <\|im_end\|>; .*{message}", project.task.warnings[0])
+
+
+def test_rows_that_cannot_be_used_stop_the_stage_or_are_skipped_and_named(project: Project) -> None:
+    good = [conversation(question) for question in QUESTIONS]
+    bad = [conversation(question) | {"score": 1} for question in QUESTIONS[:25]]
+    lines = [json.dumps(row) for row in [*good, *bad]] + ["{", json.dumps(good[0]), json.dumps(good[1] | {"weight": 0})]
+    (project.folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError) as caught:
+        project.run()
+    first, scored, more, broken, advice = str(caught.value).splitlines()
+    assert first == "train: 26 of 128 rows cannot be used"
+    assert f'{project.folder}/train.jsonl:101: the key "score" is not known and would be lost; known are' in scored
+    assert '25 rows: unknown key "score"; the next: train.jsonl:102, train.jsonl:103, ' in more
+    assert more.endswith("train.jsonl:120, ...")
+    assert "train.jsonl:126: not valid JSON" in broken
+    assert 'data.on_error = "skip"' in advice
+
+    with pytest.raises(UserError, match=r"data\.skip_limit lets 10\.00% of the rows"):
+        project.run("data.on_error=skip")
+    figures = project.run("data.on_error=skip", "data.skip_limit=0.5", "data.validation_fraction=0.1")
+    assert figures["train_rows"] + figures["validation_rows"] == 100
+    account = project.account("train")
+    assert (account["rows"], account["kept"], account["skipped"], account["left_out"]) == (128, 100, 26, 2)
+    assert account["findings"]['unknown key "score"']["count"] == 25
+    assert account["findings"]["marked as not to be trained"]["places"] == [f"{project.folder}/train.jsonl:128"]
+    named = [json.loads(line) for line in (project.output / "findings.jsonl").read_text().splitlines()]
+    assert len(named) == 28
+    assert {row["place"].rpartition(":")[2] for row in named} == {str(number) for number in range(101, 129)}
+
+    figures = project.run("data.ignore=['score']", "data.on_error=skip", "data.duplicates=keep")
+    assert figures["train_rows"] + figures["validation_rows"] == 126
+
+
+def test_a_long_conversation_is_split_at_its_turns(project: Project) -> None:
+    turns = [turn for number in range(30) for turn in conversation(f"And {number}?", f"Then {number + 1}.")["messages"]]
+    system = {"role": "system", "content": "Count."}
+    long = {"messages": [system, *turns]}
+    long["messages"][2] = long["messages"][2] | {"weight": 0}
+    write(project.folder / "train.jsonl", [conversation("Hi"), long])
+    figures = project.run("data.on_overlong=split", "data.validation_fraction=0", "train.max_length=100")
+    assert figures["train_longest"] <= 100
+    pieces = project.rows("train")[1:]
+    assert 2 < len(pieces) < 30
+    assert all(piece["messages"][0] == system for piece in pieces)
+    assert [turn for piece in pieces for turn in piece["messages"][1:]] == turns
+    assert project.account("train")["kept"] == 2
+    assert f"1 of 2 rows: too long and split; {project.folder}/train.jsonl:2: is" in project.task.warnings[0]
+    assert pieces[0]["trained"] == list(range(4, len(pieces[0]["messages"]), 2))
+    with pytest.raises(UserError, match=r"train\.jsonl:2: has \d+ tokens in one question and its answer"):
+        project.run("data.on_overlong=split", "data.validation_fraction=0", "train.max_length=35")
+
+
+def test_marked_turns_are_not_trained_and_verify_knows_it(project: Project, base: Path) -> None:
+    turns = conversation("One?", "1")["messages"] + conversation("Two?", "2")["messages"]
+    masked = [turns[0], turns[1] | {"weight": 0}, *turns[2:]]
+    write(project.folder / "train.jsonl", [{"messages": masked}])
+    project.run("data.validation_fraction=0", name="data")
+    (row,) = read_tokens(project.output / "train.tokens.arrow")
+    artefacts = Artefacts(Verify(), base, None, {}, project.folder, run=project.folder)
+    tokenizer = artefacts.tokenizer
+    known = trained_labels.known_rows(tokenizer, project.output / "train.jsonl")
+    summary = json.loads((project.output / "data.json").read_text())
+    assert summary["train_examples"][0]["trained"] == ["2<|im_end|>"]
+
+    def faults(labels: list[int]) -> trained_labels.Faults:
+        found = trained_labels.Faults()
+        trained_labels.judge_row(tokenizer, row["input_ids"], labels, known, "", found, None)
+        return found
+
+    assert faults(row["labels"]) == trained_labels.Faults()
+    everything = [*row["input_ids"][:-1], IGNORED]
+    assert faults(everything) != trained_labels.Faults()
+    write(project.folder / "train.jsonl", [{"messages": turns}])
+    project.run("data.validation_fraction=0", "data.train_on=all", name="data")
+    (row,) = read_tokens(project.output / "train.tokens.arrow")
+    assert row["labels"] == everything
+    known = trained_labels.known_rows(tokenizer, project.output / "train.jsonl")
+    assert faults(row["labels"]) == trained_labels.Faults()
+    assert faults([IGNORED, *row["labels"][1:]]) != trained_labels.Faults()
+    assert faults([*row["labels"][:-4], *[IGNORED] * 4]) != trained_labels.Faults()
+
+
+def test_near_duplicates_and_contradictions_are_said_with_their_places(project: Project) -> None:
+    words = " ".join(f"word{number}" for number in range(120))
+    rows = [conversation(words), conversation(words.upper() + "!"), conversation("Why?"), conversation("Why?", "So.")]
+    write(project.folder / "train.jsonl", rows)
+    figures = project.run("data.validation_fraction=0", "train.max_length=2000")
+    assert (figures["near_duplicates"], figures["contradictions"], figures["train_rows"]) == (1, 1, 4)
+    place = f"{project.folder}/train.jsonl"
+    said = "\n".join(project.task.warnings)
+    assert f"a near duplicate of another row; {place}:2: is nearly {place}:1 (about 100% of the word pairs)" in said
+    assert f"another answer to the same question; {place}:4: answers the question of {place}:3 otherwise" in said
+
+
+def test_further_sources_have_a_weight_a_limit_and_a_system_message(project: Project) -> None:
+    for name in ("half", "twice", "few"):
+        write(project.folder / f"{name}.jsonl", [conversation(f"{name} {question}") for question in QUESTIONS])
+    with (project.folder / "pipeline.toml").open("a") as file:
+        file.write(
+            "[[data.sources]]\npath = 'half.jsonl'\nweight = 0.5\nsystem = 'Half.'\n"
+            "[[data.sources]]\npath = 'twice.jsonl'\nweight = 2\n[[data.sources]]\npath = 'few.jsonl'\nlimit = 7\n"
+        )
+    figures = project.run("data.validation_fraction=0", "data.system=Be brief.")
+    account = project.account("train")
+    half = account["left_out"]
+    assert 30 < half < 70
+    assert account["findings"]["left out by the weight of its source"]["count"] == half
+    assert (account["rows"], account["kept"]) == (307, 307 - half)
+    assert figures["train_rows"] == 100 + (100 - half) + 200 + 7
+    systems = [row["messages"][0]["content"] for row in project.rows("train")]
+    assert (systems.count("Half."), systems.count("Be brief.")) == (100 - half, 307)
+    sources = json.loads((project.output / "data.json").read_text())["train_sources"]
+    assert {Path(name).name: of["sequences"] for name, of in sources.items()} == {
+        "train.jsonl": 100, "half.jsonl": 100 - half, "twice.jsonl": 200, "few.jsonl": 7,
+    }  # fmt: skip
+    project.run("data.validation_fraction=0.2")
+    held_out = [json.dumps(row) for row in project.rows("validation")]
+    assert len(set(held_out)) == len(held_out)
+    names = {path.name for path in data.STAGE.files(project.config, "")}
+    assert names >= {"half.jsonl", "twice.jsonl", "few.jsonl"}
+    (project.folder / "few.jsonl").unlink()
+    with pytest.raises(UserError, match=r"data\.sources: .*few\.jsonl: no such file"):
+        project.run()

@@ -57,7 +57,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(small_models.base_run() / stage, folder / stage, symlinks=True)
     (folder / "data").mkdir()
     (folder / "data" / "test.jsonl").write_text(ROW)
-    (folder / "data" / "summary.json").write_text('{"context_needed": 64}')
+    (folder / "data" / "data.json").write_text('{"context_needed": 64}')
     modelfile.main(task(folder, "modelfile", "q4_k_m"))
     return folder
 

@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 
 from pipeline.config import Config, Verify
+from pipeline.data.token_file import read_tokens
 from pipeline.errors import PipelineError
 from pipeline.model.adapter import fit_to, read_adapter
 from pipeline.model.base import resolve_base
 from pipeline.resources import sha256_of
+from pipeline.run.layout import Layout
 from pipeline.run.stage import Task
 from pipeline.setup import gpu
 from pipeline.stages.train import COMPLETE, STAGE, conversations_of, last_checkpoint, make_trainer, schedule
@@ -129,7 +131,7 @@ def test_what_unsloth_saves_is_taken_as_an_adapter_from_elsewhere(project: Path,
 
 def test_the_batches_are_the_rows_of_the_data_stage(trained: Path) -> None:
     """Every row that was trained on is one of the data stage's, labels and padding included."""
-    rows = [json.loads(line) for line in (trained / "data" / "train.tokens.jsonl").read_text().splitlines()]
+    rows = read_tokens(Layout(trained).tokens("train"))
     known = {(tuple(row["input_ids"]), tuple(row["labels"])) for row in rows}
     batches = [json.loads(line) for line in (trained / "train" / "batches.jsonl").read_text().splitlines()]
     assert [batch["step"] for batch in batches] == list(range(STEPS))
@@ -175,9 +177,9 @@ def test_packed_rows_are_counted_and_recorded_as_their_conversations(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import pack_dataset
 
-    tokens = [json.loads(line) for line in (trained / "data" / "train.tokens.jsonl").read_text().splitlines()]
-    rows = [{key: row[key] for key in ("input_ids", "labels")} for row in tokens]
-    packed = len(pack_dataset(Dataset.from_list(rows), 128))
+    data_set = Dataset.from_file(str(Layout(trained).tokens("train")))
+    rows = data_set.to_list()
+    packed = len(pack_dataset(data_set, 128))
     assert packed < len(rows) / 2
     settings = Config.model_validate_json((trained / "config.json").read_text())
     several = {"steps": None, "epochs": 3.0, "batch": 2, "early_stopping": None}
@@ -189,7 +191,7 @@ def test_packed_rows_are_counted_and_recorded_as_their_conversations(
     task = Task(STAGE, settings, tmp_path, tmp_path / "train", scratch=tmp_path / "scratch")
     model = AutoModelForCausalLM.from_pretrained(project / "base")
     tokenizer = AutoTokenizer.from_pretrained(project / "base")
-    trainer = make_trainer(model, tokenizer, rows, [], resuming=False, packing=True, task=task)
+    trainer = make_trainer(model, tokenizer, data_set, [], resuming=False, packing=True, task=task)
     assert trainer.args.max_steps == 3 * math.ceil(packed / 2)
     assert trainer.args.warmup_steps == math.ceil(trainer.args.max_steps * settings.train.warmup)
 

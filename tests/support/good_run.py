@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
+from pipeline.data.token_file import TokenFile
 from pipeline.model.nf4 import Record
+from pipeline.run.layout import Layout
 from pipeline.verify.artefacts import Artefacts
 from support.small_models import base_folder, make_config, make_task, scratch
 
@@ -118,15 +120,14 @@ def _data(run: Path, base: Path) -> None:
     for name, rows in (("train", conversations(3, 8)), ("validation", conversations(12, 8))):
         write_rows(run / "data" / f"{name}.jsonl", rows)
         tokens = [tokenize_conversation(tokenizer, row["messages"]) for row in rows]
-        write_rows(
-            run / "data" / f"{name}.tokens.jsonl",
-            [{"input_ids": row.input_ids, "labels": row.labels} for row in tokens],
-        )
+        with TokenFile(Layout(run).tokens(name)) as file:
+            for row in tokens:
+                file.add(row.input_ids, row.labels)
         if name == "train":
             batches = [_batch(tokens[at : at + 4], at // 4) for at in (0, 4)]
             write_rows(run / "train" / "batches.jsonl", batches)
             longest = max(len(row.input_ids) for row in tokens)
-            write_rows(run / "data" / "summary.json", [{"context_needed": longest}])
+            write_rows(run / "data" / "data.json", [{"context_needed": longest}])
     write_rows(run / "data" / "test.jsonl", [{"messages": row["messages"][:2]} for row in conversations(12, 8)])
 
 

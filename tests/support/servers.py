@@ -101,7 +101,7 @@ def family_run(name: str) -> Path:
     merged = run / "merge" / "model"
     merged.mkdir(parents=True)
     (run / "data").mkdir()
-    (run / "data" / "summary.json").write_text('{"context_needed": 64}')
+    (run / "data" / "data.json").write_text('{"context_needed": 64}')
     for file in ("config.json", "model.safetensors"):
         (merged / file).symlink_to(family(name) / file)
     tokenizer, _ = load_tokenizer(family(name))

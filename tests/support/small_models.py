@@ -64,7 +64,7 @@ def base_run() -> Path:
     """A run's folder whose merged model is the untouched base."""
     run = scratch() / "run"
     (run / "data").mkdir(parents=True)
-    (run / "data" / "summary.json").write_text('{"context_needed": 64}')
+    (run / "data" / "data.json").write_text('{"context_needed": 64}')
     (run / "merge").mkdir(parents=True)
     (run / "merge" / "model").symlink_to(base_folder())
     return run

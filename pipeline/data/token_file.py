@@ -1,0 +1,69 @@
+"""Token ids and labels as the data stage leaves them: an Arrow file that is mapped into memory, so that neither
+training nor a check is sized by the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+_BATCH = 1000  # sequences in a record batch
+
+
+class TokenFile:
+    """Writes sequences to an Arrow file, a stream of record batches as the datasets library maps them.
+
+    Args:
+        path: the file; it is there, with no sequences, from the start.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow
+
+        ids = pyarrow.list_(pyarrow.int32())
+        self._schema = pyarrow.schema([("input_ids", ids), ("labels", ids)])
+        self._writer = pyarrow.ipc.new_stream(str(path), self._schema)
+        self._rows: list[tuple[Sequence[int], Sequence[int]]] = []
+
+    def add(self, input_ids: Sequence[int], labels: Sequence[int]) -> None:
+        """Append a sequence."""
+        self._rows.append((input_ids, labels))
+        if len(self._rows) == _BATCH:
+            self._flush()
+
+    def _flush(self) -> None:
+        import pyarrow
+
+        columns = [pyarrow.array(column, field.type) for column, field in zip(zip(*self._rows), self._schema)]  # noqa: B905
+        self._writer.write_batch(pyarrow.record_batch(columns, schema=self._schema))
+        self._rows = []
+
+    def __enter__(self) -> TokenFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._rows and error is None:
+            self._flush()
+        self._writer.close()
+
+
+def read_tokens(path: Path) -> Iterator[dict[str, Any]]:
+    """The sequences of a file as {"input_ids", "labels"}, lists of token ids, in their order."""
+    import pyarrow
+
+    with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as batches:
+        for batch in batches:
+            for start in range(batch.num_rows):
+                yield batch.slice(start, 1).to_pylist()[0]
+
+
+def token_count(path: Path) -> int:
+    """The tokens of all sequences of a file together."""
+    import pyarrow
+
+    with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as batches:
+        return sum(len(batch.column("input_ids").flatten()) for batch in batches)

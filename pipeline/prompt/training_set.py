@@ -1,0 +1,161 @@
+"""A set as training reads it: conversations, their token ids and labels, and their figures."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pipeline.data.checks import Leaks
+from pipeline.data.findings import Findings
+from pipeline.data.formats import Conversation
+from pipeline.data.sources import file_of
+from pipeline.data.token_file import TokenFile
+from pipeline.prompt.labels import IGNORED, Tokenized, decode, leading_bos, trained_parts
+from pipeline.prompt.sequences import Encoder, Outcome
+
+BATCH = 1000  # rows tokenized in one call: enough for the tokenizer's threads, little memory
+EXAMPLES = 3  # sequences shown in data.json
+_BARS = 20  # of the histogram of lengths
+
+
+class TrainingSet:
+    """Takes rows, and writes what is trained of them as they come.
+
+    Args:
+        name: the set's.
+        rows: the file of the conversations, JSON lines.
+        tokens: the file of their sequences, Arrow.
+        encoder: makes the sequences.
+        findings: takes what is wrong with a row, or was done with it.
+        leaks: held-out sets that every kept row is compared with.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rows: Path,
+        tokens: Path,
+        encoder: Encoder,
+        findings: Findings,
+        leaks: Iterable[Leaks] = (),
+    ) -> None:
+        self.name = name
+        self._rows = rows.open("w", encoding="utf-8", newline="\n")
+        self._tokens = TokenFile(tokens)
+        self._encoder, self._findings, self._leaks = encoder, findings, tuple(leaks)
+        self._waiting: list[Conversation] = []
+        self._lengths: Counter[int] = Counter()
+        self._ends: set[int] = set()
+        self._leading_bos: set[int] = set()
+        self._trained = 0
+        self.examples: list[dict[str, Any]] = []
+        self.sources: dict[str, Counter[str]] = {}
+        self.out = 0  # rows of the user's of which something is kept
+        self.kept = 0  # conversations: more than rows where one was split
+        self.left_off = 0  # messages after the last trained one
+        self.merged = 0  # answers whose first token is shared with the prompt
+        self.openings = 0  # answers that open a conversation, which nobody asks for
+
+    def add(self, row: Conversation) -> None:
+        """Take a row."""
+        self._waiting.append(row)
+        if len(self._waiting) == BATCH:
+            self._flush()
+
+    def _flush(self) -> None:
+        for outcome in self._encoder.encode(self._waiting):
+            self._write(outcome)
+        self._waiting = []
+
+    def _write(self, outcome: Outcome) -> None:
+        row = outcome.row
+        notes = dict(reversed(outcome.notes))  # the first of each kind
+        if outcome.error is not None:
+            self._findings.error(row.place, outcome.error)
+        elif not outcome.kept:
+            kind, words = outcome.notes[-1]
+            self._findings.leave_out(row.place, kind, words)
+            notes.pop(kind)
+        for kind, words in notes.items():
+            self._findings.note(row.place, kind, words)
+        if not outcome.kept:
+            return
+        self.out += 1
+        self.left_off += row.cut
+        self.openings += row.messages[0]["role"] == "assistant"
+        for leaks in self._leaks:
+            leaks.add(row)
+        for conversation, sequences in outcome.kept * row.times:
+            self.kept += 1
+            self._rows.write(conversation.as_line())
+            for sequence in sequences:
+                self._tokens.add(sequence.input_ids, sequence.labels)
+                self._count(row, sequence)
+
+    def _count(self, row: Conversation, sequence: Tokenized) -> None:
+        tokenizer = self._encoder.tokenizer
+        length, trained = len(sequence.input_ids), sequence.trained
+        self._lengths[length] += 1
+        self._trained += trained
+        self.merged += sequence.merged
+        self._ends.add(next(label for label in reversed(sequence.labels) if label != IGNORED))
+        self._leading_bos.add(leading_bos(tokenizer, sequence.input_ids))
+        of_source = self.sources.setdefault(file_of(row.place), Counter())
+        of_source.update(sequences=1, tokens=length, tokens_trained=trained)
+        if len(self.examples) < EXAMPLES:
+            text = decode(tokenizer, sequence.input_ids)
+            self.examples.append({"text": text, "trained": trained_parts(tokenizer, sequence)})
+
+    def __enter__(self) -> TrainingSet:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._flush()
+        self._rows.close()
+        self._tokens.__exit__(kind, error, trace)
+
+    def figures(self) -> dict[str, Any]:
+        """What can be said about the set in numbers. Lengths are in tokens."""
+        tokens = sum(length * count for length, count in self._lengths.items())
+        sequences = self._lengths.total()
+        return {
+            "rows": self.kept,
+            "sequences": sequences,
+            "tokens": tokens,
+            "tokens_trained": self._trained,
+            "share_trained": round(self._trained / tokens, 4) if tokens else 0.0,
+            "longest": max(self._lengths, default=0),
+            "length_percentiles": {str(p): _at(self._lengths, (sequences - 1) * p // 100) for p in (50, 90, 99)}
+            if sequences
+            else {},
+            "end_of_turn": sorted(decode(self._encoder.tokenizer, [token]) for token in self._ends),
+            "leading_bos": sorted(self._leading_bos),
+        }
+
+    def account(self) -> dict[str, Any]:
+        """What is too long for a figure: the histogram of lengths, as [longest, how many], and the sources."""
+        width = max(1, -(-max(self._lengths, default=0) // _BARS))
+        bars = Counter((length - 1) // width for length in self._lengths.elements())
+        return {
+            "lengths": [[(bar + 1) * width, bars[bar]] for bar in range(max(bars, default=-1) + 1)],
+            "sources": {
+                name: {**counts, "share_trained": round(counts["tokens_trained"] / counts["tokens"], 4)}
+                for name, counts in self.sources.items()
+            },
+            "examples": self.examples,
+        }
+
+
+def _at(lengths: Counter[int], rank: int) -> int:
+    """The length at a rank, from 0, of all lengths in order."""
+    for length in sorted(lengths):
+        rank -= lengths[length]
+        if rank < 0:
+            return length
+    raise IndexError(rank)
