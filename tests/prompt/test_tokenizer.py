@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from pipeline.config import Verify
 from pipeline.errors import UserError
 from pipeline.llamacpp.programs import source_tree
-from pipeline.prompt.tokenizer import CONTROL_WORDS, as_served, load_tokenizer
+from pipeline.prompt.tokenizer import CONTROL_WORDS, Saved, as_served, load_tokenizer, read_saved
 from pipeline.stages import data
 from pipeline.verify import token_ids
 from pipeline.verify.artefacts import Artefacts
@@ -208,3 +208,21 @@ def test_a_base_with_such_tokens_goes_the_whole_way(short: Path, tmp_path: Path)
     results = list(token_ids.check_files(artefacts))
     assert results
     assert not [(result.id, result.words) for result in results if result.verdict == FAIL]
+
+
+@pytest.mark.parametrize("name", ["smollm2", "qwen3"])
+def test_a_saved_tokenizer_is_read_from_its_files(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.prompt import tokenizer as module
+
+    source = small_models.base_folder() if name == "smollm2" else bases.tokenizer_files(name, tmp_path / "source")
+    loaded = AutoTokenizer.from_pretrained(source)
+    loaded.save_pretrained(tmp_path / "saved")
+    expected = Saved(loaded.bos_token_id, loaded.eos_token_id, len(loaded), loaded.chat_template)
+    with monkeypatch.context() as patch:
+        patch.delattr(module, "saved_tokenizer")  # it need not be loaded
+        assert read_saved(tmp_path / "saved") == expected
+    settings = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+    del settings["eos_token"]  # a family's class may know its own
+    (tmp_path / "saved" / "tokenizer_config.json").write_text(json.dumps(settings))
+    again = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert read_saved(tmp_path / "saved").eos == again.eos_token_id
