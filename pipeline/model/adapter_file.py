@@ -1,7 +1,7 @@
 """A PEFT adapter's folder: what its configuration says, and where in a base's files its tensors belong.
 
-The names of an adapter are those of the loaded model. transformers renames the parts of some vision-language models as
-it loads them, so that the files may have another beginning: "language_model.model.layers" for "model.layers".
+The names of an adapter are those of the loaded model. transformers renames the parts of some models as it loads them,
+so that the files may have another beginning: "language_model.model.layers" for "model.layers".
 """
 
 from __future__ import annotations
@@ -110,16 +110,24 @@ class Renaming:
 
 
 def renaming(modules: Iterable[str], base: Weights) -> Renaming:
-    """How the names of adapted modules begin in a base's files."""
+    """How the names of a loaded model's modules begin in a base's files.
+
+    Example: "transformer.h.0.attn.c_attn" is "h.0.attn.c_attn" in the files of GPT-2, and ends there as no other does.
+    """
     for module in sorted(modules):
-        within = module[module.find("layers.") :]
-        found = [
-            name
-            for name in base.shapes
-            if name.endswith(f".{within}.weight") and not OTHER_SENSES.search(name) and is_matrix(base, name)
-        ]
-        if f"{module}.weight" not in base.shapes and len(found) == 1:
-            return Renaming(found[0].removesuffix(f"{within}.weight"), module.removesuffix(within))
+        if f"{module}.weight" in base.shapes:
+            continue
+        parts = module.split(".")
+        numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+        for start in (*range(1, numbers[0] + 1), 0) if numbers else ():
+            end = ".".join(parts[start:])
+            found = [
+                name
+                for name in base.shapes
+                if f".{name}".endswith(f".{end}.weight") and not OTHER_SENSES.search(name) and is_matrix(base, name)
+            ]
+            if len(found) == 1:
+                return Renaming(found[0].removesuffix(f"{end}.weight"), module.removesuffix(end))
     return Renaming()
 
 

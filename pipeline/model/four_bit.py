@@ -1,7 +1,7 @@
 """A base that bitsandbytes has stored in 4 bits, and the 16-bit weights that an adapter on it was trained with.
 
 Beside a packed weight its file holds what unpacks it: scales, the code, and their types. Only training reads such a
-folder as it is; everything else is given its weights unpacked, tensor by tensor, shard by shard.
+folder as it is; everything else is given its weights unpacked, tensor by tensor.
 """
 
 from __future__ import annotations
@@ -38,40 +38,51 @@ def in_16bit(folder: Path, target: Path) -> Path:
         return folder
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    places: dict[str, str] = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix == ".safetensors":
-            places |= dict.fromkeys(_unpack(path, target / path.name), path.name)
-        elif path.is_file() and path.name not in ("config.json", "model.safetensors.index.json"):
+        written = path.suffix == ".safetensors" or path.name in ("config.json", "model.safetensors.index.json")
+        if path.is_file() and not written:
             (target / path.name).symlink_to(path.resolve())
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     del config["quantization_config"]
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if len(set(places.values())) > 1:
-        index = {"metadata": {}, "weight_map": places}
-        (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    _unpack(folder, target)
     return target
 
 
-def _unpack(path: Path, target: Path) -> list[str]:
-    """Write a shard with its weights unpacked; return the names in it."""
+def _unpack(folder: Path, target: Path) -> None:
+    """Write the weights unpacked, tensor by tensor, in files of the same names."""
+    from pipeline.model.weights_file import STORED_TYPES, read_weights
+    from pipeline.model.weights_writer import TensorPlan, WeightsWriter
+
+    weights = read_weights(folder)
+    parts: dict[str, dict[str, str]] = {}
+    for name in weights.shapes:
+        if match := PART.match(name):
+            parts.setdefault(match[1], {})[match[2]] = name
+    states = {name: _state(weights, found) for name, found in parts.items()}
+    stored = {torch_name: kind for kind, (torch_name, _) in STORED_TYPES.items()}
+    plans = {}
+    for name in weights.shapes:
+        if name in states:
+            kind = stored[str(states[name]["dtype"])]
+            plans[name] = TensorPlan(weights.file_of[name].name, kind, tuple(states[name]["shape"]))
+        elif not PART.match(name):
+            plans[name] = TensorPlan(weights.file_of[name].name, weights.types[name], weights.shapes[name])
+    with WeightsWriter(target, plans) as writer:
+        for name in plans:
+            writer.write(name, 0, _unpacked(weights, name, parts[name]) if name in parts else weights[name])
+
+
+def _state(weights: Any, parts: dict[str, str]) -> dict[str, Any]:
+    """What a packed weight's file says of it: "shape" and "dtype", which it had before."""
+    packed = next(name for part, name in parts.items() if part.startswith("quant_state."))
+    state: dict[str, Any] = json.loads(bytes(weights[packed].tolist()))
+    return state
+
+
+def _unpacked(weights: Any, name: str, parts: dict[str, str]) -> Any:
     import torch
     from bitsandbytes.functional import QuantState, dequantize_4bit
-    from safetensors import safe_open
-    from safetensors.torch import save_file
 
-    tensors: dict[str, Any] = {}
-    with safe_open(path, framework="pt") as file:
-        parts: dict[str, dict[str, Any]] = {}
-        for name in file.keys():  # noqa: SIM118  (the file is no mapping)
-            if match := PART.match(name):
-                parts.setdefault(match[1], {})[match[2]] = file.get_tensor(name)
-        for name in file.keys():  # noqa: SIM118
-            if PART.match(name):
-                continue
-            tensors[name] = file.get_tensor(name)
-            if name in parts:
-                state = QuantState.from_dict(parts[name], torch.device("cpu"))
-                tensors[name] = dequantize_4bit(tensors[name], state).contiguous()
-    save_file(tensors, target, metadata={"format": "pt"})
-    return list(tensors)
+    state = QuantState.from_dict({part: weights[of] for part, of in parts.items()}, torch.device("cpu"))
+    return dequantize_4bit(weights[name], state)

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from pipeline.model.adapter_file import renaming
 from pipeline.model.predict import batches, padded
 from pipeline.model.weights_file import Weights
 
@@ -42,12 +43,15 @@ class Layers:
             ).eval()
         self.model.tie_weights()
         self._parts = [(name, part) for name, part in _parts(self.model)]
-        own = set(weights.own)
-        stored = {id(value): name for name, value in _tensors(self.model) if name in own}
-        self._stored = {name: stored.get(id(value), "") for name, value in _tensors(self.model)}
+        own, tensors = set(weights.own), list(_tensors(self.model))
+        names = renaming((name.removesuffix(".weight") for name, value in tensors if value.dim() == 2), weights)
+        stored = {id(value): names.to_file(name) for name, value in tensors if names.to_file(name) in own}
+        self._stored = {name: stored.get(id(value), "") for name, value in tensors}
         self.unused = sorted(own - set(self._stored.values()))
         self.misshapen = [
-            name for name, value in _tensors(self.model) if name in own and weights.shapes[name] != tuple(value.shape)
+            name
+            for name, value in tensors
+            if self._stored[name] and weights.shapes[self._stored[name]] != tuple(value.shape)
         ]
 
     @property

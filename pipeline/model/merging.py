@@ -24,7 +24,7 @@ from pipeline.model.targets import OTHER_SENSES
 from pipeline.model.weights_file import Weights, torch_type
 from pipeline.model.weights_writer import TensorPlan, WeightsWriter
 
-_PIECE = 1 << 22  # numbers that are added at once: they fit into a processor's cache
+_PIECE = 1 << 18  # numbers that are added at once: they stay in a processor's cache
 _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_embedding_A|lora_embedding_B|lora_magnitude_vector|lora_A|lora_B)"
     r"(?P<kind>\.weight|\.bias)?"
@@ -276,9 +276,9 @@ def _sum(before: Any, a: Any, b: Any, magnitude: Any, addition: Addition) -> Any
     import torch
 
     product = b @ a
-    delta = (product.T if addition.transposed else product) * addition.scaling
+    delta = (product.T if addition.transposed else product).mul_(addition.scaling)
     if magnitude is None:
-        return before + delta
+        return delta.add_(before)
     summed = before.T + delta.T if addition.transposed else before + delta
     factor = (magnitude / torch.linalg.norm(summed, dim=1)).view(-1, 1)
     return (factor.T if addition.transposed else factor) * (before + delta)
@@ -356,7 +356,7 @@ def write_merged(merged: MergedWeights, folder: Path, update: Callable[[float], 
     }
     sums = Sums()
     threads = torch.get_num_threads()
-    with WeightsWriter(folder, plans) as writer, torch.inference_mode():
+    with WeightsWriter(folder, plans) as writer:
         # One thread for each of the processor's, each computing alone.
         pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), initializer=torch.set_num_threads, initargs=(1,))
         try:
@@ -378,10 +378,13 @@ def _write_one(merged: MergedWeights, name: str, writer: WeightsWriter) -> tuple
     stored = torch_type(merged.type(name))
     for row, before, after in merged.pieces(name):
         rounded = after.to(stored)
-        if not torch.isfinite(rounded).all():
-            raise PipelineError(f"{name}: not finite as {stored}; the base was stored in a type of smaller range")
+        writer.write(name, row, rounded)
         if before is not None:
             base += float(torch.linalg.vector_norm(before)) ** 2
-            rounding += float(torch.linalg.vector_norm(rounded.float() - after)) ** 2
-        writer.write(name, row, rounded)
+            size = float(torch.linalg.vector_norm(after.sub_(rounded)))  # of what rounding took off
+            rounding += size**2
+        else:
+            size = float(torch.linalg.vector_norm(rounded, dtype=torch.float32)) if stored.is_floating_point else 0.0
+        if not math.isfinite(size) and not torch.isfinite(rounded).all():
+            raise PipelineError(f"{name}: not finite as {stored}; the base was stored in a type of smaller range")
     return base, rounding

@@ -174,21 +174,50 @@ def saved_tokenizer(folder: Path) -> Any:
         raise UserError(f"{folder}: no tokenizer can be loaded from it: {error}") from None
 
 
-def saved_eos(folder: Path) -> int | None:
-    """The id of the token that ends a text, of a saved tokenizer: read from its files, loaded only where they hide it.
+@dataclass(frozen=True)
+class Saved:
+    """What a saved tokenizer says of itself.
+
+    Attributes:
+        bos, eos: the ids of the tokens that begin and end a text; None for one that it does not have.
+        size: how many tokens it has.
+        chat_template: its Jinja; None without one.
+    """
+
+    bos: int | None
+    eos: int | None
+    size: int
+    chat_template: str | None
+
+
+def read_saved(folder: Path) -> Saved:
+    """Read a saved tokenizer's files; it is loaded, which takes seconds, only where they do not say all.
 
     Raises:
-        UserError: there is no tokenizer that can be loaded.
+        UserError: there is none that can be loaded.
     """
     try:
-        given = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["eos_token"]
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         whole = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        text = given["content"] if isinstance(given, dict) else given
-        ids = {token["content"]: token["id"] for token in whole["added_tokens"]}
-        return None if text is None else int(ids[text])
-    except (OSError, ValueError, KeyError, TypeError):
-        id: int | None = saved_tokenizer(folder).eos_token_id
-        return id
+        added = {token["content"]: int(token["id"]) for token in whole["added_tokens"]}
+        words = len(whole["model"]["vocab"].keys() | added.keys())
+        bos, eos = (_id_of(settings[f"{name}_token"], added) for name in ("bos", "eos"))
+        path = folder / "chat_template.jinja"
+        template = path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
+        if (folder / "additional_chat_templates").exists() or not isinstance(template, str | None):
+            raise ValueError("several chat templates")
+        return Saved(bos, eos, words, template)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        tokenizer = saved_tokenizer(folder)
+        template = tokenizer.chat_template
+        if isinstance(template, dict):
+            template = template.get("default")
+        return Saved(tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer), template)
+
+
+def _id_of(token: Any, added: dict[str, int]) -> int | None:
+    text = token["content"] if isinstance(token, dict) else token
+    return None if text is None else added[text]
 
 
 def as_served(tokenizer: Any) -> tuple[Any, list[str]]:

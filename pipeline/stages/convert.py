@@ -13,8 +13,10 @@ from pipeline import console
 from pipeline.errors import PipelineError
 from pipeline.llamacpp import converter
 from pipeline.llamacpp.gguf_file import GGUFInfo, check
+from pipeline.model import memory
 from pipeline.model.weights_file import Weights, read_weights
 from pipeline.processes import require_space
+from pipeline.prompt.tokenizer import read_saved
 from pipeline.run.stage import Stage, Task
 
 # Said for every model that transformers 5 saved: "default" is its name for no scaling, and that is what is written.
@@ -32,7 +34,7 @@ def main(task: Task) -> dict[str, Any]:
     asked = task.config.export.outtype
     outtype = weights.sixteen_bit_type if asked == "auto" else asked
     target = task.new(task.layout.converted(outtype))
-    require_space(task.output, 2 * weights.parameters, "the 16-bit GGUF")
+    require_space(task.output, memory.sixteen_bit_file(weights.parameters), "the 16-bit GGUF")
     convert(task, merged, target, outtype)
 
     info = check(target)
@@ -77,8 +79,6 @@ def check_against(info: GGUFInfo, weights: Weights, task: Task) -> None:
     Raises:
         PipelineError: parameters are missing, or its tokenizer is not the trained one.
     """
-    from pipeline.prompt.tokenizer import saved_tokenizer
-
     merged, expected = weights.folder, weights.parameters
     config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
     found = sum(tensor.elements for tensor in info.tensors if not _COMPUTED.match(tensor.name))
@@ -89,7 +89,7 @@ def check_against(info: GGUFInfo, weights: Weights, task: Task) -> None:
             raise PipelineError(f"{message}: the converter lost or invented some")
         task.warn(f"{message}: a text GGUF leaves out the other parts of this model")
 
-    tokenizer = saved_tokenizer(merged)
+    tokenizer = read_saved(merged)
     kind = info.metadata["tokenizer.ggml.model"]
     if is_byte_level(merged) and kind != "gpt2":
         raise PipelineError(
@@ -97,7 +97,7 @@ def check_against(info: GGUFInfo, weights: Weights, task: Task) -> None:
             "the model would see other tokens than it was trained on. The tokenizer.json is one that llama.cpp's "
             "converter misreads"
         )
-    trained = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
+    trained = {"bos": tokenizer.bos, "eos": tokenizer.eos}
     written = {name: info.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in trained}
     differing = [
         f"{name} {written[name]} instead of {id}"
@@ -106,11 +106,9 @@ def check_against(info: GGUFInfo, weights: Weights, task: Task) -> None:
     ]
     if differing:
         raise PipelineError(f"{info.path.name}: other special tokens than were trained: {', '.join(differing)}")
-    if len(vocabulary) < len(tokenizer):
-        raise PipelineError(f"{info.path.name} has {len(vocabulary)} tokens, the tokenizer {len(tokenizer)}")
+    if len(vocabulary) < tokenizer.size:
+        raise PipelineError(f"{info.path.name} has {len(vocabulary)} tokens, the tokenizer {tokenizer.size}")
     template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
     if template is not None and info.metadata.get("tokenizer.chat_template") != template:
         raise PipelineError(f"{info.path.name}: its chat template is not the trained one")
 

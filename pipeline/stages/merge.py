@@ -37,7 +37,7 @@ from pipeline.model.peft_merging import PeftMerge
 from pipeline.model.sentencepiece_file import write_sentencepiece
 from pipeline.model.weights_file import TORCH_TYPES, Weights, read_weights
 from pipeline.processes import require_space
-from pipeline.prompt.tokenizer import saved_eos
+from pipeline.prompt.tokenizer import read_saved
 from pipeline.run.stage import Stage, Task
 from pipeline.setup import machine
 
@@ -211,7 +211,7 @@ def _write_generation(task: Task, base: Weights, output: Path) -> None:
         config = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
         keys = ("bos_token_id", "eos_token_id", "pad_token_id")
         generation = {key: config[key] for key in keys if config.get(key) is not None}
-    own, eos = generation.get("eos_token_id"), saved_eos(task.layout.adapter)
+    own, eos = generation.get("eos_token_id"), read_saved(task.layout.adapter).eos
     ends = own if isinstance(own, list) else [] if own is None else [own]
     if eos is not None and eos not in ends:
         generation["eos_token_id"] = [eos, *ends]

@@ -53,8 +53,8 @@ def check(config: Config, run_folder: Path, base: Weights, gpu_bytes: int | None
         yield _bytes(_FLOAT32, float32, there)
     else:
         yield _FLOAT32.not_run(
-            f"{float32 / 1e9:.0f} GB would be needed, {there / 1e9:.0f} GB are there: the logits of the "
-            "merged model will not be compared with the 16-bit GGUF file's; its weights will be"
+            f"{float32 / 1e9:.0f} GB would be needed, {there / 1e9:.0f} GB are there: the logits of the merged model "
+            "will be computed layer by layer, and those of the 16-bit GGUF file in its own type"
         )
     if config.adapter.path is not None:  # nothing is trained
         yield _judged(_VERSIONS, libraries.look())

@@ -1,7 +1,10 @@
 """The base an adapter is merged into: both are measured, the better is taken, and the merge is exact on either."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -120,3 +123,20 @@ def test_an_adapter_of_16_bits_has_one_base(tmp_path: Path) -> None:
     assert not chosen["losses"]
     (result,) = merge_base.check(artefacts)
     assert result.verdict == "not run"
+
+
+def test_a_chosen_base_is_merged_without_loading_a_model(tmp_path: Path) -> None:
+    """What takes seconds to import is left alone, so the stage costs what its files cost."""
+    for stage in ("data", "train", "base"):
+        shutil.copytree(good_run() / stage, tmp_path / "run" / stage)
+    sections = {**CONFIG, "model": {"base": str(tmp_path / "run" / "base")}, "merge": {"base": "16bit"}}
+    program = (
+        "import json, sys; from pathlib import Path; from support.small_models import make_task\n"
+        "from pipeline.stages import merge\n"
+        f"merge.main(make_task(Path({str(tmp_path / 'run')!r}), 'merge', **json.loads({json.dumps(sections)!r})))\n"
+        "print(sorted({'transformers', 'peft', 'bitsandbytes', 'accelerate', 'unsloth'} & sys.modules.keys()))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
+    assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr
+    assert read_weights(tmp_path / "run" / "merge" / "model").shapes

@@ -116,6 +116,15 @@ def random_base(folder: Path, model_type: str = "llama", dtype: str = "bfloat16"
     return folder
 
 
+def rename_tensors(folder: Path, old: str, new: str) -> None:
+    """Let the names in a model's file begin otherwise than in the loaded model."""
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    tensors = {new + name.removeprefix(old) if name.startswith(old) else name: t for name, t in load_file(path).items()}
+    save_file(tensors, path, {"format": "pt"})
+
+
 def random_adapter(base: Path, folder: Path, **lora: Any) -> Path:
     """An adapter of a base whose every number is random, saved by PEFT."""
     import torch
