@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from pipeline.data.token_file import read_tokens
 from pipeline.errors import UserError
 from pipeline.llamacpp.programs import source_tree
-from pipeline.prompt.tokenizer import CONTROL_WORDS, as_served, load_tokenizer
+from pipeline.prompt.tokenizer import CONTROL_WORDS, Saved, as_served, load_tokenizer, read_saved
 from pipeline.stages import data
 
 DECOMPOSED, COMPOSED = "cafe\u0301", "caf\u00e9"
@@ -191,3 +191,21 @@ def test_added_tokens_without_rows(tmp_path: Path) -> None:
     (base / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<end_call>"}), encoding="utf-8")
     with pytest.raises(UserError, match=r"its eos_token .*128,259 tokens, it 128,256 rows.*resize_token_embeddings"):
         load_tokenizer(base)
+
+
+@pytest.mark.parametrize("name", ["smollm2", "qwen3"])
+def test_a_saved_tokenizer_is_read_from_its_files(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.prompt import tokenizer as module
+
+    source = small_models.base_folder() if name == "smollm2" else bases.tokenizer_files(name, tmp_path / "source")
+    loaded = AutoTokenizer.from_pretrained(source)
+    loaded.save_pretrained(tmp_path / "saved")
+    expected = Saved(loaded.bos_token_id, loaded.eos_token_id, len(loaded), loaded.chat_template)
+    with monkeypatch.context() as patch:
+        patch.delattr(module, "saved_tokenizer")  # it need not be loaded
+        assert read_saved(tmp_path / "saved") == expected
+    settings = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+    del settings["eos_token"]  # a family's class may know its own
+    (tmp_path / "saved" / "tokenizer_config.json").write_text(json.dumps(settings))
+    again = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert read_saved(tmp_path / "saved").eos == again.eos_token_id
