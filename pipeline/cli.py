@@ -387,26 +387,14 @@ def data(config: Path, overrides: tuple[str, ...], show: int | None, ids: bool, 
 
 
 def _show_rows(config: Config, count: int, ids: bool) -> None:
-    import itertools
-
-    from rich.text import Text
-
-    from pipeline.console import results
-    from pipeline.data.token_file import read_tokens
     from pipeline.model.base import resolve_base
-    from pipeline.prompt import shown
+    from pipeline.prompt.shown import show
     from pipeline.prompt.tokenizer import load_tokenizer
 
     model = config.model
     base = resolve_base(model.base, model.revision)
     tokenizer, _ = load_tokenizer(base, trust_remote_code=model.trust_remote_code, chat_template=model.chat_template)
-    rows = read_tokens(Layout(config.run_folder).tokens("train"))
-    for number, row in enumerate(itertools.islice(rows, count), 1):
-        parts = list(shown.parts(tokenizer, row["input_ids"], row["labels"], ids=ids))
-        text = Text(f"row {number}: {len(row['input_ids']):,} tokens\n", style="dim")
-        for part, trained in parts:
-            text.append(part, style="not dim green" if trained else "not dim")
-        results().print(text, soft_wrap=True)
+    show(tokenizer, Layout(config.run_folder).tokens("train"), count, ids=ids)
 
 
 @stage_command("deploy", "pipeline deploy my/pipeline.toml --host 127.0.0.1:11434 --name my-model --dry-run")

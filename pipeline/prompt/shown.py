@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from pipeline.console import results
+from pipeline.data.token_file import read_tokens
 from pipeline.prompt.labels import IGNORED, decode
 
 OPEN, CLOSE = "⟦", "⟧"
@@ -31,3 +34,14 @@ def parts(tokenizer: Any, input_ids: list[int], labels: list[int], *, ids: bool 
         else:
             text = decode(tokenizer, tokens)
         yield (f"{OPEN}{text}{CLOSE}" if trained else text), trained
+
+
+def show(tokenizer: Any, path: Path, count: int, *, ids: bool = False) -> None:
+    """Print the first sequences of a file of tokens."""
+    from rich.text import Text
+
+    for number, row in enumerate(itertools.islice(read_tokens(path), count), 1):
+        text = Text(f"row {number}: {len(row['input_ids']):,} tokens\n", style="dim")
+        for part, trained in parts(tokenizer, row["input_ids"], row["labels"], ids=ids):
+            text.append(part, style="not dim green" if trained else "not dim")
+        results().print(text, soft_wrap=True)

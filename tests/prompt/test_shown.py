@@ -1,11 +1,14 @@
 """What `pipeline data --show` prints: all of the row, and what is trained in brackets."""
 
+from pathlib import Path
+
 import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from pipeline.data.token_file import TokenFile
 from pipeline.prompt.labels import IGNORED
-from pipeline.prompt.shown import CLOSE, OPEN, parts
+from pipeline.prompt.shown import CLOSE, OPEN, parts, show
 
 WORDS = ["Hi", " there", "Hello", " you", "<end>"]
 
@@ -25,3 +28,13 @@ def test_trained_tokens_are_in_brackets(tokenizer: PreTrainedTokenizerFast) -> N
     with_ids = list(parts(tokenizer, ids, labels, ids=True))
     assert with_ids[1] == (f"{OPEN}2:'Hello' 3:' you' 4:'<end>'{CLOSE}", True)
     assert list(parts(tokenizer, [2], [2])) == [(f"{OPEN}Hello{CLOSE}", True)]
+
+
+def test_the_first_rows_are_printed(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with TokenFile(tmp_path / "a.arrow") as file:
+        for last in (2, 3, 0):
+            file.add([0, last, 4], [IGNORED, last, 4])
+    show(tokenizer, tmp_path / "a.arrow", 2)
+    assert capsys.readouterr().out == "row 1: 3 tokens\nHi⟦Hello<end>⟧\nrow 2: 3 tokens\nHi⟦ you<end>⟧\n"
