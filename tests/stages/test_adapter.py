@@ -11,6 +11,7 @@ from support.small_models import make_config, scratch
 
 from pipeline.cli import main, resolved
 from pipeline.config import load_config
+from pipeline.data.token_file import TokenFile
 from pipeline.errors import UserError
 from pipeline.run.basis import settings_of
 from pipeline.run.graph import Graph
@@ -84,9 +85,10 @@ def test_of_a_checkpoint_of_trl(test_data: Path, tmp_path: Path) -> None:
 
 
 def test_4_bits_that_it_was_trained_on_are_measured_where_that_is_said(bare: Path, tmp_path: Path) -> None:
-    tokens = tmp_path / "run" / "data" / "validation.tokens.jsonl"
+    tokens = tmp_path / "run" / "data" / "validation.tokens.arrow"
     tokens.parent.mkdir(parents=True)
-    tokens.write_text(json.dumps({"input_ids": list(range(40)), "labels": list(range(40))}) + "\n")
+    with TokenFile(tokens) as file:
+        file.add(range(40), range(40))
     settings = sections(bare) | {"train": {"load_in_4bit": True, "max_length": 256}}
     run_stage(adapter, tmp_path / "run", **settings)
     figures = run_stage(merge, tmp_path / "run", **settings)

@@ -261,9 +261,7 @@ def test_the_same_command_on_a_gpu(project: Path, trained: Path) -> None:
     assert figures["peak_gpu_bytes"] > 0
     assert figures["loss_last"] < figures["loss_first"]
     batches = [json.loads(line)["input_ids"] for line in (packed / "batches.jsonl").read_text().splitlines()]
-    rows = [
-        json.loads(line)["input_ids"] for line in (project / "packed/data/train.tokens.jsonl").read_text().splitlines()
-    ]
+    rows = [row["input_ids"] for row in read_tokens(project / "packed" / "data" / "train.tokens.arrow")]
     assert max(map(len, batches)) > 4  # of the configuration's batch: several rows in a sequence
     assert all(row in rows for batch in batches for row in batch)
 
