@@ -44,6 +44,6 @@ def test_a_raw_llama_in_4_bits(tmp_path: Path) -> None:
         for token in ("pad_token", "eos_token", "bos_token"):
             assert getattr(saved, token) == getattr(base, token), token
         text = saved.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
-        assert text == "<|user|>\nHi</s>\n"
+        assert text == "<s><|user|>\nHi</s>\n"
         assert saved.get_vocab() == base.get_vocab()
     assert json.loads((run / "merge" / "model" / "config.json").read_text()).get("pad_token_id") is None
