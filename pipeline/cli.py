@@ -31,7 +31,11 @@ _ELSEWHERE = {
     ),
     "doctor": ("pipeline.doctor", "doctor", "Show what this machine has and lacks, and what to do about it."),
     "init": ("pipeline.init", "init", "Write a pipeline.toml and sample rows to start from."),
-    "plan": ("pipeline.plan", "plan", "Show what a run will need of memory, disk and time, and whether it fits."),
+    "plan": (
+        "pipeline.plan",
+        "plan",
+        "Show what every stage will need of memory, disk and time, and whether it fits.",
+    ),
     "template": (
         "pipeline.ollama.commands",
         "template",

@@ -11,6 +11,7 @@ import pytest
 from support import servers, small_models
 
 from pipeline.config import Verify
+from pipeline.data.formats import Conversation
 from pipeline.ollama.deployment import planned, read_back, template_in_force
 from pipeline.ollama.proof import prove_prompts
 from pipeline.prompt.cases import conversations
@@ -119,11 +120,11 @@ def test_what_a_template_rewrites_is_still_the_answer() -> None:
         messages = [{"role": "user", "content": "Light!"}, answer]
         (text,) = training_texts(tokenizer, messages, None)
         (row,) = tokenize_texts(tokenizer, [text])
-        known: trained_labels.KnownRows = {tuple(row.input_ids): (messages, None, 1)}
+        known: trained_labels.KnownRows = {tuple(row.input_ids): (Conversation(messages, ""), 1)}
         faults = trained_labels.Faults()
         trained_labels.judge_row(tokenizer, row.input_ids, row.labels, known, "", faults, None)
         assert faults == trained_labels.Faults(), answer
-        wrong = {tuple(row.input_ids): ([messages[0], answer | {"content": "No."}], None, 1)}
+        wrong = {tuple(row.input_ids): (Conversation([messages[0], answer | {"content": "No."}], ""), 1)}
         trained_labels.judge_row(tokenizer, row.input_ids, row.labels, wrong, "", faults, None)
         assert faults.spans.count == 1
 
