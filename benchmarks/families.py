@@ -65,7 +65,7 @@ FAMILIES = {
     "SmolLM2": Family("smollm2-135m-instruct"),
     "SmolLM3": Family("llama3_1", "smollm3"),
     "OLMo 2": Family("gpt4", "olmo2"),
-    "DeepSeek, distilled": Family("qwen2_5", "qwen2"),
+    "DeepSeek, distilled": Family("deepseek_v3", "llama"),
     "DeepSeek V3": Family("deepseek_v3", "deepseek_v3"),
     "gpt-oss": Family("gpt4o", "gpt_oss"),
     "GPT-2": Family("gpt2", "gpt2"),

@@ -391,13 +391,10 @@ def data(config: Path, overrides: tuple[str, ...], show: int | None, ids: bool, 
 
 
 def _show_rows(config: Config, count: int, ids: bool) -> None:
-    from pipeline.model.base import resolve_base
+    from pipeline.model.trained_tokenizer import trained_tokenizer
     from pipeline.prompt.shown import show
-    from pipeline.prompt.tokenizer import load_tokenizer
 
-    model = config.model
-    base = resolve_base(model.base, model.revision)
-    tokenizer, _ = load_tokenizer(base, trust_remote_code=model.trust_remote_code, chat_template=model.chat_template)
+    tokenizer, _ = trained_tokenizer(config)
     show(tokenizer, Layout(config.run_folder).tokens("train"), count, ids=ids)
 
 

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.model.shape import Shape
 
-# Seconds for a billion weights, measured on two cores (docs/export.md); the work is shared by the cores of a machine.
-_CORE_SECONDS = {"merge": 40.0, "convert": 46.0, "quantize": 48.0}
-# What LoRA training reaches of a card's 16-bit matrix products, and what cores do each second in float32.
+# Seconds of one core for a billion weights, from single runs at 1.3 billion on two cores; cores share the work.
+_CORE_SECONDS = {"merge": 18.0, "convert": 46.0, "quantize": 48.0}
+# Assumed, not measured: what LoRA training reaches of a card's products, and what a core does each second in float32.
 _EFFICIENCY, _CORE_FLOPS = 0.35, 60e9
-# Dense 16-bit products each second, from NVIDIA's data sheets; by a word of the name that nvidia-smi tells.
+# About how many dense 16-bit products a card does each second, by a word of the name that nvidia-smi tells.
 _CARD_FLOPS = {
     **{"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12},
     **{"A10G": 70e12, "A10": 125e12, "A40": 150e12, "T4": 65e12, "V100": 125e12, "4090": 165e12, "3090": 71e12},
@@ -205,7 +205,9 @@ def _training_seconds(settings: Config, shape: Shape, machine: Machine, tokens: 
     if machine.gpu is None:
         rate = machine.cores * _CORE_FLOPS
     else:
-        rate = _EFFICIENCY * next((flops for word, flops in _CARD_FLOPS.items() if word in machine.card), 0)
+        rate = _EFFICIENCY * next(
+            (flops for word, flops in _CARD_FLOPS.items() if re.search(rf"\b{word}\b", machine.card)), 0
+        )
     if not rate or tokens is None or settings.train.epochs is None:
         return None
     passes = 6 if settings.train.gradient_checkpointing else 4

@@ -73,10 +73,10 @@ def test_what_was_measured() -> None:
     assert sum(errors) / len(errors) < 0.02
 
 
-@pytest.mark.parametrize(("in_4bit", "optimizer", "more"), [(False, "adamw_8bit", True), (True, "adamw_torch", True)])
-def test_what_costs_more(in_4bit: bool, optimizer: str, more: bool) -> None:
+@pytest.mark.parametrize(("in_4bit", "optimizer"), [(False, "adamw_8bit"), (True, "adamw_torch")])
+def test_what_costs_more(in_4bit: bool, optimizer: str) -> None:
     shape = llama("8b", 128)
     least = on_gpu(shape, 2048, in_4bit=True, checkpointing=True, optimizer="adamw_8bit")
     other = on_gpu(shape, 2048, in_4bit=in_4bit, checkpointing=True, optimizer=optimizer)
-    assert (other.allocated > least.allocated) == more
+    assert other.allocated > least.allocated
     assert least.needed > least.allocated

@@ -25,7 +25,7 @@ QUESTIONS = [[{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "c
 
 
 @pytest.fixture
-def test_data(tmp_path: Path) -> Path:
+def questions(tmp_path: Path) -> Path:
     path = tmp_path / "test.jsonl"
     path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in QUESTIONS))
     return path
@@ -70,9 +70,9 @@ def test_of_a_bare_script(bare: Path, tmp_path: Path) -> None:
     assert verdicts["weights.merged"] == verdicts["adapter.fits"] == verdicts["adapter.same"] == PASS
 
 
-def test_of_a_checkpoint_of_trl(test_data: Path, tmp_path: Path) -> None:
+def test_of_a_checkpoint_of_trl(questions: Path, tmp_path: Path) -> None:
     """With the rows that every rung is asked."""
-    settings = sections(trl_checkpoint(), data={"train": None, "test": test_data}, eval={"metric": "text"})
+    settings = sections(trl_checkpoint(), data={"train": None, "test": questions}, eval={"metric": "text"})
     run = tmp_path / "run"
     figures = run_stage(data, run, **settings)
     assert (figures["test_rows"], figures["train_rows"]) == (3, 0)
@@ -103,7 +103,7 @@ def project(folder: Path, text: str) -> Path:
     return path
 
 
-def test_a_configuration_with_an_adapter_has_no_training(bare: Path, tmp_path: Path, test_data: Path) -> None:
+def test_a_configuration_with_an_adapter_has_no_training(bare: Path, tmp_path: Path, questions: Path) -> None:
     text = f'[model]\nbase = "{small_base()}"\n[adapter]\npath = "{bare}"\n'
     config, sources = resolved(project(tmp_path, text), ())
     assert config.data.train is None
@@ -116,7 +116,7 @@ def test_a_configuration_with_an_adapter_has_no_training(bare: Path, tmp_path: P
     assert settings_of(graph.stages["train"], "", config)["model.base"] == str(small_base())
     told = CliRunner().invoke(main, ["data", str(tmp_path)])
     assert (told.exit_code, told.stderr) == (0, "data: nothing to do under this configuration\n")
-    config, _ = resolved(tmp_path, [f"data.test={test_data}"])
+    config, _ = resolved(tmp_path, [f"data.test={questions}"])
     assert [str(node) for node in graph.nodes(config)][:3] == ["preflight", "data", "train"]
 
 
@@ -135,19 +135,19 @@ def test_what_does_not_go_with_it(tmp_path: Path, text: str, said: str) -> None:
 
 
 def test_the_command_writes_a_configuration(
-    bare: Path, tmp_path: Path, test_data: Path, monkeypatch: pytest.MonkeyPatch
+    bare: Path, tmp_path: Path, questions: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     asked: list[str] = []
     monkeypatch.setattr("pipeline.cli._bring_up_to_date", lambda config, sources, names: asked.extend(names))
-    command = ["export", "--adapter", str(bare), "--quant", "q8_0", "--data", test_data.name, "--template", "chatml"]
+    command = ["export", "--adapter", str(bare), "--quant", "q8_0", "--data", questions.name, "--template", "chatml"]
     for _ in range(2):  # what it wrote itself, it replaces
         told = CliRunner().invoke(main, command)
         assert told.exit_code == 0, told.output
     config, _ = load_config(tmp_path / "bare-export" / "pipeline.toml")
     assert asked == ["modelfile"] * 2
     assert (config.model.base, config.model.chat_template) == (str(small_base()), "chatml")
-    assert (config.adapter.path, config.data.test) == (bare, test_data)
+    assert (config.adapter.path, config.data.test) == (bare, questions)
     assert (config.export.quant, config.ollama.name) == (("q8_0",), "bare")
     (tmp_path / "bare-export" / "pipeline.toml").write_text("# mine\n")
     assert "was not written by this command" in CliRunner().invoke(main, command).stderr
