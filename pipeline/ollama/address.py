@@ -8,7 +8,7 @@ written into the run's folder. They are used where a server of that very address
 
 import os
 import re
-from ipaddress import IPv6Address
+from ipaddress import IPv6Address, ip_address
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from pipeline.errors import UserError
@@ -41,6 +41,15 @@ def normal_host(host: str, source: str = "ollama.host") -> str:
     name = _CALLED.get(name, name)
     default = {"http": 80, "https": 443}[parts.scheme] if "://" in host else 11434
     return f"{parts.scheme}://{name}:{parts.port or default}{parts.path.rstrip('/')}"
+
+
+def is_here(url: str) -> bool:
+    """Whether a URL's host is this machine."""
+    name = (urlsplit(url).hostname or "").lower()
+    try:
+        return ip_address(name).is_loopback
+    except ValueError:
+        return name == "localhost"
 
 
 def usual_host() -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from pipeline.errors import UserError
-from pipeline.ollama.address import without_password
+from pipeline.ollama.address import is_here, without_password
 
 _PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
 
@@ -66,7 +66,7 @@ def _direct(parts: SplitResult) -> bool:
         ip = ip_address(host)
     except ValueError:
         ip = None
-    if host == "localhost" or (ip is not None and ip.is_loopback):
+    if is_here(parts.geturl()):
         return True
     for entry in (os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or "").lower().split(","):
         if not (entry := entry.strip()):

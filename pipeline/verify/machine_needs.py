@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.quantizer import quantization_type
 from pipeline.model import memory
 from pipeline.model.weights_file import Weights
+from pipeline.ollama.address import is_here, normal_host
 from pipeline.setup import gpu, libraries
 from pipeline.setup.findings import OK, WARNING, Finding
 from pipeline.setup.machine import existing, memory_bytes
@@ -73,12 +73,8 @@ def check(config: Config, run_folder: Path, base: Weights, gpu_bytes: int | None
 def disk_needs(config: Config, parameters: int) -> dict[str, int]:
     """Bytes that each stage will write and keep, and the most that one of them needs on the way."""
     quantized = [memory.quantized_file(parameters, _promised_bits(kind)) for kind in config.export.quant]
-    return memory.disk(parameters, quantized, served_here=not _elsewhere(config.ollama.host))
-
-
-def _elsewhere(host: str | None) -> bool:
-    """Whether a server keeps its models on the disk of another machine."""
-    return host is not None and not re.search(r"(^|/|@)(localhost|127\.|\[?::1)", host)
+    host = config.ollama.host
+    return memory.disk(parameters, quantized, served_here=host is None or is_here(normal_host(host)))
 
 
 def _promised_bits(kind: str) -> float | None:
