@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 from pipeline.errors import PipelineError, UserError
 from pipeline.lines import lines
 from pipeline.llamacpp.programs import program
-from pipeline.processes import free_port, start, stop, wait_until
+from pipeline.processes import failure, free_port, start, stop, wait_until
 
 if TYPE_CHECKING:
     import httpx
@@ -121,8 +121,10 @@ class LlamaServer:
 
     def _wait(self) -> None:
         if not wait_until(self._ready, self.process, START_SECONDS):
-            ended = self.process.poll() is not None
-            what = "cannot load" if ended else f"has not loaded in {START_SECONDS} s"
+            status = self.process.poll()
+            if status is not None and status < 0:
+                raise failure(f"llama-server, loading {self.model}", status, self._said())
+            what = "cannot load" if status is not None else f"has not loaded in {START_SECONDS} s"
             raise PipelineError(f"llama-server {what} {self.model}{self._reason()}")
 
     def _ready(self) -> bool:
@@ -132,9 +134,12 @@ class LlamaServer:
             return self.client.get("/health").status_code == httpx.codes.OK
         return False
 
-    def _reason(self) -> str:
+    def _said(self) -> list[str]:
         assert self.log is not None
-        said = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+
+    def _reason(self) -> str:
+        said = self._said()
         telling = [line.strip() for line in said if "error" in line.lower() or "failed" in line.lower()]
         return ":\n  " + "\n  ".join((telling or said)[-6:])
 

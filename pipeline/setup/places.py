@@ -38,13 +38,16 @@ def downloads() -> Path:
 
 def source_home(pin: SourcePin) -> Path:
     """The folder of one build of llama.cpp: `source`, `build` while it is being built, and `bin`."""
-    recipe = hashlib.sha256(f"{pin.sha256}{pin.cmake}{pin.keep}{pin.leave}".encode()).hexdigest()[:8]
-    return cache_folder() / f"llama.cpp-{pin.version}-{instruction_set()}-{recipe}"
+    return cache_folder() / f"llama.cpp-{pin.version}-{instruction_set()}-{_recipe(pin)}"
 
 
 def ollama_home(pin: ModulePin) -> Path:
-    """The folder of one build of Ollama: `bin/ollama`, and `lib/ollama` with what it runs."""
-    return cache_folder() / f"ollama-{pin.version}-{instruction_set()}"
+    """The folder of one build of Ollama: `bin/ollama`, and `lib/ollama` with the programs of llama.cpp that it runs."""
+    return cache_folder() / f"ollama-{pin.version}-{instruction_set()}-{_recipe(load_pins().llama_cpp)}"
+
+
+def _recipe(pin: SourcePin) -> str:
+    return hashlib.sha256(f"{pin.sha256}{pin.cmake}{pin.keep}{pin.leave}".encode()).hexdigest()[:8]
 
 
 def llamacpp_folder() -> Path | None:
