@@ -165,8 +165,11 @@ class Train(Section):
     load_in_4bit: bool = Field(True, description="train on the base in 4-bit NF4 (QLoRA)")
     eval_interval: int | None = Field(None, ge=1, description="steps between validation losses")
     save_interval: int | None = Field(None, ge=1, description="steps between checkpoints")
+    keep: Literal["best", "last"] = Field(
+        "best", description="which adapter is kept: that of the lowest validation loss, where there is one, or the last"
+    )
     early_stopping: int | None = Field(
-        None, ge=1, description="stop after this many validations without a better loss; the best adapter is kept"
+        None, ge=1, description='stop after this many validations without a better loss; needs keep = "best"'
     )
     max_length: int | None = Field(None, ge=8, description="longest row, in tokens")
     packing: bool = Field(False, description="put several rows into one sequence (on a GPU)")
@@ -177,6 +180,8 @@ class Train(Section):
     def _one_length(self) -> Train:
         if self.epochs is not None and self.steps is not None:
             raise ValueError("train.epochs and train.steps exclude each other: keep one")
+        if self.early_stopping is not None and self.keep == "last":
+            raise ValueError('train.early_stopping keeps the best adapter: remove it, or train.keep = "last"')
         return self
 
 

@@ -8,8 +8,18 @@ from pipeline.config import Config
 from pipeline.resources import resource
 
 
-def write_model_card(path: Path, config: Config, modules: list[str], history: list[dict[str, float]]) -> None:
-    """Write README.md for an adapter from the configuration, the modules that have one, and the losses by step."""
+def write_model_card(
+    path: Path, config: Config, modules: list[str], history: list[dict[str, float]], kept: int
+) -> None:
+    """Write README.md for an adapter.
+
+    Args:
+        path: where.
+        config: of the run.
+        modules: those that have an adapter.
+        history: the losses by step.
+        kept: the step whose adapter it is.
+    """
     from huggingface_hub import ModelCardData
     from jinja2 import Environment, StrictUndefined
 
@@ -33,8 +43,9 @@ def write_model_card(path: Path, config: Config, modules: list[str], history: li
         modules=modules,
         train=config.train,
         steps=max(int(row["step"]) for row in history),
+        kept=kept,
         losses=[row["loss"] for row in history if "loss" in row],
-        validation=[row["eval_loss"] for row in history if "eval_loss" in row],
+        validation={int(row["step"]): row["eval_loss"] for row in history if "eval_loss" in row},
     )
     path.write_text(text, encoding="utf-8")
 

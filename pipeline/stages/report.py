@@ -120,8 +120,8 @@ def _cards(config: Config, stages: dict[str, Any], evaluation: dict[str, Any]) -
     if "validation_loss_first" in train:
         cards.append(
             {
-                "value": f"{train['validation_loss_first']:.2f} → {train['validation_loss_last']:.3f}",
-                "meaning": "validation loss",
+                "value": f"{train['validation_loss_first']:.2f} → {train['validation_loss_kept']:.3f}",
+                "meaning": f"validation loss; step {train['kept_step']} of {train['steps']} is kept",
             }
         )
     quantized = stages[f"quantize/{config.export.quant[0]}"]["figures"]

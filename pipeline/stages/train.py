@@ -18,6 +18,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.console import progress
+from pipeline.data.row_order import RowOrder
 from pipeline.data.token_file import token_count
 from pipeline.errors import PipelineError, UserError
 from pipeline.model.facts import base_files
@@ -48,8 +49,6 @@ def main(task: Task) -> dict[str, Any]:
     validation_rows = _read_rows(task.layout.tokens("validation"))
     if settings.early_stopping and not validation_rows:
         raise UserError("train.early_stopping needs validation data: give data.validation or data.validation_fraction")
-    if settings.early_stopping and settings.save_interval:
-        task.warn("train.save_interval is not used: with train.early_stopping every validation saves a checkpoint")
 
     tokenizer, _ = load_tokenizer(
         folder, trust_remote_code=config.model.trust_remote_code, chat_template=config.model.chat_template
@@ -114,16 +113,17 @@ def main(task: Task) -> dict[str, Any]:
         raise PipelineError("the training loss is not finite; try a smaller train.learning_rate")
     if max(losses) == 0:
         raise PipelineError("the training loss is 0 from the start: no token is trained; look at data/data.json")
-    _save(trainer.model, tokenizer, chosen.names, history, task)
-
-    validation = [row["eval_loss"] for row in history if "eval_loss" in row]
+    validation = {int(row["step"]): row["eval_loss"] for row in history if "eval_loss" in row}
+    kept = int((trainer.state.best_model_checkpoint or f"-{trainer.state.global_step}").rpartition("-")[2])
+    _save(trainer.model, tokenizer, chosen.names, history, kept, task)
     seconds = result.metrics["train_runtime"]
     tokens = token_count(task.layout.tokens("train")) * trainer.state.global_step / max(1, _epoch(trainer))
     return {
         "steps": trainer.state.global_step,
+        "kept_step": kept,
         "loss_first": losses[0],
         "loss_last": losses[-1],
-        **({"validation_loss_first": validation[0], "validation_loss_last": validation[-1]} if validation else {}),
+        **({"validation_loss_first": validation[0], "validation_loss_kept": validation[kept]} if validation else {}),
         "trained_parameters": trained,
         "parameters": total,
         "seconds_per_step": seconds / max(1, trainer.state.global_step),
@@ -165,6 +165,14 @@ def _read_rows(path: Path) -> Any:
     return Dataset.from_file(str(path))
 
 
+def lengths_of(rows: Any) -> Any:
+    """The number of tokens of every row of a data set, as an array."""
+    import numpy as np
+    from pyarrow import compute
+
+    return np.asarray(compute.list_value_length(rows.data.column("input_ids")))
+
+
 def _count_parameters(model: Any) -> tuple[int, int]:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return trained, model.get_nb_trainable_parameters()[1]
@@ -186,8 +194,8 @@ def schedule(rows: int, validation_rows: int, config: Config) -> tuple[int, int,
     affordable = int(steps * rows_a_step / 8 / max(1, validation_rows / 3))
     evaluate = settings.eval_interval or math.ceil(steps / max(2, min(10, affordable)))
     save = settings.save_interval or max(1, steps // 10)
-    if settings.early_stopping:  # the best adapter can only be kept where one was saved
-        save = evaluate
+    if validation_rows and settings.keep == "best":  # which can only be kept where it was saved: at every validation
+        save = next(interval for interval in range(min(save, evaluate), evaluate + 1) if evaluate % interval == 0)
     return steps, evaluate, save
 
 
@@ -222,6 +230,7 @@ def make_trainer(
     bfloat16 = cuda and compute_type("cuda") is torch.bfloat16
     # Rows that are packed, or on a GPU laid end to end, need the trainer's own preparation and collator.
     end_to_end = cuda or packing
+    keep_best = bool(validation_rows) and settings.keep == "best"
     arguments = SFTConfig(
         output_dir=str(task.scratch / "checkpoints"),
         per_device_train_batch_size=settings.batch,
@@ -243,9 +252,9 @@ def make_trainer(
         eval_on_start=bool(validation_rows) and not resuming,
         save_strategy="steps",
         save_total_limit=2,
-        load_best_model_at_end=bool(settings.early_stopping),
-        metric_for_best_model="eval_loss" if settings.early_stopping else None,
-        greater_is_better=False if settings.early_stopping else None,
+        load_best_model_at_end=keep_best,
+        metric_for_best_model="eval_loss" if keep_best else None,
+        greater_is_better=False if keep_best else None,
         restore_callback_states_from_checkpoint=True,  # else a resumed training forgets how long it got no better
         max_length=settings.max_length,
         packing=packing,
@@ -272,7 +281,15 @@ def make_trainer(
     batches = task.scratch / "batches.jsonl"
 
     class RecordingTrainer(SFTTrainer):
-        """SFTTrainer that writes down every batch it trains on."""
+        """SFTTrainer that writes down every batch it trains on, and weights the validation loss by tokens."""
+
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            if end_to_end:  # nothing is padded
+                return super()._get_train_sampler(train_dataset)
+            return RowOrder(lengths_of(self.train_dataset), self.args.train_batch_size, settings.seed)
+
+        def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+            return lengths_of(eval_dataset).argsort(kind="stable").tolist()  # the least padding
 
         def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             ids, labels = conversations_of(inputs)
@@ -285,8 +302,18 @@ def make_trainer(
             # The loss alone: TRL's own step also takes the entropy over the whole vocabulary of every token, which
             # costs more than the forward pass.
             with torch.no_grad(), self.compute_loss_context_manager():
-                loss = model(**self._prepare_inputs(inputs)).loss
-            return loss.detach().float().mean(), None, None
+                loss = model(**self._prepare_inputs(inputs)).loss.detach().float().mean()
+            tokens = int((inputs["labels"][:, 1:] != IGNORED).sum())
+            self.validated.append((float(loss) * tokens, tokens))
+            return loss, None, None
+
+        def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+            # The trainer's own mean is over batches: a row of five tokens would count as much as one of a thousand.
+            self.validated: list[tuple[float, int]] = []
+            output = super().evaluation_loop(*args, **kwargs)
+            loss, tokens = map(math.fsum, zip(*self.validated, strict=True))
+            output.metrics["eval_loss"] = loss / max(1, tokens)
+            return output
 
     trainer = RecordingTrainer(
         model=model,
@@ -385,7 +412,9 @@ def _epoch(trainer: Any) -> float:
     return float(trainer.state.global_step / trainer.state.epoch) if trainer.state.epoch else 1.0
 
 
-def _save(model: Any, tokenizer: Any, modules: list[str], history: list[dict[str, float]], task: Task) -> None:
+def _save(
+    model: Any, tokenizer: Any, modules: list[str], history: list[dict[str, float]], kept: int, task: Task
+) -> None:
     from pipeline.model.card import write_model_card
     from pipeline.plots import loss_curve
 
@@ -396,7 +425,7 @@ def _save(model: Any, tokenizer: Any, modules: list[str], history: list[dict[str
     # Embeddings are not trained; without this PEFT asks the hub whether they were.
     model.save_pretrained(adapter, save_embedding_layers=False)
     tokenizer.save_pretrained(adapter)
-    write_model_card(adapter / "README.md", task.config, modules, history)
+    write_model_card(adapter / "README.md", task.config, modules, history, kept)
     shutil.copy(task.scratch / "batches.jsonl", task.new(task.layout.batches))
     task.new(task.layout.history).write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
     loss_curve(history, task.new(task.layout.loss_curve))
@@ -416,7 +445,10 @@ STAGE = Stage(
         *("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate"),
         *("datasets", "tokenizers", "safetensors"),
     ),
-    figures=("steps", "loss_last", "validation_loss_first", "validation_loss_last", "tokens_per_second", "device"),
+    figures=(
+        *("steps", "kept_step", "loss_last", "validation_loss_first", "validation_loss_kept", "tokens_per_second"),
+        "device",
+    ),
     judged=True,
     smaller="set a smaller train.batch or train.max_length; `pipeline plan` counts what fits",
 )

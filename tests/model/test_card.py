@@ -9,12 +9,13 @@ from support.small_models import make_config
 from pipeline.defaults import Facts, resolve
 from pipeline.model.card import plain, write_model_card
 
-HISTORY = [{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 1.5}, {"step": 2, "loss": 1.0}]
+LOSSES = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+VALIDATION = [{"step": 0, "eval_loss": 3.0}, {"step": 1, "eval_loss": 1.5}, {"step": 2, "eval_loss": 1.75}]
 
 
 def card(folder: Path, **sections: dict[str, object]) -> str:
     config, _ = resolve(make_config(**sections), {}, Facts(135_000_000, 2048, None))
-    write_model_card(folder / "README.md", config, ["x|y", "q_proj"], HISTORY)
+    write_model_card(folder / "README.md", config, ["x|y", "q_proj"], LOSSES + VALIDATION, kept=1)
     return (folder / "README.md").read_text(encoding="utf-8")
 
 
@@ -46,8 +47,8 @@ def test_the_table_has_the_figures_and_two_cells_a_row(tmp_path: Path) -> None:
     assert r"| base | a\|b at c\|d |" in rows
     assert r"| modules | x\|y, q\_proj |" in rows
     assert "| training loss | 2.0000 to 1.0000 |" in rows
-    assert "| validation loss | 1.5000 to 1.5000 |" in rows
-    assert "steps | 2, batch 8 x 1" in text
+    assert "| validation loss | 3.0000 to 1.5000 |" in rows
+    assert "steps | 2 (the adapter of step 1 is kept), batch 8 x 1" in text
 
 
 def test_plain_text_in_markdown() -> None:

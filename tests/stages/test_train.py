@@ -43,6 +43,7 @@ batch = 4
 accumulation = 1
 learning_rate = 3e-2
 max_length = 128
+eval_interval = 4
 save_interval = 2
 """
 
@@ -212,6 +213,38 @@ def test_packed_rows_are_counted_and_recorded_as_their_conversations(
     assert FAIL in {result.verdict for result in check_labels(artefacts)}
 
 
+def test_rows_of_like_lengths_stand_together_and_every_validated_token_counts_the_same(
+    project: Path, trained: Path, tmp_path: Path
+) -> None:
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    settings = Config.model_validate_json((trained / "config.json").read_text())
+    one_epoch = settings.train.model_copy(update={"steps": None, "epochs": 1.0, "batch": 2})
+    settings = settings.model_copy(update={"train": one_epoch})
+    lengths = [5, 60, 7, 64, 6, 62, 8, 61, 5]
+    rows = [{"input_ids": [9, *range(20, 20 + n)], "labels": [-100, *range(20, 20 + n)]} for n in lengths]
+    data_set = Dataset.from_list(rows)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "scratch").mkdir()
+    task = Task(STAGE, settings, tmp_path, tmp_path / "train", scratch=tmp_path / "scratch")
+    model = AutoModelForCausalLM.from_pretrained(project / "base", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(project / "base")
+    trainer = make_trainer(model, tokenizer, data_set, data_set, resuming=False, packing=False, task=task)
+    batches = [conversations_of(batch)[0] for batch in trainer.get_train_dataloader()]
+    assert 65 in map(len, batches[0])  # the longest comes first
+    assert sum(max(map(len, batch)) - min(map(len, batch)) for batch in batches) < 70
+    assert sorted(ids for batch in batches for ids in batch) == sorted(row["input_ids"] for row in rows)
+
+    total = 0.0
+    with torch.no_grad():
+        for row in rows:
+            logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
+            total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(row["labels"][1:]), reduction="sum"))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(total / sum(lengths), rel=1e-5)
+
+
 def batch(rows: list[list[int]], labels: list[list[int]], mask: list[list[int]]) -> dict[str, Any]:
     import torch
 
@@ -244,6 +277,8 @@ def test_early_stopping_goes_on_counting_after_an_interruption(project: Path) ->
     assert [row["step"] for row in history if "loss" in row] == [1, 2, 3, 4]
     figures = json.loads((project / "stopped" / "manifest.json").read_text())["stages"]["train"]["figures"]
     assert figures["resumed_from"] is not None
+    assert (figures["steps"], figures["kept_step"]) == (4, 1)
+    assert "the adapter of step 1 is kept" in (project / "stopped" / "train" / "adapter" / "README.md").read_text()
 
 
 @pytest.mark.skipif(gpu.memory() is None, reason="no GPU: CUDA training, packing and GPU memory were not tested")
@@ -276,11 +311,13 @@ def config(**train: object) -> Config:
     [
         (1520, 200, {}, (190, 95, 19)),  # the example: ten validations would cost half as much as the training
         (1520, 20, {}, (190, 19, 19)),
-        (1521, 20, {"epochs": 2.0}, (382, 39, 38)),
+        (1521, 20, {"epochs": 2.0}, (382, 39, 39)),  # a checkpoint for every validation
+        (1521, 20, {"epochs": 2.0, "keep": "last"}, (382, 39, 38)),
+        (1521, 20, {"eval_interval": 40, "save_interval": 15}, (191, 40, 20)),
         (3, 0, {}, (1, 1, 1)),
-        (100, 10, {"steps": 7, "epochs": None, "eval_interval": 3, "save_interval": 2}, (7, 3, 2)),
-        (100, 10, {"eval_interval": 3, "save_interval": 2, "early_stopping": 2}, (13, 3, 3)),
-        (1000, 10, {"accumulation": 4}, (32, 4, 3)),
+        (100, 10, {"steps": 7, "epochs": None, "eval_interval": 3, "save_interval": 2}, (7, 3, 3)),
+        (100, 10, {"eval_interval": 3, "save_interval": 7}, (13, 3, 3)),
+        (1000, 10, {"accumulation": 4}, (32, 4, 4)),
     ],
 )
 def test_schedule(rows: int, validation: int, settings: dict[str, object], expected: tuple[int, int, int]) -> None:
