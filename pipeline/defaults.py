@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.config import Config, fields
 from pipeline.errors import UserError
-from pipeline.model import memory
+from pipeline.model import memory, training_memory
 
 # What stands in for each key whose default is None: in words, for docs/configuration.md and for `pipeline config`.
 # What depends on the base and the machine is worked out by `resolve`; the same page shows that for some of both.
@@ -105,14 +105,14 @@ def resolve(config: Config, given: dict[str, str], facts: Facts) -> tuple[Config
     choose("train.learning_rate", rate, large)
     batch = 8
     if gpu:
-        batch = memory.training_batch(gpu, size, in_4bit=config.train.load_in_4bit)
+        batch = training_memory.rows_at_once(gpu, size, in_4bit=config.train.load_in_4bit)
     choose("train.batch", batch, machine)
     accumulation = max(1, 16 // (config.train.batch or batch)) if gpu else 1
     choose("train.accumulation", accumulation, machine)
     choose("train.optimizer", "adamw_8bit" if gpu else "adamw_torch", machine)
     context = min(2048, facts.context or 2048)
     choose("train.max_length", context)
-    choose("train.gradient_checkpointing", bool(gpu) and memory.checkpoints_gradients(size), machine)
+    choose("train.gradient_checkpointing", bool(gpu) and training_memory.checkpoints_gradients(size), machine)
     # The GGUF files are asked on the CPU, in llama-server and in Ollama, where a large model takes long to answer.
     choose("eval.limit", None if size and size < 1e9 else 100, large)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.model import memory
+from pipeline.model import memory, training_memory
 from pipeline.model.base import resolve_base
 from pipeline.model.four_bit import is_4bit
 from pipeline.model.quiet import quiet_transformers
@@ -136,7 +136,7 @@ def _load_4bit(settings: Model) -> Any:
     from transformers import BitsAndBytesConfig
 
     folder = resolve_base(settings.base, settings.revision)
-    device = device_for(memory.training(read_weights(folder).parameters, in_4bit=True))
+    device = device_for(training_memory.least(read_weights(folder).parameters, in_4bit=True))
     compute = compute_type(device)
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,

@@ -1,6 +1,7 @@
-"""What a model needs of the memory when it is loaded, merged, trained or asked, and of the disk. Sizes in bytes.
+"""What a model needs of the memory when it is loaded, merged or asked, and of the disk. Sizes in bytes.
 
-Every formula leaves room for what comes beside the weights. What the machine has is asked in `pipeline.setup`.
+Every formula leaves room for what comes beside the weights. Training is counted in `training_memory`; what the machine
+has is asked in `pipeline.setup`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from pipeline.setup import gpu, machine
 GIB = 2**30
 _LIBRARIES = int(0.6 * GIB)  # what torch takes before anything is computed
 _LAYER = re.compile(r".*?\.\d+\.")  # what the name of a tensor in a layer begins with
-_UNKNOWN = 8e9  # parameters of a base whose size could not be learned: a common size, and none of the smallest
 
 
 def float32_model(parameters: float) -> int:
@@ -67,37 +67,6 @@ def by_layers(model: Mapping[str, Sequence[int]]) -> int:
         parts[within[0] if within else name] += math.prod(shape)
     words = max((shape[0] for name, shape in model.items() if "embed" in name or "head" in name), default=0)
     return _LIBRARIES + int(1.3 * 4 * max(parts.values())) + 2 * 4 * TOGETHER * words
-
-
-def trained_base(parameters: float, *, in_4bit: bool) -> int:
-    """The base on the GPU while it is trained.
-
-    NF4 takes half a byte and its scales 0.016 (double quantization: "QLoRA", T. Dettmers et al., 2023, section 3);
-    embeddings and head stay in 16 bits, which makes 0.7 of it on average. In 16 bits, 2 bytes and a twentieth.
-    """
-    return int(parameters * (0.7 if in_4bit else 2.1))
-
-
-def training(parameters: float, *, in_4bit: bool) -> int:
-    """The least that training needs of a GPU: the base, and a GiB for the adapter, its optimizer and one short row."""
-    return trained_base(parameters, in_4bit=in_4bit) + GIB
-
-
-def training_batch(gpu_bytes: int, parameters: float | None, *, in_4bit: bool) -> int:
-    """How many rows a GPU trains at once: what the base leaves over is for activations.
-
-    Args:
-        gpu_bytes: the GPU's memory.
-        parameters: of the base; None where that is not known.
-        in_4bit: the base is trained in 4 bits.
-    """
-    free = gpu_bytes - trained_base(parameters or _UNKNOWN, in_4bit=in_4bit)
-    return 16 if free > 60 * GIB else 8 if free > 30 * GIB else 4 if free > 12 * GIB else 2
-
-
-def checkpoints_gradients(parameters: float | None) -> bool:
-    """Whether activations are better computed again than kept: they are what fills a GPU from about a billion on."""
-    return (parameters or _UNKNOWN) > 1e9
 
 
 def asked_model(parameters: float) -> int:

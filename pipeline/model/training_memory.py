@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from pipeline.model.memory import GIB
 from pipeline.model.shape import Shape
 
 # NF4: half a byte, a byte for 64 weights, four bytes for 256 of these ("QLoRA", T. Dettmers et al., 2023, section 3).
@@ -17,6 +18,8 @@ SIXTEEN_BIT = 2
 FLOAT32 = 4
 # Bytes that an optimizer keeps for each trained value.
 OPTIMIZER_BYTES = {"adamw_torch": 8, "adamw_torch_fused": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "sgd": 0}
+_OTHER_SHARE = 0.12  # of a base whose shape is not known: embeddings, head, norms
+_UNKNOWN = 8e9  # parameters of a base whose size could not be learned: a common size, and none of the smallest
 _CUDA_CONTEXT = 2**29
 _FRAGMENTS = 0.05  # of what is allocated lies free in pieces that are too small
 _LIBRARIES = 3 * 2**29  # torch, transformers and Unsloth in a process
@@ -56,6 +59,38 @@ class TrainingMemory:
         return self.allocated + self.beside
 
 
+def _weights(linear: float, other: float, *, in_4bit: bool) -> float:
+    return linear * (NF4_BYTES if in_4bit else SIXTEEN_BIT) + other * SIXTEEN_BIT
+
+
+def base_on_gpu(parameters: float | None, *, in_4bit: bool) -> int:
+    """The weights of a base of which no more is known than their number, or not even that (None)."""
+    other = _OTHER_SHARE * (parameters or _UNKNOWN)
+    return int(_weights((parameters or _UNKNOWN) - other, other, in_4bit=in_4bit) * (1 + _FRAGMENTS))
+
+
+def least(parameters: float, *, in_4bit: bool) -> int:
+    """The least that training needs of a GPU: the base, and a GiB for the adapter, its optimizer and one short row."""
+    return base_on_gpu(parameters, in_4bit=in_4bit) + GIB
+
+
+def rows_at_once(gpu_bytes: int, parameters: float | None, *, in_4bit: bool) -> int:
+    """How many rows a GPU trains at once by default: what the base leaves over is for activations.
+
+    Args:
+        gpu_bytes: the GPU's memory.
+        parameters: of the base; None where that is not known.
+        in_4bit: the base is trained in 4 bits.
+    """
+    free = gpu_bytes - base_on_gpu(parameters, in_4bit=in_4bit)
+    return 16 if free > 60 * GIB else 8 if free > 30 * GIB else 4 if free > 12 * GIB else 2
+
+
+def checkpoints_gradients(parameters: float | None) -> bool:
+    """Whether activations are better computed again than kept: they are what fills a GPU from about a billion on."""
+    return (parameters or _UNKNOWN) > 1e9
+
+
 def on_gpu(shape: Shape, tokens: int, *, in_4bit: bool, checkpointing: bool, optimizer: str) -> TrainingMemory:
     """The peak of LoRA training on a GPU.
 
@@ -66,7 +101,7 @@ def on_gpu(shape: Shape, tokens: int, *, in_4bit: bool, checkpointing: bool, opt
         checkpointing: activations are computed again in the backward pass, so that only one layer's are there at once.
         optimizer: as transformers names it; one that is not known here is counted as AdamW in float32.
     """
-    weights = shape.linear * (NF4_BYTES if in_4bit else SIXTEEN_BIT) + shape.other * SIXTEEN_BIT
+    weights = _weights(shape.linear, shape.other, in_4bit=in_4bit)
     if checkpointing:
         activations = tokens * (7.5 * shape.intermediate + 18 * shape.hidden)
     else:

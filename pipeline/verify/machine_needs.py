@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.config import Config
 from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.quantizer import quantization_type
-from pipeline.model import memory
+from pipeline.model import memory, training_memory
 from pipeline.model.weights_file import Weights
 from pipeline.ollama.address import is_here, normal_host
 from pipeline.setup import gpu, libraries
@@ -60,7 +60,7 @@ def check(config: Config, run_folder: Path, base: Weights, gpu_bytes: int | None
         yield _judged(_VERSIONS, libraries.look())
         return
     if gpu_bytes is not None:
-        training = memory.training(parameters, in_4bit=in_4bit)
+        training = training_memory.least(parameters, in_4bit=in_4bit)
         yield _bytes(_GPU, training, gpu_bytes, "take a smaller base or a larger GPU")
     environment = libraries.this_environment()
     torch = next((package.version for package in environment.installed() if package.name == "torch"), None)

@@ -56,21 +56,6 @@ def test_a_merge_from_file_to_file_does_not_grow_with_the_layers(tmp_path: Path)
     assert memory.merge(llama_8b(tmp_path, 32).own_shapes, measures=False) < 1e9
 
 
-@pytest.mark.parametrize(
-    ("gpu", "parameters", "in_4bit", "batch"),
-    [
-        (80, 8e9, True, 16),
-        (24, 8e9, True, 4),
-        (24, None, True, 4),
-        (16, 8e9, True, 2),
-        (80, 8e9, False, 16),
-        (24, 8e9, False, 2),
-    ],
-)
-def test_a_batch_fills_what_the_base_leaves(gpu: int, parameters: float | None, in_4bit: bool, batch: int) -> None:
-    assert memory.training_batch(gpu * memory.GIB, parameters, in_4bit=in_4bit) == batch
-
-
 def test_fewer_long_answers_are_written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     text = SimpleNamespace(num_attention_heads=32, num_key_value_heads=8, head_dim=128, hidden_size=4096,
                            num_hidden_layers=32)  # fmt: skip

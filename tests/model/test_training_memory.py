@@ -7,6 +7,7 @@ import pytest
 from support.small_models import scratch
 
 from pipeline.config import Lora
+from pipeline.model import training_memory
 from pipeline.model.shape import Shape, shape_of
 from pipeline.model.targets import without_weights
 from pipeline.model.training_memory import full_fine_tuning, on_gpu
@@ -80,3 +81,18 @@ def test_what_costs_more(in_4bit: bool, optimizer: str) -> None:
     other = on_gpu(shape, 2048, in_4bit=in_4bit, checkpointing=True, optimizer=optimizer)
     assert other.allocated > least.allocated
     assert least.needed > least.allocated
+
+
+@pytest.mark.parametrize(
+    ("gpu", "parameters", "in_4bit", "batch"),
+    [
+        (80, 8e9, True, 16),
+        (24, 8e9, True, 4),
+        (24, None, True, 4),
+        (16, 8e9, True, 2),
+        (80, 8e9, False, 16),
+        (24, 8e9, False, 2),
+    ],
+)
+def test_a_batch_fills_what_the_base_leaves(gpu: int, parameters: float | None, in_4bit: bool, batch: int) -> None:
+    assert training_memory.rows_at_once(gpu * 2**30, parameters, in_4bit=in_4bit) == batch
