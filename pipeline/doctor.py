@@ -122,8 +122,9 @@ def _ollama() -> Finding:
     from pipeline.errors import UserError
     from pipeline.ollama.address import given_host, usual_host
     from pipeline.ollama.client import Client
-    from pipeline.ollama.ollama_server import find_ollama, program_version
+    from pipeline.ollama.ollama_server import find_ollama
     from pipeline.setup.findings import FAILURE, OK, WARNING, Finding
+    from pipeline.setup.ollama_version import program_version
 
     try:
         with Client(usual_host()) as client:

@@ -16,10 +16,11 @@ from pipeline.lines import lines
 from pipeline.ollama import connection
 from pipeline.ollama.address import DEFAULT_HOST, credentials, normal_host
 from pipeline.ollama.names import canonical
-from pipeline.ollama.ollama_server import MINIMUM_VERSION, new_enough
 from pipeline.processes import NO_SPACE, require_space
 from pipeline.prompt.conformance import RenderRefused
 from pipeline.resources import sha256_of
+from pipeline.setup.ollama_version import new_enough
+from pipeline.setup.pins import MINIMUM_OLLAMA
 
 if TYPE_CHECKING:
     import httpx
@@ -55,7 +56,7 @@ class Client:
             raise UserError(connection.unreachable(self.host, error)) from None
         if not new_enough(self.version):
             raise UserError(
-                f"Ollama {self.version} at {self.host} is too old: {MINIMUM_VERSION} or newer is needed; update it"
+                f"Ollama {self.version} at {self.host} is too old: {MINIMUM_OLLAMA} or newer is needed; update it"
             )
 
     def names(self) -> dict[str, str]:

@@ -5,29 +5,18 @@ and the kernel stops it if this process is killed.
 """
 
 import os
-import re
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 from types import TracebackType
 
-from packaging.version import InvalidVersion, Version
-
 from pipeline.errors import PipelineError, UserError
 from pipeline.processes import free_port, start, stop, wait_until
 from pipeline.resources import expanded
-from pipeline.setup.pins import MINIMUM_OLLAMA as MINIMUM_VERSION
+from pipeline.setup.ollama_version import new_enough, program_version, system_ollama
+from pipeline.setup.pins import MINIMUM_OLLAMA
 
 START_SECONDS = 60
-
-
-def new_enough(version: str) -> bool:
-    """Whether an Ollama of this version serves what is promised here; a release candidate counts as its release."""
-    try:
-        return Version(version.partition("-")[0]).release >= Version(MINIMUM_VERSION).release
-    except InvalidVersion:
-        return False
 
 
 def find_ollama() -> Path | None:
@@ -43,7 +32,7 @@ def find_ollama() -> Path | None:
         version = program_version(path)
         if not new_enough(version):
             raise UserError(
-                f"PIPELINE_OLLAMA={given}: Ollama {version} is too old: {MINIMUM_VERSION} or newer is needed; name "
+                f"PIPELINE_OLLAMA={given}: Ollama {version} is too old: {MINIMUM_OLLAMA} or newer is needed; name "
                 "another, or unset PIPELINE_OLLAMA"
             )
         return path.resolve()
@@ -51,21 +40,7 @@ def find_ollama() -> Path | None:
 
     if built := ollama_program():
         return built
-    system = shutil.which("ollama")
-    return Path(system) if system and new_enough(program_version(Path(system))) else None
-
-
-def program_version(program: Path) -> str:
-    """The version that an ollama executable says it has, "0" if it says none."""
-    nowhere = {**os.environ, "OLLAMA_HOST": "127.0.0.1:1"}  # never ask a running server
-    try:
-        answer = subprocess.run(
-            [program, "--version"], capture_output=True, text=True, timeout=30, env=nowhere, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return "0"
-    found = re.search(r"version is (\S+)", answer.stdout + answer.stderr)
-    return found.group(1) if found else "0"
+    return system_ollama()
 
 
 class OllamaServer:

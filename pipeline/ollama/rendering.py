@@ -20,7 +20,7 @@ from typing import Any
 from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.llama_server import LlamaServer
 from pipeline.ollama.client import Client
-from pipeline.ollama.ollama_server import MINIMUM_VERSION, OllamaServer, find_ollama
+from pipeline.ollama.ollama_server import OllamaServer, find_ollama
 from pipeline.ollama.scratch_model import write_scratch_model
 from pipeline.prompt.cases import Conversation, conversations
 from pipeline.prompt.conformance import (
@@ -40,6 +40,7 @@ from pipeline.prompt.conformance import (
 from pipeline.prompt.go_template import Derivation, derive
 from pipeline.prompt.guard import guarded
 from pipeline.prompt.template import ChatTemplate
+from pipeline.setup.pins import MINIMUM_OLLAMA
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ def choose(template: ChatTemplate, way: str = "auto", engine: Engine | None = No
         if not reason:
             reasons.append(f"llama.cpp renders the Jinja exactly ({reports['native'].summary})")
             why, warnings = "; ".join(reasons), _warnings(template, reports["native"])
-            return Choice("native", why, None, jinja, MINIMUM_VERSION, derivation, reports, warnings)
+            return Choice("native", why, None, jinja, MINIMUM_OLLAMA, derivation, reports, warnings)
         reasons.append(f"native: {reason}")
     return Choice("refused", "; ".join(reasons), derivation=derivation, reports=reports)
 

@@ -91,6 +91,7 @@ def plan(dev: bool, *, say_own: bool = True) -> tuple[list[Part], list[str]]:
     from pipeline.setup.build import build_programs
     from pipeline.setup.fetch import fetch_node, fetch_package
     from pipeline.setup.ollama import build_ollama
+    from pipeline.setup.ollama_version import program_version, system_ollama
     from pipeline.setup.pins import MINIMUM_OLLAMA, load_pins
 
     pins = load_pins()
@@ -121,10 +122,10 @@ def plan(dev: bool, *, say_own: bool = True) -> tuple[list[Part], list[str]]:
 
     warnings: list[str] = []
     parts = [build(pins.llama_cpp.first), base]
-    own = None if dev or ollama.done else machine.system_ollama(MINIMUM_OLLAMA)
+    own = None if dev or ollama.done else system_ollama()
     if own is not None:
         if say_own:
-            say(f"Ollama: using this machine's own, {own[0]} ({own[1]})")
+            say(f"Ollama: using this machine's own, {own} ({program_version(own)})")
     elif ollama.done or find_program("go") is not None:
         parts.append(ollama)
     else:

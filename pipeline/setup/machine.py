@@ -160,25 +160,6 @@ def go() -> Finding:
     return Finding("Go", OK, f"{version[1] if version else 'version not told'}, {found}")
 
 
-def system_ollama(at_least: str) -> tuple[str, str] | None:
-    """The machine's own Ollama, if it is new enough: its path and version. Nothing about it is changed."""
-    from packaging.version import InvalidVersion, Version
-
-    program = shutil.which("ollama")
-    if program is None:
-        return None
-    try:
-        answer = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    # "ollama version is 1.2.3" is the running server's; without one it warns and names the client's.
-    found = re.findall(r"version is v?(\S+)", answer.stdout + answer.stderr)
-    try:
-        return (program, found[-1]) if found and Version(found[-1]) >= Version(at_least) else None
-    except InvalidVersion:
-        return None
-
-
 def system_name() -> str:
     """This Python and this system, for messages."""
     return f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"

@@ -11,30 +11,14 @@ import pytest
 
 from pipeline.errors import PipelineError, UserError
 from pipeline.ollama.client import Client
-from pipeline.ollama.ollama_server import OllamaServer, find_ollama, new_enough, program_version
+from pipeline.ollama.ollama_server import OllamaServer, find_ollama
+from pipeline.setup.ollama_version import new_enough, program_version
 
 
 def test_the_pinned_ollama_is_found_and_says_its_version() -> None:
     program = find_ollama()
     assert program is not None
     assert new_enough(program_version(program))
-
-
-@pytest.mark.parametrize(
-    ("version", "enough"),
-    [
-        ("0.34.0", True),
-        ("0.32.0", True),
-        ("1.0", True),
-        ("0.31.9", False),
-        ("0.9.6", False),
-        ("0.0.0", False),
-        ("0.32.0-rc1-3-gabc", True),
-        ("main", False),
-    ],
-)
-def test_versions_are_compared_as_numbers(version: str, enough: bool) -> None:
-    assert new_enough(version) is enough
 
 
 def test_a_wrong_variable_is_the_users_mistake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ import pytest
 from support.packages import NO_NETWORK
 
 from pipeline.errors import PipelineError
-from pipeline.ollama.ollama_server import new_enough
 from pipeline.resources import cache_folder
 from pipeline.setup import places
 from pipeline.setup.ollama import build_ollama
+from pipeline.setup.ollama_version import new_enough
 from pipeline.setup.pins import load_pins
 
 ROOT = Path(__file__).parents[2]
