@@ -175,6 +175,18 @@ def die_with_parent(by: signal.Signals = signal.SIGTERM) -> None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, by)
 
 
+def end_with_parent(parent: int) -> None:
+    """Have this process killed when its parent ends: a stage would go on writing into a folder that nobody has locked.
+
+    Args:
+        parent: the parent's process id; where it has ended already, so does this process.
+    """
+    if sys.platform == "linux":
+        die_with_parent(signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before that was asked for
+            sys.exit(128 + signal.SIGKILL)
+
+
 def require_space(folder: Path, needed: int, what: str) -> None:
     """Refuse to start writing what the disk cannot hold.
 

@@ -8,13 +8,11 @@ hidden folder, and appears by a rename.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -24,7 +22,6 @@ from pipeline import console
 from pipeline.config import Config
 from pipeline.errors import PipelineError, UserError
 from pipeline.run.basis import Basis, basis_of
-from pipeline.run.code import packages_of
 from pipeline.run.folder import (
     hash_outside,
     locked,
@@ -34,11 +31,11 @@ from pipeline.run.folder import (
     write_manifest,
     write_whole,
 )
+from pipeline.run.launcher import Launcher
 from pipeline.run.layout import Layout
 from pipeline.run.stage import EVERY_JUDGED_STAGE, Stage, append_event
 
 _NOTHING = 2**20  # bytes: with so few, a stage could not even say what is wrong
-PARENT = "PIPELINE_PARENT"  # tells a stage's process whose it is
 
 
 @dataclass(frozen=True)
@@ -185,16 +182,17 @@ class Graph:
             write_whole(Layout(folder).config, config.model_dump_json(indent=1) + "\n")
             states = []
             skipped = 0
-            for node in wanted:
-                state = self._examine(node, config, manifest, stale=set())
-                if force and node in targets:
-                    state = State(node, "it was asked for", state.basis)
-                states.append(state)
-                if state.reason is None:
-                    skipped += 1
-                    continue
-                console.say(f"{node}: {state.reason}" if state.reason != "has not run" else f"{node}")
-                _run_node(state, self.stages[node.stage], folder, manifest, made_with)
+            with closing(Launcher(gpu=made_with["machine"]["gpu_memory_bytes"] is not None)) as launcher:
+                for node in wanted:
+                    state = self._examine(node, config, manifest, stale=set())
+                    if force and node in targets:
+                        state = State(node, "it was asked for", state.basis)
+                    states.append(state)
+                    if state.reason is None:
+                        skipped += 1
+                        continue
+                    console.say(f"{node}: {state.reason}" if state.reason != "has not run" else f"{node}")
+                    _run_node(state, self.stages[node.stage], folder, manifest, made_with, launcher)
             write_manifest(folder, manifest)
             if skipped:
                 console.say(f"{skipped} of {len(wanted)} stages are up to date and were skipped")
@@ -232,7 +230,9 @@ def _reads(stage: Stage, needed: Node, name: str) -> bool:
     return read
 
 
-def _run_node(state: State, stage: Stage, folder: Path, manifest: dict[str, Any], made_with: dict[str, Any]) -> None:
+def _run_node(
+    state: State, stage: Stage, folder: Path, manifest: dict[str, Any], made_with: dict[str, Any], launcher: Launcher
+) -> None:
     node, basis, layout = state.node, state.basis, Layout(folder)
     assert basis is not None
     work = layout.partial(node.stage, node.variant)
@@ -245,15 +245,16 @@ def _run_node(state: State, stage: Stage, folder: Path, manifest: dict[str, Any]
     (work / "fingerprint").write_text(basis.fingerprint)
     (work / "result.json").unlink(missing_ok=True)
     layout.log(node.stage).parent.mkdir(exist_ok=True)
+    layout.log(node.stage, node.variant).write_bytes(b"")
 
     append_event(folder, "start", stage=str(node), reason=state.reason)
     started = time.time()
-    status, usage = _worker(folder, node, stage)
+    ended = launcher.run(folder, stage, node.variant)
     seconds = time.time() - started
-    result = _result(work / "result.json", status, node, layout, stage.smaller)
+    result = _result(work / "result.json", ended.status, node, layout, stage.smaller)
     if "error" in result:
         append_event(folder, "failed", stage=str(node), message=result["error"])
-        raise (UserError if status == UserError.exit_status else PipelineError)(result["error"])
+        raise (UserError if ended.status == UserError.exit_status else PipelineError)(result["error"])
 
     _refuse_unrecorded([node], manifest, folder)
     final = layout.node(node.stage, node.variant)
@@ -267,8 +268,8 @@ def _run_node(state: State, stage: Stage, folder: Path, manifest: dict[str, Any]
         "commands": result["commands"],
         "started": round(started, 3),
         "seconds": round(seconds, 3),
-        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 3),
-        "peak_memory_bytes": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        "cpu_seconds": round(ended.cpu_seconds, 3),
+        "peak_memory_bytes": ended.peak_memory_bytes,
         "made_with": made_with,
     }
     # First the record: after a crash in between its files are missing or others, so the node runs again.
@@ -277,31 +278,6 @@ def _run_node(state: State, stage: Stage, folder: Path, manifest: dict[str, Any]
     shutil.rmtree(work, ignore_errors=True)
     append_event(folder, "done", stage=str(node), seconds=round(seconds, 3))
     console.say(f"  done in {seconds:.1f} s")
-
-
-def _worker(folder: Path, node: Node, stage: Stage) -> tuple[int, Any]:
-    """Run one node in a process of its own; return its wait status and resource usage."""
-    # Libraries count their users on the hub unless told not to.
-    environment = {"HF_HUB_DISABLE_TELEMETRY": "1", **os.environ, "PYTHONHASHSEED": "0", PARENT: str(os.getpid())}
-    module = stage.run.__module__
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "pipeline.run.worker"),
-            *(str(folder), str(packages_of(module)), module, node.stage, node.variant),
-        ],
-        env=environment,
-    )
-    try:
-        _, status, usage = os.wait4(process.pid, 0)
-    except KeyboardInterrupt:
-        # The terminal has sent the signal to the stage as well: let it end, then end.
-        try:
-            os.wait4(process.pid, 0)
-        finally:
-            process.returncode = 0
-        raise
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return process.returncode, usage
 
 
 def _result(path: Path, status: int, node: Node, layout: Layout, smaller: str) -> dict[str, Any]:

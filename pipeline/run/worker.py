@@ -1,4 +1,4 @@
-"""The process in which one stage runs: `python -m pipeline.run.worker RUN PACKAGES MODULE STAGE VARIANT`.
+"""What the process of one stage does; `pipeline.run.host` forks it.
 
 A process of its own gives each stage its peak memory, its memory back, and libraries that no other stage has patched.
 What libraries print goes to the stage's log; the terminal is for what `pipeline.console` says.
@@ -16,9 +16,8 @@ from pathlib import Path
 from pipeline import console
 from pipeline.config import Config
 from pipeline.errors import PipelineError, full_disk
-from pipeline.processes import die_with_parent
 from pipeline.run.folder import write_whole
-from pipeline.run.graph import PARENT, Node
+from pipeline.run.graph import Node
 from pipeline.run.layout import Layout
 from pipeline.run.stage import Stage, Task
 
@@ -33,7 +32,6 @@ def main(run: Path, packages: str, module: str, name: str, variant: str) -> int:
         name: the stage's name.
         variant: which of its variants.
     """
-    _end_with_parent()
     node, layout = Node(name, variant), Layout(run)
     partial, log = layout.partial(name, variant), layout.log(name, variant)
     _quiet(log)
@@ -77,19 +75,13 @@ def _explain(error: Exception, run: Path, stage: Stage | None) -> str:
 def _quiet(log: Path) -> None:
     """Send what libraries and child programs print to the log, and keep the terminal for the console."""
     terminal = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace", buffering=1)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    print_to(log)
     console.write_to(terminal)
 
 
-def _end_with_parent() -> None:
-    """Without its parent a stage would write into a folder that nobody holds the lock of."""
-    if sys.platform == "linux":
-        die_with_parent(signal.SIGKILL)
-        if str(os.getppid()) != os.environ.get(PARENT):  # it ended before that was asked for
-            sys.exit(128 + signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))
+def print_to(log: Path) -> None:
+    """Have everything that this process and its children print appended to a file."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)

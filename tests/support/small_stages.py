@@ -1,10 +1,11 @@
-"""Three stages of the tests' own, the second with a variant for each quantization type. What they do is in their input.
+"""Stages of the tests' own: three, the second with a variant for each quantization type, do what is in their input.
 
 A stage runs in a process of its own, which imports this module.
 """
 
 import os
 import signal
+import sys
 import time
 from typing import Any
 
@@ -50,6 +51,15 @@ def _third(task: Task) -> dict[str, Any]:
     return {"parts": len(parts)}
 
 
+def _look(task: Task) -> dict[str, Any]:
+    import tokenize
+
+    touched = hasattr(tokenize, "touched_by_a_stage")
+    tokenize.touched_by_a_stage = True  # type: ignore[attr-defined]
+    (task.output / "looked.txt").touch()
+    return {"imported": "torch" in sys.modules, "touched": touched, "hash": hash("a text")}
+
+
 FIRST = Stage(
     name="first",
     summary="Write the text.",
@@ -75,3 +85,7 @@ THIRD = Stage(
     unfinished=lambda figures: "there were no two" if figures["parts"] == 1 else None,
 )
 STAGES = (FIRST, SECOND, THIRD)
+
+LIGHT = Stage(name="light", summary="Look around.", run=_look)
+HEAVY = Stage(name="heavy", summary="Look around.", run=_look, libraries=("torch",), variants=lambda _: ("a", "b"))
+PATCHING = Stage(name="patching", summary="Look around.", run=_look, libraries=("unsloth", "torch"))

@@ -1,0 +1,82 @@
+"""The process that a run's stages are forked from: `python -m pipeline.run.host PARENT`.
+
+Importing torch, transformers and PEFT takes longer than what most stages do with them. Here it is done once: the first
+stage that needs them has them imported, and every stage is a child that begins with them, untouched by other stages.
+
+On standard input comes one JSON line for each stage, {"arguments": [...], "libraries": [...]}: what
+`pipeline.run.worker` is given, and what the stage declares of what may be imported. When the stage has ended, one line
+goes to standard output: {"status": ..., "cpu_seconds": ..., "peak_memory_bytes": ...}; a signal is a negative status.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from pipeline.processes import end_with_parent
+from pipeline.run import worker
+from pipeline.run.layout import Layout
+
+# What takes long to import, by the library's name.
+_SLOW = {
+    "torch": ("torch",),
+    "transformers": ("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto"),
+    "peft": ("peft",),
+}
+
+
+def main(parent: int) -> int:
+    """Run stages until standard input ends; in a child, return the status of the one stage that it is for.
+
+    Args:
+        parent: the process id of whoever started this.
+    """
+    end_with_parent(parent)
+    own = os.getpid()
+    interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells the stage as well, which ends
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        run, packages, module, name, variant = request["arguments"]
+        _import(request["libraries"], Layout(Path(run)).log(name, variant))
+        child = os.fork()
+        if child == 0:
+            end_with_parent(own)
+            signal.signal(signal.SIGINT, interrupted)
+            answers.close()
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what comes there next is not for the stage
+            return worker.main(Path(run), packages, module, name, variant)
+        _, status, usage = os.wait4(child, 0)
+        answer = {
+            "status": os.waitstatus_to_exitcode(status),
+            "cpu_seconds": usage.ru_utime + usage.ru_stime,
+            "peak_memory_bytes": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        }
+        print(json.dumps(answer), file=answers, flush=True)
+    return 0
+
+
+def _import(libraries: Iterable[str], log: Path) -> None:
+    """Import what is slow of some libraries; what they print while they are imported goes to the stage's log."""
+    modules = [module for library in libraries for module in _SLOW.get(library, ()) if module not in sys.modules]
+    if not modules:
+        return
+    terminal = os.dup(2)
+    worker.print_to(log)
+    for module in modules:
+        importlib.import_module(module)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(terminal, 1)
+    os.dup2(terminal, 2)
+    os.close(terminal)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))
