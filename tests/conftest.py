@@ -20,6 +20,11 @@ class OneOllama(LoadFileScheduling):
         return "servers" if asks else file
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first, so that at the end no process works alone."""
+    items.sort(key=lambda item: item.path.name not in ("test_end_to_end.py", "test_whole_way.py"))
+
+
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneOllama:
     """What shares out the tests; xdist's own marks for groups have no effect with this pytest."""
     return OneOllama(config, log)
