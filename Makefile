@@ -43,6 +43,9 @@ clean: ## remove the virtual environment and what tools left here; runs and the 
 $(BIN)/pipeline: pyproject.toml requirements.lock third_party/bootstrap.lock
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.14 with the venv module is on PATH;" \
 	"install one (on Debian: python3 and python3-venv) or name it: make PYTHON=/path/to/python3" >&2; exit 2; }
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv
+	@test ! -x $(BIN)/python || $(BIN)/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' || \
+	{ echo "error: .venv has a Python that is not 3.11 to 3.14; \`make clean\` removes it" >&2; exit 2; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip --default-pip >/dev/null 2>&1 || \
+	"$(PYTHON)" -m venv --clear .venv
 	@$(BIN)/python -m pipeline.setup.libraries
 	@touch $@

@@ -75,8 +75,7 @@ def examine(config: Path | None) -> Iterator[Finding]:
     yield from machine.compilers(needed=programs is None)
     yield _llama_cpp(programs)
     yield _packaged_base()
-    if places.ollama_program() is None:
-        yield machine.go()
+    yield machine.go(needed=places.ollama_program() is None)
     yield _ollama()
     yield from _disks(config)
     yield machine.memory()
@@ -154,19 +153,21 @@ def _disks(config: Path | None) -> Iterator[Finding]:
     from pipeline.setup.command import plan
 
     parts, _ = plan(dev=False, say_own=False)
-    needs = {cache_folder(): sum(part.space for part in parts if not part.done)}
-    yield from machine.space(needs, "set-up", "disk of the cache")
     environment = libraries.this_environment()
     missing = libraries.differences(libraries.locked(), environment, libraries.AUTO)
-    yield from machine.space({environment.prefix: libraries.space_for(missing)}, "set-up", "disk of the libraries")
     hub = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface") / "hub")
-    yield from machine.space({hub.expanduser(): 0}, "a model from a hub", "disk of the hub")
+    needs: dict[Path, float] = {
+        cache_folder(): sum(part.space for part in parts if not part.done),
+        environment.prefix: libraries.space_for(missing),
+        hub.expanduser(): 0,
+    }
+    roles = dict(zip(needs, ("the cache", "the libraries", "the hub"), strict=True))
     path = config or Path("pipeline.toml")
     path = path / "pipeline.toml" if path.is_dir() else path
     if config is not None or path.is_file():
         from pipeline.config import load_config
 
         settings, _ = load_config(path)
-        yield from machine.space(
-            {settings.run_folder: machine.LEAST_FOR_A_RUN}, "a run of the example's size", "disk of the run"
-        )
+        needs[settings.run_folder] = machine.LEAST_FOR_A_RUN
+        roles[settings.run_folder] = "the run"
+    yield from machine.space(needs, "a run with its set-up", roles)

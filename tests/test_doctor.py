@@ -31,8 +31,9 @@ def test_machine_with_everything() -> None:
     status, found = doctor()
     assert status == 0, found
     assert {finding["state"] for finding in found.values()} <= {"ok", "warning"}
-    for subject in ("Python", "libraries", "C++ compiler", "CMake", "llama.cpp", "disk of the cache", "memory", "GPU"):
+    for subject in ("Python", "libraries", "C++ compiler", "CMake", "Go", "llama.cpp", "memory", "GPU"):
         assert subject in found
+    assert any(subject.startswith("disk of the cache") for subject in found)
     assert found["libraries"]["state"] == found["llama.cpp"]["state"] == "ok"
     program = places.ollama_program()
     if program is not None:
@@ -74,6 +75,9 @@ def test_without_a_compiler_llama_cpp_cannot_be_built(tmp_path: Path, without: C
     assert found["C++ compiler"]["state"] == "failure"
     assert "apt-get install g++" in found["C++ compiler"]["remedy"]
     assert found["llama.cpp"]["state"] == "failure"
+    status, found = doctor(PIPELINE_CACHE=str(tmp_path / "empty"), CXX="/nowhere/c++ -O2")
+    assert status == 1
+    assert found["C++ compiler"]["found"] == "CXX=/nowhere/c++ -O2: no such program"
     # Where it is built already, a run needs no compiler.
     status, found = doctor(PATH=path, CXX="")
     assert (status, found["C++ compiler"]["state"]) == (0, "warning")
@@ -83,7 +87,7 @@ def test_full_disk_of_the_cache(small_disk: Path) -> None:
     status, found = doctor(PIPELINE_CACHE=str(small_disk / "cache"))
     assert status == 1
     assert found["disk of the cache"]["state"] == "failure"
-    assert "set-up needs about" in found["disk of the cache"]["found"]
+    assert "a run with its set-up needs about" in found["disk of the cache"]["found"]
 
 
 def test_full_disk_of_the_run(small_disk: Path, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ class _Host:
         # Libraries count their users on the hub unless told not to.
         environment = {"HF_HUB_DISABLE_TELEMETRY": "1", **os.environ, "PYTHONHASHSEED": "0"}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.run.host", str(os.getpid())],
+            [sys.executable, "-P", "-m", "pipeline.run.host", str(os.getpid())],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

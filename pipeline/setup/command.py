@@ -42,7 +42,7 @@ def setup(torch: str, dev: bool) -> None:
         # What would stop set-up afterwards is asked before the long download.
         _ask_machine(parts)
         # In a process of its own, and then again in a new one: modules that this one has loaded are replaced.
-        command = [sys.executable, "-m", "pipeline.setup.libraries", "--torch", torch]
+        command = [sys.executable, "-P", "-m", "pipeline.setup.libraries", "--torch", torch]
         if status := subprocess.run(command, check=False).returncode:
             sys.exit(status)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606
@@ -162,9 +162,12 @@ def set_up_programs(parts: Sequence[Part]) -> None:
 
 def _ask_machine(parts: Sequence[Part]) -> None:
     from pipeline.resources import cache_folder
-    from pipeline.setup import machine
+    from pipeline.setup import libraries, machine
 
     absent = [part for part in parts if not part.done]
     if any(part.compiled for part in absent):
         machine.require_compilers()
-    machine.require_space({cache_folder(): sum(part.space for part in absent)})
+    environment = libraries.this_environment()
+    missing = libraries.differences(libraries.locked(), environment, libraries.AUTO)
+    needs = {cache_folder(): sum(part.space for part in absent), environment.prefix: libraries.space_for(missing)}
+    machine.require_space(needs)

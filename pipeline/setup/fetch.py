@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from pipeline.errors import PipelineError
 from pipeline.processes import disk_errors, find_program, run
 from pipeline.resources import sha256_of
+from pipeline.setup.indexes import pip_environment
 from pipeline.setup.pins import NodePin, PackagePin
 
 _WRONG_HASH = re.compile(r"do not match the hashes", re.I)
@@ -54,6 +55,7 @@ def fetch_package(pin: PackagePin, target: Path, *, source: bool) -> Path:
         run(
             [*pip, "--no-deps", *kind, "--require-hashes", "--dest", folder / "got", "-r", wanted],
             f"fetching {pin.package} {pin.version}",
+            env=pip_environment(),
             explain=(
                 (
                     _WRONG_HASH,

@@ -1,4 +1,4 @@
-"""What of this machine's configuration uv is given: where packages come from and how to get there, and nothing else.
+"""What of this machine's configuration uv and pip are given: where packages come from and how to get there, no more.
 
 The user's indexes, folders of wheels, proxies and certificates stay in force, whether they were told to pip or to uv.
 Everything else that could change what is installed (constraints, overrides, dates, sources; of the checkout or of the
@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,23 @@ _KEPT = re.compile(
     r"|KEYRING_PROVIDER|INSECURE_HOST|SYSTEM_CERTS|NATIVE_TLS|CREDENTIALS_DIR|OFFLINE|CACHE_DIR|NO_CACHE|LINK_MODE"
     r"|HTTP_\w+|REQUEST_TIMEOUT|CONCURRENT_\w+)"
 )
-# pip's options and uv's variables for the same thing.
+# pip's options that say where from and how, and uv's variables for the same thing, where it has one.
 _OF_PIP = {
     "index-url": "UV_DEFAULT_INDEX",
     "extra-index-url": "UV_INDEX",
     "find-links": "UV_FIND_LINKS",
+    "no-index": "UV_NO_INDEX",
     "trusted-host": "UV_INSECURE_HOST",
     "cert": "SSL_CERT_FILE",
+    "client-cert": "SSL_CLIENT_CERT",
     "proxy": "ALL_PROXY",
+    "keyring-provider": None,  # pip's and uv's ways with it differ
+    "timeout": None,
+    "retries": None,
+    "cache-dir": None,
 }
+# Where pip finds options, each winning over those before it.
+_SECTIONS = ("global", "download", "install", ":env:")
 # The same of uv's own configuration files.
 _OF_UV = {
     "index-url": "UV_DEFAULT_INDEX",
@@ -61,28 +70,41 @@ def uv_environment() -> dict[str, str | None]:
     return {**variables, "UV_NO_CONFIG": "1"}
 
 
+def pip_environment() -> dict[str, str | None]:
+    """Variables for pip, to be added to this process's own; None takes one away."""
+    variables: dict[str, str | None] = dict.fromkeys(name for name in os.environ if name.startswith("PIP_"))
+    for name, words in _pip_options().items():
+        variables[f"PIP_{name.upper().replace('-', '_')}"] = " ".join(words)
+    return {**variables, "PIP_CONFIG_FILE": os.devnull}
+
+
 def _from_pip() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, words in _pip_options().items():
+        variable = _OF_PIP[name]
+        if name == "no-index":
+            found |= {"UV_NO_INDEX": "1"} if words and words[0].lower() in ("1", "true", "yes", "on") else {}
+        elif variable is not None:
+            found[variable] = _joined(variable, words)
+    return found
+
+
+def _pip_options() -> dict[str, list[str]]:
+    """Those of pip's options that are kept, each as words, from its files and its variables."""
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "--disable-pip-version-check", "config", "list"],
         capture_output=True,
         text=True,
         check=False,
     )
-    found: dict[str, str] = {}
+    found: dict[str, dict[str, list[str]]] = {section: {} for section in _SECTIONS}
     for line in listed.stdout.splitlines():
         key, _, value = line.partition("=")
         section, _, name = key.rpartition(".")
-        if section not in ("global", "install", ":env:"):
-            continue
-        try:
-            words = str(ast.literal_eval(value)).split()  # pip writes it as Python does
-        except (ValueError, SyntaxError):
-            continue
-        if name == "no-index" and words in (["1"], ["true"], ["yes"]):
-            found["UV_NO_INDEX"] = "1"
-        elif variable := _OF_PIP.get(name):
-            found[variable] = _joined(variable, words)
-    return found
+        if section in found and name in _OF_PIP:
+            with suppress(ValueError, SyntaxError):
+                found[section][name] = str(ast.literal_eval(value)).split()  # pip writes it as Python does
+    return {name: words for section in _SECTIONS for name, words in found[section].items()}
 
 
 def _from_uv_files() -> dict[str, str]:
@@ -101,7 +123,7 @@ def _from_uv_files() -> dict[str, str]:
             table = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        found |= _settings(table.get("pip", {})) | _settings(table)
+        found |= _settings(table) | _settings(table.get("pip", {}))
     return found
 
 

@@ -33,7 +33,7 @@ from pipeline.processes import disk_errors, exclusive, run
 from pipeline.resources import checkout, checkout_at, resource
 from pipeline.setup import gpu, machine
 from pipeline.setup.findings import FAILURE, OK, WARNING, Finding, require
-from pipeline.setup.indexes import uv_environment
+from pipeline.setup.indexes import pip_environment, uv_environment
 
 CPU, CUDA, AUTO = "cpu", "cuda", "auto"
 # What only a CUDA build of torch loads.
@@ -249,8 +249,7 @@ def _bootstrap(environment: Environment) -> bool:
     run(
         [environment.python, "-m", "pip", *options, "--require-hashes", "-r", lock_file],
         "fetching uv",
-        # Of pip's configuration only indexes, proxies and certificates are to count.
-        env=dict.fromkeys(("PIP_CONSTRAINT", "PIP_REQUIREMENT", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_USER")),
+        env=pip_environment(),
         explain=((re.compile(r"do not match the hashes", re.I), _WRONG_HASH), (_NOT_OFFERED, _NO_INDEX)),
         logs=environment.prefix / "logs",
     )

@@ -6,6 +6,7 @@ Set-up asks before anything long is begun, `pipeline doctor` shows it all, prefl
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -56,8 +57,12 @@ def compilers(*, needed: bool = True) -> Iterator[Finding]:
         ("build tool", "", ("ninja", "make"), "neither ninja nor make", "ninja-build"),
     )
     for subject, variable, names, absent, package in wanted:
-        found = os.environ.get(variable) if variable else None
-        found = found or find_program(*names)
+        given = os.environ.get(variable) if variable else None
+        if given and shutil.which(shlex.split(given)[0]) is None:
+            state = FAILURE if needed else WARNING
+            yield Finding(subject, state, f"{variable}={given}: no such program", f"name another, or unset {variable}")
+            continue
+        found = given or find_program(*names)
         if found:
             yield Finding(subject, OK, found)
         elif needed:
@@ -76,13 +81,13 @@ def require_compilers() -> None:
     require(compilers(), "llama.cpp cannot be built here")
 
 
-def space(needs: Mapping[Path, float], what: str, subject: str = "disk") -> Iterator[Finding]:
+def space(needs: Mapping[Path, float], what: str, roles: Mapping[Path, str] | None = None) -> Iterator[Finding]:
     """The free space of every disk that something is to be written to.
 
     Args:
         needs: bytes that will be written, by folder. Folders on one disk are added up.
         what: what needs it, e.g. "set-up".
-        subject: what the findings are called.
+        roles: what each folder is, for the findings' names.
     """
     totals: dict[int, tuple[list[Path], float]] = {}
     for folder, size in needs.items():
@@ -92,6 +97,7 @@ def space(needs: Mapping[Path, float], what: str, subject: str = "disk") -> Iter
     for folders, size in totals.values():
         free = shutil.disk_usage(existing(folders[0])).free
         where = ", ".join(str(folder) for folder in folders)
+        subject = f"disk of {', '.join(roles[folder] for folder in folders)}" if roles else "disk"
         if free < size:
             yield Finding(
                 subject,
@@ -149,9 +155,11 @@ def memory(least: float = 6 * GIB) -> Finding:
     return Finding("memory", OK, words)
 
 
-def go() -> Finding:
-    """Go, which builds Ollama."""
+def go(*, needed: bool = True) -> Finding:
+    """Go, which builds Ollama, if that is still to be built (`needed`)."""
     found = find_program("go")
+    if found is None and not needed:
+        return Finding("Go", OK, "not on PATH; Ollama is built already")
     if found is None:
         remedy = "install Go, or Ollama itself, if you want the last stage"
         return Finding("Go", WARNING, "not on PATH: Ollama cannot be built here", remedy)

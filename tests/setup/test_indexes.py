@@ -1,11 +1,11 @@
-"""What uv is told of the machine's configuration: where packages come from, and nothing else."""
+"""What uv and pip are told of the machine's configuration: where packages come from, and nothing else."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-from pipeline.setup.indexes import uv_environment
+from pipeline.setup.indexes import pip_environment, uv_environment
 
 
 @pytest.fixture
@@ -50,6 +50,30 @@ def test_what_pip_was_told(config: Path, tmp_path: Path, monkeypatch: pytest.Mon
     # What was told to uv itself wins, under either of an index's two names.
     monkeypatch.setenv("UV_INDEX_URL", "https://own.example")
     assert "UV_DEFAULT_INDEX" not in told()
+
+
+def test_of_pips_own_configuration_only_where_from_and_how_is_left(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pip = tmp_path / "pip.conf"
+    pip.write_text(
+        "[global]\nindex-url = https://mirror.example/simple\ntarget = /elsewhere\nno-index = True\n"
+        "[install]\ndry-run = true\nuser = true\nfind-links =\n    /wheels\n    /more\n"
+        "[download]\ntimeout = 90\nplatform = any\n"
+    )
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(pip))
+    monkeypatch.setenv("PIP_INDEX_URL", "https://nearer.example/simple")
+    monkeypatch.setenv("PIP_DRY_RUN", "1")
+    assert pip_environment() == {
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_DRY_RUN": None,
+        "PIP_INDEX_URL": "https://nearer.example/simple",  # a variable wins over a file, as with pip
+        "PIP_NO_INDEX": "True",
+        "PIP_FIND_LINKS": "/wheels /more",
+        "PIP_TIMEOUT": "90",
+    }
+    assert told()["UV_DEFAULT_INDEX"] == "https://nearer.example/simple"
+    assert told()["UV_NO_INDEX"] == "1"
 
 
 def test_what_uv_was_told_in_its_files(config: Path, tmp_path: Path) -> None:
