@@ -80,7 +80,9 @@ class Data(Section):
         0.05, ge=0, lt=1, description="share of train that is split off when no validation file is given"
     )
     group: str | None = Field(None, min_length=1, description="key of a row whose value keeps rows in one split")
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt"] = Field("auto", description="shape of a row")
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt", "text"] = Field(
+        "auto", description="shape of a row; text: every row is a whole text, which is trained to its end"
+    )
     columns: dict[str, str] = Field(
         default_factory=dict, description='the rows\' own names of known keys, e.g. { completion = "response" }'
     )
@@ -100,6 +102,9 @@ class Data(Section):
         "error",
         description="what to do with a row that is longer than train.max_length; split cuts between an answer and the "
         "next question",
+    )
+    window: int | None = Field(
+        None, ge=8, description="longest sequence of a whole text, in tokens: a longer text is cut into such windows"
     )
     duplicates: Literal["drop", "keep"] = Field("drop", description="what to do with a row that repeats another")
     control_tokens: Literal["error", "keep"] = Field(

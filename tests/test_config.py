@@ -91,7 +91,7 @@ def test_only_base_and_data_must_be_given(tmp_path: Path) -> None:
         (MINIMAL + '[lora]\ntarget_modules = ["model.embed_tokens"]\n', ["an adapter on model.embed_tokens is not"]),
         (
             MINIMAL.replace("[data]", 'chat_template = "zefyr"\n[data]'),
-            ["model.chat_template: ", "zefyr: no such file", "well-known ones are alpaca, chatml, gemma, llama-3"],
+            ["model.chat_template: ", "zefyr: no such file", "well-known ones are alpaca, chatml, completion, gemma"],
         ),
         (
             MINIMAL + '[train]\nload_in_4bit = false\n[merge]\nbase = "dequantized"\n',

@@ -36,7 +36,7 @@ class NearDuplicates:
         """Look at a row."""
         import numpy as np
 
-        pairs = word_pairs(" ".join(message["content"] for message in row.messages))
+        pairs = word_pairs(row.whole)
         hashes = np.fromiter((zlib.crc32(pair.encode()) % _PRIME for pair in pairs), np.uint64, len(pairs))
         least = ((self._factors * hashes + self._terms) % _PRIME).min(axis=1)
         self._signatures.frombytes(least.astype(np.uint32).tobytes())

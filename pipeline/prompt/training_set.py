@@ -57,6 +57,7 @@ class TrainingSet:
         self.kept = 0  # conversations: more than rows where one was split
         self.left_off = 0  # messages after the last trained one
         self.merged = 0  # answers whose first token is shared with the prompt
+        self.texts = 0  # rows of `out` that are whole texts
         self.openings = 0  # answers that open a conversation, which nobody asks for
 
     def add(self, row: Conversation) -> None:
@@ -85,7 +86,8 @@ class TrainingSet:
             return
         self.out += 1
         self.left_off += row.cut
-        self.openings += row.messages[0]["role"] == "assistant"
+        self.openings += bool(row.messages) and row.messages[0]["role"] == "assistant"
+        self.texts += row.text is not None
         for leaks in self._leaks:
             leaks.add(row)
         for conversation, sequences in outcome.kept * row.times:
@@ -94,6 +96,8 @@ class TrainingSet:
             for sequence in sequences:
                 self._tokens.add(sequence.input_ids, sequence.labels)
                 self._count(row, sequence)
+            for sequence in sequences if row.text is None else sequences[-1:]:  # a window of a text ends anywhere
+                self._ends.add(next(label for label in reversed(sequence.labels) if label != IGNORED))
 
     def _count(self, row: Conversation, sequence: Tokenized) -> None:
         tokenizer = self._encoder.tokenizer
@@ -101,7 +105,6 @@ class TrainingSet:
         self._lengths[length] += 1
         self._trained += trained
         self.merged += sequence.merged
-        self._ends.add(next(label for label in reversed(sequence.labels) if label != IGNORED))
         self._leading_bos.add(leading_bos(tokenizer, sequence.input_ids))
         of_source = self.sources.setdefault(file_of(row.place), Counter())
         of_source.update(sequences=1, tokens=length, tokens_trained=trained)
@@ -126,6 +129,7 @@ class TrainingSet:
         sequences = self._lengths.total()
         return {
             "rows": self.kept,
+            "texts": self.texts,
             "sequences": sequences,
             "tokens": tokens,
             "tokens_trained": self._trained,

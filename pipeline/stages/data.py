@@ -30,10 +30,11 @@ from pipeline.model.base import check_bits, resolve_base
 from pipeline.model.facts import base_files, context_of
 from pipeline.model.trained_tokenizer import adapter_files, trained_tokenizer
 from pipeline.ollama.parameters import served_context
+from pipeline.prompt.chat_templates import DEFAULT, OF_TEXTS
 from pipeline.prompt.lengths import check_room, question_lengths
 from pipeline.prompt.sequences import TOO_LONG_CUT, TOO_LONG_DROPPED, TOO_LONG_SPLIT, Encoder
 from pipeline.prompt.template import render
-from pipeline.prompt.tokenizer import beyond_embedding
+from pipeline.prompt.tokenizer import beyond_embedding, saved_tokenizer
 from pipeline.prompt.training_set import TrainingSet
 from pipeline.run.stage import Stage, Task
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 # Kinds of findings.
 NEARLY = "a near duplicate of another row"
+NOT_ASKED = "a whole text, which is not asked"
 WEIGHED = "left out by the weight of its source"
 REPEATED = "a repetition of another row"
 CONTRADICTED = "another answer to the same question"
@@ -77,7 +79,7 @@ def main(task: Task) -> dict[str, Any]:
     figures: dict[str, Any] = {} if data.train is None else _adapter(task, base)
     with task.new(task.layout.findings).open("w", encoding="utf-8", newline="\n") as file:
         found = {name: Findings(name, file) for name in ("test", "validation")}
-        test = _read(data.test, reading, found["test"])
+        test = _asked(_read(data.test, reading, found["test"]), found["test"])
         _settle(task, found["test"])
         _check_test(task, test)
         questions = chosen(map(question_of, test), task.config.eval.limit)
@@ -96,6 +98,8 @@ def main(task: Task) -> dict[str, Any]:
     )
     if data.train is not None and not sets["train"].kept:
         raise UserError(f"{data.train}: no row is left to train on; see data.on_overlong and the marks of the rows")
+    if data.train is not None:
+        _check_texts(task, base, sets["train"])
     for name, one in sets.items():
         figures |= {f"{name}_{key}": value for key, value in one.figures().items()}
     figures |= _say(task, found, sets, leaks)
@@ -131,7 +135,7 @@ def _encoder(task: Task, base: Path) -> Encoder:
     beyond = beyond_embedding(base)
     beyond.refuse_in(render(tokenizer, [{"role": "user", "content": ""}], add_generation_prompt=True), "chat template")
     longest = task.config.train.max_length or tokenizer.model_max_length
-    return Encoder(tokenizer, beyond, longest, data.on_overlong, data.control_tokens, data.unwritten)
+    return Encoder(tokenizer, beyond, longest, data.on_overlong, data.window, data.control_tokens, data.unwritten)
 
 
 def _adapter(task: Task, base: Path) -> dict[str, Any]:
@@ -164,6 +168,42 @@ def _usable(path: Path, reading: Reading, findings: Findings, limit: int | None 
 def _read(path: Path | None, reading: Reading, findings: Findings) -> list[Conversation]:
     """A whole held-out set, which training rows are compared with."""
     return list(_usable(path, reading, findings)) if path is not None else []
+
+
+def _asked(test: Sequence[Conversation], findings: Findings) -> list[Conversation]:
+    """The test rows that are conversations; a whole text asks nothing."""
+    for row in test:
+        if row.text is not None:
+            findings.leave_out(row.place, NOT_ASKED, f"{row.place}: is a whole text, which asks nothing")
+    conversations = [row for row in test if row.text is None]
+    if test and not conversations:
+        raise UserError(
+            f"data.test: every row is a whole text ({test[0].place}), which asks nothing and has no right answer: give "
+            "them as data.validation, and their loss is measured at every rung"
+        )
+    return conversations
+
+
+def _check_texts(task: Task, base: Path, train: TrainingSet) -> None:
+    """Say how a model is served that was trained on whole texts alone: no turn of a chat was trained.
+
+    Raises:
+        UserError: it would be served with a system message that no row has.
+    """
+    if train.texts < train.out:
+        return
+    data, model = task.config.data, task.config.model
+    if data.system:
+        raise UserError(
+            "data.system: every row is a whole text, which has no system message, so that the model would be served "
+            "with one that was not trained: remove the key"
+        )
+    if model.chat_template is None:
+        template = "the base's own chat template" if saved_tokenizer(base).chat_template else f"the turns of {DEFAULT}"
+        task.warn(
+            f"every row is a whole text, and the model is served with {template}, which no row was trained with; with "
+            f'data.format = "text", or model.chat_template = "{OF_TEXTS}", it goes on with what it is sent'
+        )
 
 
 def _settle(task: Task, findings: Findings) -> None:
