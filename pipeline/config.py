@@ -107,12 +107,31 @@ class Data(Section):
         None, ge=8, description="longest sequence of a whole text, in tokens: a longer text is cut into such windows"
     )
     duplicates: Literal["drop", "keep"] = Field("drop", description="what to do with a row that repeats another")
-    control_tokens: Literal["error", "keep"] = Field(
-        "error", description="what to do with a text that holds a control token of the model"
+    shuffle: bool = Field(
+        False,
+        description="rows stand in an order that train.seed draws, whatever files they come from; training draws one "
+        "for each epoch anyhow",
+    )
+    control_tokens: Literal["error", "keep", "split"] = Field(
+        "error",
+        description="what to do with a text that holds a control token of the model; split, into ordinary tokens, is "
+        "refused, since no server does so",
     )
     unwritten: Literal["error", "keep"] = Field(
         "error", description="what to do with a row of which the chat template leaves out a part, e.g. its tools"
     )
+
+    @field_validator("control_tokens")
+    @classmethod
+    def _as_served(cls, value: str) -> str:
+        if value == "split":
+            raise ValueError(
+                'data.control_tokens = "split": a control token in a text would be trained as ordinary tokens, and '
+                "Ollama and llama-server read it as the control token, wherever it stands in a prompt: the model would "
+                'be served what it was not trained on. Take it out of the texts ("error" names them all), or "keep" it '
+                "as the token that it is"
+            )
+        return value
 
 
 class Lora(Section):
@@ -355,11 +374,13 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict
         given = values.get(section, {}).get(key) if isinstance(values.get(section), dict) else None
         if isinstance(given, str):
             where = places.get(f"{section}.{key}")
+            _refuse_standard_input(given, f"{where}: {section}.{key}")
             values[section][key] = path.parent / expanded(given, f"{where}: {section}.{key}")
     _from_elsewhere(values, places)
     of_data = values.get("data")
     for source in of_data["sources"] if isinstance(of_data, dict) and isinstance(of_data.get("sources"), list) else ():
         if isinstance(source, dict) and isinstance(source.get("path"), str):
+            _refuse_standard_input(source["path"], f"{places.get('data.sources')}: data.sources")
             source["path"] = path.parent / expanded(source["path"], f"{places.get('data.sources')}: data.sources")
     template = values.get("ollama", {}).get("template") if isinstance(values.get("ollama"), dict) else None
     if isinstance(template, str) and template not in ("auto", "go", "native"):
@@ -400,6 +421,15 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict
         place = places.get("run.folder", str(path))
         raise UserError(f"{place}: run.folder: is the folder of {path.name}; give one of its own, e.g. run")
     return config, {key: place.replace(str(path), path.name) for key, place in places.items()}
+
+
+def _refuse_standard_input(given: str, where: str) -> None:
+    """What can be read once is no source: every command of a run looks at its data again, and none may change it."""
+    if given in ("-", "/dev/stdin"):
+        raise UserError(
+            f"{where}: {given}: standard input can be read only once, and a run looks at its data again, to tell "
+            "whether anything has changed: write it to a file first (`... > train.jsonl`) and give that"
+        )
 
 
 def _from_elsewhere(values: dict[str, Any], places: dict[str, str]) -> None:

@@ -4,7 +4,8 @@ training nor a check is sized by the rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -59,6 +60,24 @@ def read_tokens(path: Path) -> Iterator[dict[str, Any]]:
         for batch in batches:
             for start in range(batch.num_rows):
                 yield batch.slice(start, 1).to_pylist()[0]
+
+
+def put_in_order(path: Path, order: Iterable[int]) -> None:
+    """Write a file anew.
+
+    Args:
+        path: the file.
+        order: the sequences by their numbers, as they are to stand.
+    """
+    import pyarrow
+
+    numbers, shuffled = iter(order), path.with_suffix(".shuffled")
+    with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
+        table = stream.read_all()  # mapped, not read
+        with pyarrow.ipc.new_stream(str(shuffled), table.schema) as writer:
+            while some := list(itertools.islice(numbers, _BATCH)):
+                writer.write_table(table.take(some).combine_chunks())
+    shuffled.replace(path)
 
 
 def token_count(path: Path) -> int:

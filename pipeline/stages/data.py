@@ -226,7 +226,8 @@ def _check_test(task: Task, test: Sequence[Conversation]) -> None:
 
 def _new_set(task: Task, name: str, encoder: Encoder, findings: Findings, leaks: Sequence[Leaks] = ()) -> TrainingSet:
     layout = task.layout
-    return TrainingSet(name, task.new(layout.rows(name)), task.new(layout.tokens(name)), encoder, findings, leaks)
+    seed = task.config.train.seed if task.config.data.shuffle else None
+    return TrainingSet(name, task.new(layout.rows(name)), task.new(layout.tokens(name)), encoder, findings, leaks, seed)
 
 
 def _train_and_validation(

@@ -21,6 +21,7 @@ from pipeline.errors import UserError
 from pipeline.model.held_out import read_held_out
 from pipeline.prompt import training_set
 from pipeline.prompt.labels import IGNORED
+from pipeline.prompt.tokenizer import saved_tokenizer
 from pipeline.run.layout import Layout
 from pipeline.run.stage import Task
 from pipeline.stages import data, evaluate
@@ -643,3 +644,26 @@ def test_texts_beside_conversations(project: Project) -> None:
     write(project.folder / "test.jsonl", told)
     with pytest.raises(UserError, match=r"data.test: every row is a whole text .*test.jsonl:1.*data.validation"):
         project.run("data.test=test.jsonl")
+
+
+def test_shuffled_rows_stand_in_one_order_whatever_files_they_come_from(project: Project) -> None:
+    def order(*overrides: str) -> list[str]:
+        project.run("data.validation_fraction=0", "data.on_overlong=truncate", *overrides)
+        tokens = list(read_tokens(project.output / "train.tokens.arrow"))
+        known = trained_labels.KnownRows(
+            saved_tokenizer(Path(project.config.model.base)), project.output / "train.jsonl"
+        )
+        rows = [owner.row.messages for row in tokens if (owner := known.owner_of(row["input_ids"])) is not None]
+        assert rows == [row["messages"] for row in project.rows("train")]
+        return questions_of(project.rows("train"))
+
+    assert order() == QUESTIONS
+    shuffled = order("data.shuffle=true")
+    assert shuffled != QUESTIONS
+    assert sorted(shuffled) == sorted(QUESTIONS)
+    assert order("data.shuffle=true", "train.seed=2") != shuffled
+    write(project.folder / "train.jsonl", [conversation(question) for question in QUESTIONS[60:]])
+    write(project.folder / "more.jsonl", [conversation(question) for question in QUESTIONS[:60]])
+    with (project.folder / "pipeline.toml").open("a") as file:
+        file.write("[[data.sources]]\npath = 'more.jsonl'\n")
+    assert order("data.shuffle=true") == shuffled
