@@ -387,7 +387,7 @@ STAGE = Stage(
     ),
     indifferent_to=("adapter.path",),
     files=files,
-    libraries=("transformers", "tokenizers", "jinja2", "pyarrow"),
+    libraries=("transformers", "tokenizers", "jinja2", "pyarrow", "datasets"),
     # Without data, as an adapter from elsewhere may come, there is nothing to do.
     variants=lambda config: ("",) if _given(config) else (),
     figures=("train_rows", "train_tokens", "train_share_trained", "validation_rows", "test_rows"),
