@@ -107,7 +107,11 @@ class Data(Section):
     window: int | None = Field(
         None, ge=8, description="longest sequence of a whole text, in tokens: a longer text is cut into such windows"
     )
-    duplicates: Literal["drop", "keep"] = Field("drop", description="what to do with a row that repeats another")
+    duplicates: Literal["drop", "near", "keep"] = Field(
+        "drop",
+        description="drop: a row that repeats another is trained once; near: and of rows that are nearly the same the "
+        "first is trained; keep: all are",
+    )
     shuffle: bool = Field(
         False,
         description="rows stand in an order that train.seed draws, whatever files they come from; training draws one "

@@ -31,9 +31,10 @@ class NearDuplicates:
         self._terms = of.integers(0, _PRIME, (_PLACES, 1), dtype=np.uint64)
         self._signatures = array("I")
         self._rows: list[str] = []
+        self._held_out = array("b")
 
-    def add(self, row: Conversation) -> None:
-        """Look at a row."""
+    def add(self, row: Conversation, *, held_out: bool = False) -> None:
+        """Look at a row, which is trained or held out."""
         import numpy as np
 
         pairs = word_pairs(row.whole)
@@ -41,17 +42,18 @@ class NearDuplicates:
         least = ((self._factors * hashes + self._terms) % _PRIME).min(axis=1)
         self._signatures.frombytes(least.astype(np.uint32).tobytes())
         self._rows.append(row.place)
+        self._held_out.append(held_out)
 
-    def found(self) -> Iterator[tuple[str, str, float]]:
-        """Each row that is nearly another one before it.
+    def found(self) -> Iterator[tuple[str, str, float, bool]]:
+        """Each row that is nearly another one before it; the nearest on the other side of the split, if there is one.
 
         Yields:
-            Its place, the other's, and the estimated similarity.
+            Its place, the other's, the estimated similarity, and whether one of them is held out and the other not.
         """
         import numpy as np
 
         signatures = np.frombuffer(self._signatures, np.uint32).reshape(-1, _PLACES)
-        best: dict[int, tuple[float, int]] = {}
+        best: dict[int, tuple[bool, float, int]] = {}
         for start in range(0, _PLACES, _BAND):
             band = np.ascontiguousarray(signatures[:, start : start + _BAND]).view(f"V{4 * _BAND}").ravel()
             _, group = np.unique(band, return_inverse=True)
@@ -62,15 +64,15 @@ class NearDuplicates:
             for others in (firsts, same - 1):
                 self._compare(signatures, order[same], order[others], best)
         for index in sorted(best):
-            similarity, earlier = best[index]
-            yield self._rows[index], self._rows[earlier], similarity
+            apart, similarity, earlier = best[index]
+            yield self._rows[index], self._rows[earlier], similarity, apart
 
-    @staticmethod
-    def _compare(signatures: Any, rows: Any, others: Any, best: dict[int, tuple[float, int]]) -> None:
+    def _compare(self, signatures: Any, rows: Any, others: Any, best: dict[int, tuple[bool, float, int]]) -> None:
         for start in range(0, len(rows), _COMPARED):
             some, theirs = rows[start : start + _COMPARED], others[start : start + _COMPARED]
             similar = (signatures[some] == signatures[theirs]).mean(axis=1)
             for at in (similar >= NEAR).nonzero()[0].tolist():
-                row, value = int(some[at]), float(similar[at])
-                if row not in best or value > best[row][0]:
-                    best[row] = value, int(theirs[at])
+                row, other, value = int(some[at]), int(theirs[at]), float(similar[at])
+                apart = self._held_out[row] != self._held_out[other]
+                if row not in best or (apart, value) > best[row][:2]:
+                    best[row] = apart, value, other

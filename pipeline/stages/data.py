@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
 # Kinds of findings.
 NEARLY = "a near duplicate of another row"
+NEARLY_DROPPED = "a near duplicate of another row, left out"
+APART = "a near duplicate of a row on the other side of the split"
 NOT_ASKED = "a whole text, which is not asked"
 WEIGHED = "left out by the weight of its source"
 REPEATED = "a repetition of another row"
@@ -237,8 +240,9 @@ def _train_and_validation(
     data = task.config.data
     share = data.validation_fraction if data.validation is None else 0.0
     start, again = file.tell(), False
+    near = _nearly_repeated(task, reading) if data.duplicates == "near" else {}
     while True:
-        findings, sets, least, most = _one_pass(task, reading, encoder, file, leaks, share, again=again)
+        findings, sets, least, most = _one_pass(task, reading, encoder, file, leaks, near, share, again=again)
         train, validation = (sets[name].kept for name in ("train", "validation"))
         if not share or (train and (validation or again or least >= most)):
             return findings, sets
@@ -249,12 +253,30 @@ def _train_and_validation(
         file.truncate()
 
 
+def _nearly_repeated(task: Task, reading: Reading) -> dict[str, str]:
+    """The places of rows that are nearly a row before them which is kept, each with what is said of it."""
+    near, repeated = NearDuplicates(), {}
+    # What is wrong with a row is found by the pass that trains.
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
+        for row, _ in _training_rows(task, reading, Findings("train", nowhere)):
+            near.add(row)
+    for place, other, similarity, _ in near.found():
+        if other not in repeated:
+            repeated[place] = _nearly(place, other, similarity)
+    return repeated
+
+
+def _nearly(place: str, other: str, similarity: float) -> str:
+    return f"{place}: is nearly {other} (about {similarity:.0%} of the word pairs)"
+
+
 def _one_pass(
     task: Task,
     reading: Reading,
     encoder: Encoder,
     file: IO[str],
     leaks: dict[str, Leaks],
+    nearly_repeated: dict[str, str],
     share: float,
     *,
     again: bool,
@@ -276,13 +298,16 @@ def _one_pass(
         for row, weight in _training_rows(task, reading, findings):
             if findings.rows % 1000 == 0:
                 update(findings.rows)
-            if data.duplicates == "drop" and (first := seen.repeated(row)):
+            if data.duplicates != "keep" and (first := seen.repeated(row)):
                 findings.leave_out(row.place, REPEATED, f"{row.place}: repeats {first}")
+                continue
+            if words := nearly_repeated.get(row.place):
+                findings.leave_out(row.place, NEARLY_DROPPED, words)
                 continue
             if first := seen.contradicted(row):
                 findings.note(row.place, CONTRADICTED, f"{row.place}: answers the question of {first} otherwise")
-            near.add(row)
             at = position(row, seed)
+            near.add(row, held_out=at < share)
             if at >= share:  # what is held out is held out once
                 times = int(weight) + (position(row, seed + 1) < weight % 1)
                 if not times:
@@ -291,8 +316,8 @@ def _one_pass(
                 row = replace(row, times=times)
             least, most = min(least, at), max(most, at)
             sets["validation" if at < share else "train"].add(row)
-        for place, other, similarity in near.found():
-            findings.note(place, NEARLY, f"{place}: is nearly {other} (about {similarity:.0%} of the word pairs)")
+        for place, other, similarity, apart in near.found():
+            findings.note(place, APART if apart else NEARLY, _nearly(place, other, similarity))
         update(findings.rows)
     _settle(task, findings)
     return findings, sets, least, most
@@ -320,7 +345,12 @@ def _say(
         for kind in findings.counts.keys() - findings.errors.keys():
             task.warn(f"{name}: {findings.counts[kind]:,} of {findings.rows:,} rows: {kind}; {findings.first[kind]}")
     figures: dict[str, Any] = {"duplicates_dropped": found["train"].counts[REPEATED]}
-    figures |= {"near_duplicates": found["train"].counts[NEARLY], "contradictions": found["train"].counts[CONTRADICTED]}
+    counts = found["train"].counts
+    figures |= {
+        "near_duplicates": counts[NEARLY] + counts[APART],
+        "near_duplicates_dropped": counts[NEARLY_DROPPED],
+        "contradictions": counts[CONTRADICTED],
+    }
     for name, findings in found.items():
         if name != "test":
             figures |= {f"{name}_{key}": findings.counts[kind] for key, kind in _TOO_LONG.items()}
@@ -336,7 +366,7 @@ def _say(
             )
     for name, of_set in leaks.items():
         leaked = of_set.found
-        figures[f"{name}_leaks"] = len(leaked)
+        figures[f"{name}_leaks"] = len(leaked) + (counts[APART] if name == "validation" else 0)
         if leaked:
             leak = max(leaked, key=lambda leak: leak.similarity)
             same = sum(leak.same_answer for leak in leaked)

@@ -519,6 +519,30 @@ def test_near_duplicates_and_contradictions_are_said_with_their_places(project: 
     assert f"a near duplicate of another row; {place}:2: is nearly {place}:1 (about 100% of the word pairs)" in said
     assert f"another answer to the same question; {place}:4: answers the question of {place}:3 otherwise" in said
 
+    figures = project.run("data.validation_fraction=0", "train.max_length=2000", "data.duplicates=near")
+    assert (figures["near_duplicates_dropped"], figures["near_duplicates"], figures["train_rows"]) == (1, 0, 3)
+    account = project.account("train")
+    assert (account["rows"], account["left_out"]) == (4, 1)
+    assert account["findings"]["a near duplicate of another row, left out"]["places"] == [f"{place}:2"]
+
+
+def test_near_duplicates_on_both_sides_of_the_split_are_leaks(project: Project) -> None:
+    rows = []
+    for number in range(40):
+        words = [f"word{number}x{at}" for at in range(60)]
+        rows += [conversation(" ".join(words)), conversation(" ".join([*words, "more"]))]
+    write(project.folder / "train.jsonl", rows)
+    figures = project.run("data.validation_fraction=0.5", "train.max_length=2000")
+    held_out = set(questions_of(project.rows("validation")))
+    questions = questions_of(rows)
+    apart = [first for first in range(0, 80, 2) if (questions[first] in held_out) != (questions[first + 1] in held_out)]
+    assert 5 < len(apart) < 35
+    found = project.account("train")["findings"]["a near duplicate of a row on the other side of the split"]
+    assert figures["validation_leaks"] == found["count"] <= len(apart)
+    assert found["count"] >= len(apart) - 2  # an estimate may miss some
+    lines = {int(place.rpartition(":")[2]) for place in found["places"]}
+    assert lines <= {first + 2 for first in apart}
+
 
 def test_further_sources_have_a_weight_a_limit_and_a_system_message(project: Project) -> None:
     for name in ("half", "twice", "few"):
