@@ -20,6 +20,7 @@ from pipeline.data.formats import Conversation
 from pipeline.data.metric import parse_strict
 from pipeline.errors import UserError
 
+_WORD = re.compile(r"\w+")
 NEAR = 0.9  # Jaccard similarity of the word pairs from which two questions are near-duplicates
 
 
@@ -118,8 +119,12 @@ def find_leaks(train: Iterable[Conversation], held_out: Sequence[Conversation]) 
 
 def word_pairs(said: str) -> frozenset[str]:
     """Neighbouring words of a text, whatever the case and the punctuation."""
-    words = ["", *re.findall(r"\w+", said.casefold())] if said.strip() else [""]
-    return frozenset(f"{a} {b}" for a, b in itertools.pairwise(words)) or frozenset([said])
+    return frozenset(f"{a} {b}" for a, b in itertools.pairwise(words(said)))
+
+
+def words(said: str) -> list[str]:
+    """The words of a text after an empty one, so that the first has a neighbour; of a text without any, itself."""
+    return ["", *(_WORD.findall(said.casefold()) or [said])]
 
 
 def _rarest(pairs: frozenset[str], frequency: Counter[str]) -> list[str]:

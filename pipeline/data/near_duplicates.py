@@ -12,11 +12,12 @@ from array import array
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.data.checks import NEAR, word_pairs
+from pipeline.data.checks import NEAR, words
 from pipeline.data.formats import Conversation
 
 _PLACES, _BAND = 64, 8
 _PRIME = (1 << 31) - 1  # products of two numbers below it fit into 64 bits
+_OF_FIRST = 1_000_003  # makes the pair (a, b) another one than (b, a)
 _COMPARED = 10_000  # pairs of signatures at a time
 
 
@@ -37,9 +38,10 @@ class NearDuplicates:
         """Look at a row, which is trained or held out."""
         import numpy as np
 
-        pairs = word_pairs(row.whole)
-        hashes = np.fromiter((zlib.crc32(pair.encode()) % _PRIME for pair in pairs), np.uint64, len(pairs))
-        least = ((self._factors * hashes + self._terms) % _PRIME).min(axis=1)
+        said = words(row.whole)
+        hashes = np.fromiter((zlib.crc32(word.encode()) for word in said), np.uint64, len(said))
+        pairs = (hashes[:-1] * _OF_FIRST + hashes[1:]) % _PRIME
+        least = ((self._factors * pairs + self._terms) % _PRIME).min(axis=1)
         self._signatures.frombytes(least.astype(np.uint32).tobytes())
         self._rows.append(row.place)
         self._held_out.append(held_out)

@@ -5,6 +5,7 @@ training nor a check is sized by the rows.
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -26,20 +27,29 @@ class TokenFile:
         ids = pyarrow.list_(pyarrow.int32())
         self._schema = pyarrow.schema([("input_ids", ids), ("labels", ids)])
         self._writer = pyarrow.ipc.new_stream(str(path), self._schema)
-        self._rows: list[tuple[Sequence[int], Sequence[int]]] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        self._ends, self._ids, self._labels = array("i", [0]), array("i"), array("i")
 
     def add(self, input_ids: Sequence[int], labels: Sequence[int]) -> None:
         """Append a sequence."""
-        self._rows.append((input_ids, labels))
-        if len(self._rows) == _BATCH:
+        self._ids.extend(input_ids)
+        self._labels.extend(labels)
+        self._ends.append(len(self._ids))
+        if len(self._ends) > _BATCH:
             self._flush()
 
     def _flush(self) -> None:
         import pyarrow
 
-        columns = [pyarrow.array(column, field.type) for column, field in zip(zip(*self._rows), self._schema)]  # noqa: B905
+        ends, *flat = (
+            pyarrow.Array.from_buffers(pyarrow.int32(), len(values), [None, pyarrow.py_buffer(values)])
+            for values in (self._ends, self._ids, self._labels)
+        )
+        columns = [pyarrow.ListArray.from_arrays(ends, values) for values in flat]
         self._writer.write_batch(pyarrow.record_batch(columns, schema=self._schema))
-        self._rows = []
+        self._begin()
 
     def __enter__(self) -> TokenFile:
         return self
@@ -47,7 +57,7 @@ class TokenFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._rows and error is None:
+        if len(self._ends) > 1 and error is None:
             self._flush()
         self._writer.close()
 
