@@ -24,7 +24,7 @@ from pipeline.prompt.labels import IGNORED
 from pipeline.prompt.tokenizer import saved_tokenizer
 from pipeline.run.layout import Layout
 from pipeline.run.stage import Task
-from pipeline.stages import data, evaluate
+from pipeline.stages import data, evaluate, verify
 from pipeline.verify import answers, trained_labels
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import FAIL
@@ -602,7 +602,7 @@ def test_whole_texts_are_trained_to_their_end_and_verify_knows_it(project: Proje
 
     batches = project.folder / "train" / "batches.jsonl"
     batches.parent.mkdir()
-    artefacts.config = project.config
+    artefacts.config = Task(verify.STAGE, project.config, project.folder, project.output).config  # what it may read
 
     def failures(change: Callable[[dict[str, Any]], None]) -> set[str]:
         changed = copy.deepcopy(rows)
