@@ -67,7 +67,8 @@ class Data(Section):
 
     train: File | None = Field(
         description="conversations to train on: a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow; also .gz, .zst), "
-        "a folder of them, or a pattern such as parts/*.jsonl; not with adapter.path"
+        "a folder of them, a pattern such as parts/*.jsonl, or a data set of a hub, "
+        "hf:OWNER/NAME:CONFIGURATION:SPLIT@REVISION; not with adapter.path"
     )
     sources: Annotated[tuple[Source, ...], Field(strict=False)] = Field(
         (),
@@ -80,7 +81,9 @@ class Data(Section):
         0.05, ge=0, lt=1, description="share of train that is split off when no validation file is given"
     )
     group: str | None = Field(None, min_length=1, description="key of a row whose value keeps rows in one split")
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt"] = Field("auto", description="shape of a row")
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt", "text"] = Field(
+        "auto", description="shape of a row; text: every row is a whole text, which is trained to its end"
+    )
     columns: dict[str, str] = Field(
         default_factory=dict, description='the rows\' own names of known keys, e.g. { completion = "response" }'
     )
@@ -101,13 +104,39 @@ class Data(Section):
         description="what to do with a row that is longer than train.max_length; split cuts between an answer and the "
         "next question",
     )
-    duplicates: Literal["drop", "keep"] = Field("drop", description="what to do with a row that repeats another")
-    control_tokens: Literal["error", "keep"] = Field(
-        "error", description="what to do with a text that holds a control token of the model"
+    window: int | None = Field(
+        None, ge=8, description="longest sequence of a whole text, in tokens: a longer text is cut into such windows"
+    )
+    duplicates: Literal["drop", "near", "keep"] = Field(
+        "drop",
+        description="drop: a row that repeats another is trained once; near: and of rows that are nearly the same the "
+        "first is trained; keep: all are",
+    )
+    shuffle: bool = Field(
+        False,
+        description="rows stand in an order that train.seed draws, whatever files they come from; training draws one "
+        "for each epoch anyhow",
+    )
+    control_tokens: Literal["error", "keep", "split"] = Field(
+        "error",
+        description="what to do with a text that holds a control token of the model; split, into ordinary tokens, is "
+        "refused, since no server does so",
     )
     unwritten: Literal["error", "keep"] = Field(
         "error", description="what to do with a row of which the chat template leaves out a part, e.g. its tools"
     )
+
+    @field_validator("control_tokens")
+    @classmethod
+    def _as_served(cls, value: str) -> str:
+        if value == "split":
+            raise ValueError(
+                'data.control_tokens = "split": a control token in a text would be trained as ordinary tokens, and '
+                "Ollama and llama-server read it as the control token, wherever it stands in a prompt: the model would "
+                'be served what it was not trained on. Take it out of the texts ("error" names them all), or "keep" it '
+                "as the token that it is"
+            )
+        return value
 
 
 class Lora(Section):
@@ -308,6 +337,7 @@ _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 _TOO_MUCH = "holds a number with thousands of digits, or lists or tables nested hundreds deep"
 
 # Paths that are taken from the folder of pipeline.toml, not from where the command was typed.
+HUB = "hf:"  # begins the name of a data set of a hub; see pipeline.data.hub_files
 _PATHS = (("data", "train"), ("data", "validation"), ("data", "test"), ("adapter", "path"), ("run", "folder"))
 
 
@@ -355,12 +385,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict
         given = values.get(section, {}).get(key) if isinstance(values.get(section), dict) else None
         if isinstance(given, str):
             where = places.get(f"{section}.{key}")
-            values[section][key] = path.parent / expanded(given, f"{where}: {section}.{key}")
+            values[section][key] = _source(given, path.parent, f"{where}: {section}.{key}")
     _from_elsewhere(values, places)
     of_data = values.get("data")
     for source in of_data["sources"] if isinstance(of_data, dict) and isinstance(of_data.get("sources"), list) else ():
         if isinstance(source, dict) and isinstance(source.get("path"), str):
-            source["path"] = path.parent / expanded(source["path"], f"{places.get('data.sources')}: data.sources")
+            source["path"] = _source(source["path"], path.parent, f"{places.get('data.sources')}: data.sources")
     template = values.get("ollama", {}).get("template") if isinstance(values.get("ollama"), dict) else None
     if isinstance(template, str) and template not in ("auto", "go", "native"):
         values["ollama"]["template"] = str(
@@ -402,6 +432,21 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict
     return config, {key: place.replace(str(path), path.name) for key, place in places.items()}
 
 
+def _source(given: str, folder: Path, where: str) -> Path:
+    """A path in full, from the folder of pipeline.toml; the name of a data set of a hub as it is.
+
+    What can be read once is no source: every command of a run looks at its data again.
+    """
+    if given.startswith(HUB):
+        return Path(given)
+    if given in ("-", "/dev/stdin"):
+        raise UserError(
+            f"{where}: {given}: standard input can be read only once, and a run looks at its data again, to tell "
+            "whether anything has changed: write it to a file first (`... > train.jsonl`) and give that"
+        )
+    return folder / expanded(given, where)
+
+
 def _from_elsewhere(values: dict[str, Any], places: dict[str, str]) -> None:
     """With an adapter that was trained elsewhere no data is needed, and how the base was loaded is not known.
 
@@ -433,6 +478,11 @@ def _base(base: str, folder: Path, where: str) -> str:
         raise UserError(f"{where}: {base}: {error.strerror}") from None
 
 
+def is_on_hub(file: Path) -> bool:
+    """Whether a path is the name of a data set of a hub."""
+    return str(file).startswith(HUB)
+
+
 def is_pattern(file: Path) -> bool:
     """Whether a path is no file's, but says which files are meant, e.g. parts/*.jsonl."""
     return any(character in str(file) for character in "*?[") and not file.exists()
@@ -441,7 +491,7 @@ def is_pattern(file: Path) -> bool:
 def _unreadable(file: Path, *, many: bool = False) -> str | None:
     """Why a file cannot be read, if it cannot; `many`: a folder or a pattern will do."""
     try:
-        if many and (file.is_dir() or is_pattern(file)):
+        if many and (is_on_hub(file) or file.is_dir() or is_pattern(file)):
             return None
         if file.is_dir():
             return "is a folder; give the file in it"

@@ -16,18 +16,21 @@ from typing import Any
 from pipeline.config import Config, fields
 from pipeline.errors import UserError
 from pipeline.model import memory, training_memory
+from pipeline.prompt.chat_templates import OF_TEXTS
 
 # What stands in for each key whose default is None: in words, for docs/configuration.md and for `pipeline config`.
 # What depends on the base and the machine is worked out by `resolve`; the same page shows that for some of both.
 RULES = {
     "model.revision": "the hub's main branch",
-    "model.chat_template": "the base's own; for a base without one zephyr, whose turns end with EOS",
+    "model.chat_template": "the base's own; for a base without one zephyr, whose turns end with EOS; for data.format = "
+    '"text" completion, which goes on with a text',
     "adapter.path": "none: one is trained",
     "data.validation": "the rows that data.validation_fraction splits off",
     "data.test": "none: no rung is asked",
     "data.group": "rows of one question stay together",
     "data.template": "none: rows have one of the known shapes",
     "data.system": "none is added",
+    "data.window": "train.max_length",
     "lora.alpha": "equal to lora.r: a scaling of 1",
     "train.epochs": "3, where train.steps is not given",
     "train.steps": "as many as train.epochs takes",
@@ -112,6 +115,15 @@ def resolve(config: Config, given: dict[str, str], facts: Facts) -> tuple[Config
     choose("train.optimizer", "adamw_8bit" if gpu else "adamw_torch", machine)
     context = min(2048, facts.context or 2048)
     choose("train.max_length", context)
+    longest = config.train.max_length or context
+    choose("data.window", longest)
+    if config.data.window is not None and config.data.window > longest:
+        raise UserError(
+            f"{given.get('data.window', '')}: data.window = {config.data.window:,} is longer than train.max_length = "
+            f"{longest:,}: make it shorter, or raise train.max_length"
+        )
+    if config.data.format == "text" and config.adapter.path is None:
+        choose("model.chat_template", OF_TEXTS)
     choose("train.gradient_checkpointing", bool(gpu) and training_memory.checkpoints_gradients(size), machine)
     # The GGUF files are asked on the CPU, in llama-server and in Ollama, where a large model takes long to answer.
     choose("eval.limit", None if size and size < 1e9 else 100, large)

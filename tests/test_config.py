@@ -91,7 +91,7 @@ def test_only_base_and_data_must_be_given(tmp_path: Path) -> None:
         (MINIMAL + '[lora]\ntarget_modules = ["model.embed_tokens"]\n', ["an adapter on model.embed_tokens is not"]),
         (
             MINIMAL.replace("[data]", 'chat_template = "zefyr"\n[data]'),
-            ["model.chat_template: ", "zefyr: no such file", "well-known ones are alpaca, chatml, gemma, llama-3"],
+            ["model.chat_template: ", "zefyr: no such file", "well-known ones are alpaca, chatml, completion, gemma"],
         ),
         (
             MINIMAL + '[train]\nload_in_4bit = false\n[merge]\nbase = "dequantized"\n',
@@ -101,6 +101,12 @@ def test_only_base_and_data_must_be_given(tmp_path: Path) -> None:
             MINIMAL + "validation_fraction = 0\n[train]\nearly_stopping = 2\n",
             ["pipeline.toml:8: train.early_stopping needs validation data", "data.validation_fraction"],
         ),
+        (
+            MINIMAL + 'control_tokens = "split"\n',
+            ['pipeline.toml:6: data.control_tokens = "split"', "llama-server read it as the control token"],
+        ),
+        (MINIMAL.replace('"train.jsonl"', '"-"'), ["data.train: -: standard input can be read only once"]),
+        (MINIMAL + "[[data.sources]]\npath = '/dev/stdin'\n", ["data.sources: /dev/stdin: standard input"]),
         (MINIMAL + "[data]\ntrain = 'y'\n", ["not valid TOML"]),
         (MINIMAL + "validation = '~no-such-user/x'\n", ["pipeline.toml:6: data.validation: ~no-such-user/x: the home"]),
         (MINIMAL + "[ollama]\ntemplate = '~no-such-user/x'\n", ["pipeline.toml:7: ollama.template: ~no-such-user/x"]),

@@ -120,11 +120,11 @@ def test_what_a_template_rewrites_is_still_the_answer() -> None:
         messages = [{"role": "user", "content": "Light!"}, answer]
         (text,) = training_texts(tokenizer, messages, None)
         (row,) = tokenize_texts(tokenizer, [text])
-        known: trained_labels.KnownRows = {tuple(row.input_ids): (Conversation(messages, ""), 1)}
+        owner = trained_labels.Owner(Conversation(messages, ""))
         faults = trained_labels.Faults()
-        trained_labels.judge_row(tokenizer, row.input_ids, row.labels, known, "", faults, None)
+        trained_labels.judge_row(tokenizer, row.input_ids, row.labels, owner, "", faults, None)
         assert faults == trained_labels.Faults(), answer
-        wrong = {tuple(row.input_ids): (Conversation([messages[0], answer | {"content": "No."}], ""), 1)}
+        wrong = trained_labels.Owner(Conversation([messages[0], answer | {"content": "No."}], ""))
         trained_labels.judge_row(tokenizer, row.input_ids, row.labels, wrong, "", faults, None)
         assert faults.spans.count == 1
 

@@ -20,6 +20,7 @@ from pipeline.data.formats import Conversation
 from pipeline.data.metric import parse_strict
 from pipeline.errors import UserError
 
+_WORD = re.compile(r"\w+")
 NEAR = 0.9  # Jaccard similarity of the word pairs from which two questions are near-duplicates
 
 
@@ -48,6 +49,8 @@ class Seen:
 
     def contradicted(self, row: Conversation) -> str | None:
         """Where the same question stood first, if its answer was another one."""
+        if row.text is not None:
+            return None
         answer = digest(row.messages[-1])
         first, place = self._answers.setdefault(question_digest(row), (answer, row.place))
         return None if first == answer else place
@@ -60,8 +63,8 @@ def digest(value: Any, seed: int = 0) -> bytes:
 
 
 def question_digest(row: Conversation, seed: int = 0) -> bytes:
-    """16 bytes that stand for what is asked: the turns before the last answer, and the tools."""
-    return digest([row.messages[:-1], row.tools], seed)
+    """16 bytes that stand for what is asked: the turns before the last answer, and the tools; or for a whole text."""
+    return digest([row.messages[:-1], row.tools] if row.text is None else row.text, seed)
 
 
 def position(row: Conversation, seed: int) -> float:
@@ -80,7 +83,7 @@ class Leaks:
 
     def __init__(self, held_out: Sequence[Conversation]) -> None:
         self._held_out = held_out
-        self._pairs = [_asked(row) for row in held_out]
+        self._pairs = [word_pairs(row.asked) for row in held_out]
         self._frequency = Counter(itertools.chain.from_iterable(self._pairs))
         self._rare_in: dict[str, list[int]] = defaultdict(list)
         for index, of_row in enumerate(self._pairs):
@@ -92,12 +95,12 @@ class Leaks:
         """Look at one training row."""
         if not self._held_out:
             return
-        own = _asked(row)
+        own = word_pairs(row.asked)
         for index in {index for pair in _rarest(own, self._frequency) for index in self._rare_in.get(pair, ())}:
             similarity = len(own & self._pairs[index]) / len(own | self._pairs[index])
             if similarity >= NEAR and (index not in self._best or similarity > self._best[index].similarity):
                 other = self._held_out[index]
-                same = row.messages[-1]["content"].strip() == other.messages[-1]["content"].strip()
+                same = row.answer.strip() == other.answer.strip()
                 self._best[index] = Leak(row.place, other.place, similarity, same)
 
     @property
@@ -114,14 +117,14 @@ def find_leaks(train: Iterable[Conversation], held_out: Sequence[Conversation]) 
     return leaks.found
 
 
-def _asked(row: Conversation) -> frozenset[str]:
-    return word_pairs(" ".join(message["content"] for message in row.messages if message["role"] == "user"))
-
-
 def word_pairs(said: str) -> frozenset[str]:
     """Neighbouring words of a text, whatever the case and the punctuation."""
-    words = ["", *re.findall(r"\w+", said.casefold())] if said.strip() else [""]
-    return frozenset(f"{a} {b}" for a, b in itertools.pairwise(words)) or frozenset([said])
+    return frozenset(f"{a} {b}" for a, b in itertools.pairwise(words(said)))
+
+
+def words(said: str) -> list[str]:
+    """The words of a text after an empty one, so that the first has a neighbour; of a text without any, itself."""
+    return ["", *(_WORD.findall(said.casefold()) or [said])]
 
 
 def _rarest(pairs: frozenset[str], frequency: Counter[str]) -> list[str]:
@@ -140,6 +143,6 @@ def check_expected(rows: Sequence[Conversation], metric: str) -> None:
         return
     for row in rows:
         try:
-            parse_strict(row.messages[-1]["content"])
+            parse_strict(row.answer)
         except ValueError as error:
             raise UserError(f'{row.place}: eval.metric is "json", but the answer is not strict JSON: {error}') from None

@@ -1,19 +1,20 @@
 """Conversations from the rows that people have: many shapes of a row come in, one goes out.
 
-Every row becomes `messages`, a list of {"role", "content"}. What cannot become that is refused with its file
-and line, and so is a key that nobody reads: what is lost in silence is data that was paid for and not trained.
+Every row becomes `messages`, a list of {"role", "content"}, or is a whole text. What cannot become that is refused
+with its file and line, and so is a key that nobody reads: what is lost in silence is data that was paid for and not
+trained.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.data.expression import Expression
-from pipeline.data.findings import RowError
+from pipeline.data.findings import MarkedRow, RowError
 from pipeline.data.marks import ALL, Trained, take_list_of_marks, take_mark, trained
 from pipeline.data.messages import (
     Message,
@@ -35,9 +36,11 @@ SHAPES = {
     "sharegpt": '{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}',
     "alpaca": '{"instruction": "...", "input": "...", "output": "..."}',
     "prompt": '{"prompt": "...", "completion": "..."}',
+    "text": '{"text": "..."}',
 }
 # Beside a shape's own keys, what every row may have.
-_COMMON = ("system", "tools", "functions", "weight", "train", "loss", "loss_mask")
+_MARKS = ("weight", "train", "loss", "loss_mask")
+_COMMON = ("system", "tools", "functions", *_MARKS)
 _OWN = {
     "messages": ("messages", "conversations"),
     "sharegpt": ("messages", "conversations"),
@@ -82,6 +85,7 @@ class Conversation:
         trained: which messages are trained; None for every answer.
         group: what it belongs to; None where rows stand alone.
         times: how often it is trained, by the weight of its source.
+        text: of a row that is a whole text, which is trained to its end: it has no messages. None for a conversation.
     """
 
     messages: list[Message]
@@ -91,9 +95,28 @@ class Conversation:
     trained: Trained = None
     group: str | None = None
     times: int = 1
+    text: str | None = None
+
+    @property
+    def asked(self) -> str:
+        """What the user says in it; of a whole text, all of it."""
+        said_by_user = (message["content"] for message in self.messages if message["role"] == "user")
+        return " ".join(said_by_user) if self.text is None else self.text
+
+    @property
+    def whole(self) -> str:
+        """All that is said in it."""
+        return " ".join(message["content"] for message in self.messages) if self.text is None else self.text
+
+    @property
+    def answer(self) -> str:
+        """The last answer; "" for a whole text."""
+        return str(self.messages[-1]["content"]) if self.text is None else ""
 
     def as_row(self) -> dict[str, Any]:
         """The row as it is written to JSONL."""
+        if self.text is not None:
+            return {"text": self.text}
         return (
             {"messages": self.messages}
             | ({"tools": self.tools} if self.tools else {})
@@ -109,7 +132,7 @@ class Conversation:
         """A row that `as_row` made."""
         marked = row.get("trained")
         chosen: Trained = ALL if marked == ALL else tuple(marked) if marked else None
-        return Conversation(row["messages"], place, row.get("tools"), trained=chosen)
+        return Conversation(row.get("messages", []), place, row.get("tools"), trained=chosen, text=row.get("text"))
 
 
 def conversations(path: Path, reading: Reading = Reading()) -> Iterator[tuple[str, Conversation | UserError]]:
@@ -171,6 +194,9 @@ def conversation_of(row: Any, place: str, reading: Reading) -> Conversation:
     found = _shape_of(fields)
     if found is None or shape not in ("auto", found):
         raise RowError("unknown shape", f"{place}: {_not_a_shape(fields, shape)}")
+    belongs_to = None if group is None else json.dumps(group, sort_keys=True)
+    if found == "text":
+        return replace(_whole_text(fields, place), group=belongs_to)
     messages = _turns(fields, found, place, reading)
     marks = take_list_of_marks(fields, len(messages), place)
     if marks is not None:
@@ -185,7 +211,17 @@ def conversation_of(row: Any, place: str, reading: Reading) -> Conversation:
     turns = [message for message, _ in messages]
     _check_answers(turns, place)
     chosen = trained([turn["role"] for turn in turns], [mark for _, mark in messages], mark, reading.train_on, place)
-    return _cut(turns, tools or older, chosen, place, None if group is None else json.dumps(group, sort_keys=True))
+    return _cut(turns, tools or older, chosen, place, belongs_to)
+
+
+def _whole_text(fields: dict[str, Any], place: str) -> Conversation:
+    content = text(fields.pop("text"), f"{place}: text")
+    if take_mark(fields, place) is False:
+        raise MarkedRow(f"{place}: its own mark says that it is not trained")
+    refuse_unknown(fields, place, ("text", *_MARKS))
+    if not content.strip():
+        raise RowError("an empty text", f"{place}: the text is empty; remove the row or fill it")
+    return Conversation([], place, text=content)
 
 
 def _renamed(fields: dict[str, Any], columns: Mapping[str, str], place: str) -> dict[str, Any]:
@@ -244,7 +280,7 @@ def _shape_of(fields: dict[str, Any]) -> str | None:
             return "sharegpt" if sharegpt else "messages"
     if "instruction" in fields:
         return "alpaca"
-    return "prompt" if "prompt" in fields else None
+    return next((shape for shape in ("prompt", "text") if shape in fields), None)
 
 
 def _turns(fields: dict[str, Any], shape: str, place: str, reading: Reading) -> list[tuple[Message, bool | None]]:

@@ -2,13 +2,13 @@
 
 A question is a row's turns up to its last answer, which is the expected one, with the tools that the row has. Asked are
 the rows of the test data; where there are none, of the validation data; where there are none either, of the training
-data. Rows with tools are asked only where a set has no others: servers take calls of tools apart, so that what is
-answered cannot be compared with what is expected.
+data. A whole text asks nothing. Rows with tools are asked only where a set has no others: servers take calls of tools
+apart, so that what is answered cannot be compared with what is expected.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ class Question:
 
 def question_of(row: Conversation) -> Question:
     """The question that a conversation ends with."""
-    return Question(row.messages[:-1], row.messages[-1]["content"], row.tools, row.place)
+    return Question(row.messages[:-1], row.answer, row.tools, row.place)
 
 
 def chosen(questions: Iterable[Question], limit: int | None) -> list[Question]:
@@ -66,11 +66,11 @@ def asked(data: Path, limit: int | None, sets: Sequence[str] = ("test", "validat
         sets: whose questions; the first set that has any is taken.
     """
     for path in (data / f"{name}.jsonl" for name in sets):
-        if path.is_file() and (questions := chosen(map(_read, placed_rows(path)), limit)):
+        if path.is_file() and (questions := chosen(_questions(path), limit)):
             return questions
     return []
 
 
-def _read(placed: tuple[str, dict[str, Any]]) -> Question:
-    place, row = placed
-    return question_of(Conversation.from_row(row, place))
+def _questions(path: Path) -> Iterator[Question]:
+    rows = (Conversation.from_row(row, place) for place, row in placed_rows(path))
+    return (question_of(row) for row in rows if row.text is None)

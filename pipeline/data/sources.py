@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.config import is_pattern
+from pipeline.config import is_on_hub, is_pattern
+from pipeline.data.hub_files import HubData
 from pipeline.data.json_stream import elements
 from pipeline.errors import UserError
 
@@ -52,11 +53,15 @@ def placed_rows(path: Path) -> Rows:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files that a path of the configuration means: itself, those of a folder, or those that a pattern fits.
+    """The files that a path of the configuration means: itself, those of a folder or of a hub's data set, or those that
+    a pattern fits.
 
     Raises:
         UserError: there is none, or a folder has files of an unknown kind.
+        PipelineError: the hub cannot be reached.
     """
+    if is_on_hub(path):
+        return HubData.of(path).files()
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file, path))
         if other := [file for file in found if kind_of(file) is None and file.suffix.lower() not in (".md", ".txt")]:

@@ -4,7 +4,9 @@ training nor a check is sized by the rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,20 +27,29 @@ class TokenFile:
         ids = pyarrow.list_(pyarrow.int32())
         self._schema = pyarrow.schema([("input_ids", ids), ("labels", ids)])
         self._writer = pyarrow.ipc.new_stream(str(path), self._schema)
-        self._rows: list[tuple[Sequence[int], Sequence[int]]] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        self._ends, self._ids, self._labels = array("i", [0]), array("i"), array("i")
 
     def add(self, input_ids: Sequence[int], labels: Sequence[int]) -> None:
         """Append a sequence."""
-        self._rows.append((input_ids, labels))
-        if len(self._rows) == _BATCH:
+        self._ids.extend(input_ids)
+        self._labels.extend(labels)
+        self._ends.append(len(self._ids))
+        if len(self._ends) > _BATCH:
             self._flush()
 
     def _flush(self) -> None:
         import pyarrow
 
-        columns = [pyarrow.array(column, field.type) for column, field in zip(zip(*self._rows), self._schema)]  # noqa: B905
+        ends, *flat = (
+            pyarrow.Array.from_buffers(pyarrow.int32(), len(values), [None, pyarrow.py_buffer(values)])
+            for values in (self._ends, self._ids, self._labels)
+        )
+        columns = [pyarrow.ListArray.from_arrays(ends, values) for values in flat]
         self._writer.write_batch(pyarrow.record_batch(columns, schema=self._schema))
-        self._rows = []
+        self._begin()
 
     def __enter__(self) -> TokenFile:
         return self
@@ -46,7 +57,7 @@ class TokenFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._rows and error is None:
+        if len(self._ends) > 1 and error is None:
             self._flush()
         self._writer.close()
 
@@ -59,6 +70,24 @@ def read_tokens(path: Path) -> Iterator[dict[str, Any]]:
         for batch in batches:
             for start in range(batch.num_rows):
                 yield batch.slice(start, 1).to_pylist()[0]
+
+
+def put_in_order(path: Path, order: Iterable[int]) -> None:
+    """Write a file anew.
+
+    Args:
+        path: the file.
+        order: the sequences by their numbers, as they are to stand.
+    """
+    import pyarrow
+
+    numbers, shuffled = iter(order), path.with_suffix(".shuffled")
+    with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
+        table = stream.read_all()  # mapped, not read
+        with pyarrow.ipc.new_stream(str(shuffled), table.schema) as writer:
+            while some := list(itertools.islice(numbers, _BATCH)):
+                writer.write_table(table.take(some).combine_chunks())
+    shuffled.replace(path)
 
 
 def token_count(path: Path) -> int:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.errors import PipelineError, UserError
+from pipeline.errors import UserError
+from pipeline.hub import asking
 from pipeline.model.four_bit import in_4bit, is_4bit
 from pipeline.model.packaged import PACKAGED, packaged_folder
 from pipeline.model.sentencepiece_file import write_sentencepiece
@@ -123,31 +124,10 @@ def config_folder(base: str, revision: str | None = None) -> Path:
 
 
 def _from_hub(base: str, revision: str | None, patterns: Sequence[str] = HUB_PATTERNS) -> Path:
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
 
-    at = f"{base} at {revision}" if revision else base
-    try:
+    with asking("model.base", base, revision, f"a local folder, or the packaged {' or '.join(PACKAGED)}"):
         return Path(snapshot_download(base, revision=revision, allow_patterns=list(patterns)))
-    except errors.GatedRepoError:
-        raise UserError(
-            f"model.base: {at} is gated: accept its licence on its hub page, then log in with "
-            "`hf auth login` or set HF_TOKEN"
-        ) from None
-    except errors.RepositoryNotFoundError:
-        raise UserError(
-            f"model.base: the hub has no {base}, or shows it only to those who are logged in: check the "
-            "name, or log in with `hf auth login` or set HF_TOKEN"
-        ) from None
-    except errors.RevisionNotFoundError:
-        raise UserError(f"model.base: {base} has no revision {revision}") from None
-    except (errors.HFValidationError, errors.HfUriError) as error:
-        raise UserError(f"model.base: {base} is no hub id: {error}") from None
-    except Exception as error:  # the network's errors have no common class, and must not show a traceback
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise PipelineError(
-            f"model.base: {at} cannot be fetched from the hub and is not in its cache ({reason}). Connect to "
-            f"the network, or give a local folder, or the packaged {' or '.join(PACKAGED)}"
-        ) from None
 
 
 def check_base(folder: Path) -> Path:

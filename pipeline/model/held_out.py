@@ -14,7 +14,7 @@ Rows = Sequence[tuple[list[int], list[int]]]  # token ids and labels
 RowLoss = tuple[float, int]  # summed over the trained tokens of a row, in nats, and how many these are
 
 
-def read_held_out(layout: Layout, limit: int | None = None) -> tuple[str, list[tuple[list[int], list[int]]]]:
+def read_held_out(layout: Layout, limit: int | None = None) -> tuple[str, Iterator[tuple[list[int], list[int]]]]:
     """The rows on which losses are measured: those that were held out, or the training rows where there are none.
 
     Args:
@@ -22,16 +22,16 @@ def read_held_out(layout: Layout, limit: int | None = None) -> tuple[str, list[t
         limit: where a row is cut, in tokens; None for nowhere.
 
     Returns:
-        Where the rows are from, "" if there are none, and the rows.
+        Where the rows are from, "" if there are none, and the rows, which are read as they are taken.
     """
     for name in ("validation", "train"):
         path = layout.tokens(name)
-        if path.is_file() and (rows := list(read_tokens(path))):
-            return f"{name} rows", [(row["input_ids"][:limit], row["labels"][:limit]) for row in rows]
-    return "", []
+        if path.is_file() and next(read_tokens(path), None) is not None:
+            return f"{name} rows", ((row["input_ids"][:limit], row["labels"][:limit]) for row in read_tokens(path))
+    return "", iter(())
 
 
-def first_tokens(rows: Rows, tokens: int) -> list[tuple[list[int], list[int]]]:
+def first_tokens(rows: Iterable[tuple[list[int], list[int]]], tokens: int) -> list[tuple[list[int], list[int]]]:
     """As many of the first rows as have this number of tokens together."""
     chosen, count = [], 0
     for ids, labels in rows:

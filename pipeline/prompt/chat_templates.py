@@ -15,6 +15,7 @@ from pipeline.resources import chat_templates
 
 # For a base without a template: it ends every turn with EOS, which each base has, and needs no other token.
 DEFAULT = "zephyr"
+OF_TEXTS = "completion"  # for a model of whole texts: it goes on with what it is sent
 _TOKEN = re.compile(r"<\|?[^<>\s]+>|\[/?[A-Z_]+\]")  # what is written as a special token
 _QUESTION, _ANSWER = "Qzx", "Azx"
 

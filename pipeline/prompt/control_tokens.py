@@ -10,18 +10,20 @@ from typing import Any
 from pipeline.data.formats import Conversation
 
 
-def control_tokens_in(tokenizer: Any, row: Conversation) -> Iterator[tuple[int, str]]:
+def control_tokens_in(tokenizer: Any, row: Conversation) -> Iterator[tuple[str, str]]:
     """The control tokens that stand in a row's texts.
 
     Yields:
-        The number of the message, from 1, and the token's text.
+        Which message it is, "message 1", or "the text", and the token's text.
     """
     if (found := _pattern(tokenizer)) is None:
         return
+    for token in found.findall(row.text or ""):
+        yield "the text", token
     for number, message in enumerate(row.messages, 1):
         for value in message.values():
             for token in found.findall(value if isinstance(value, str) else str(value)):
-                yield number, token
+                yield f"message {number}", token
 
 
 @lru_cache(maxsize=8)

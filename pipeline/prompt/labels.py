@@ -58,7 +58,7 @@ class Tokenized:
     @property
     def trained(self) -> int:
         """The number of tokens that are trained."""
-        return sum(label != IGNORED for label in self.labels)
+        return len(self.labels) - self.labels.count(IGNORED)
 
 
 def tokenize_conversation(
@@ -173,20 +173,26 @@ def tokenize_texts(tokenizer: Any, texts: Sequence[TrainingText]) -> list[Tokeni
         )
     if not texts:
         return []
-    whole = tokenizer([text.text for text in texts], add_special_tokens=False, return_offsets_mapping=True)
+    whole = _encoded(tokenizer, [text.text for text in texts], return_offsets_mapping=True)
     tails = [
         _tail(tokenizer, text.text, ids, offsets, start)
         for text, ids, offsets in zip(texts, whole["input_ids"], whole["offset_mapping"], strict=True)
         for start, _ in text.spans
     ]
-    endings = tokenizer([tail for _, tail in tails], add_special_tokens=False)["input_ids"]
-    served = ((kept, ids) for (kept, _), ids in zip(tails, endings, strict=True))
+    different = list(dict.fromkeys(tail for _, tail in tails))  # most rows have the same: how an answer begins
+    ids_of = dict(zip(different, _encoded(tokenizer, different)["input_ids"] if different else (), strict=True))
+    served = ((kept, ids_of[tail]) for kept, tail in tails)
     return [
         _labelled(
             tokenizer, text, ids, offsets, [ids[:kept] + end for kept, end in itertools.islice(served, len(text.spans))]
         )
         for text, ids, offsets in zip(texts, whole["input_ids"], whole["offset_mapping"], strict=True)
     ]
+
+
+def _encoded(tokenizer: Any, texts: list[str], **more: bool) -> Any:
+    """Token ids of texts alone: the masks that a tokenizer gives too cost as much."""
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, **more)
 
 
 def _tail(tokenizer: Any, text: str, ids: list[int], offsets: list[tuple[int, int]], start: int) -> tuple[int, str]:
@@ -220,13 +226,12 @@ def _labelled(
 ) -> Tokenized:
     labels = [IGNORED] * len(ids)
     merged = 0
-    starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
     for (start, end), prompt in zip(text.spans, served, strict=True):
         first = len(prompt)
         if ids[:first] != prompt:  # the tokenizer joined the prompt's last character with the answer's first
             merged += 1
-            first = bisect_left(starts, start)
-        last = bisect_left(ends, end)
+            first = bisect_left(offsets, start, key=lambda offset: offset[0])
+        last = bisect_left(offsets, end, key=lambda offset: offset[1])
         token = tokenizer.convert_ids_to_tokens(ids[last])
         if not text.text[:end].endswith(token) or token not in whole_tokens(tokenizer):
             raise PipelineError(f"the tokenizer ends an answer in {token!r}, not in one end-of-turn token")

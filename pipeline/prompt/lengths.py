@@ -40,7 +40,7 @@ def fit(row: Tokenized, max_length: int, on_overlong: str, place: str) -> Tokeni
             )
         row = Tokenized(row.input_ids[:max_length], row.labels[:max_length], row.merged)
     # The first token is predicted from nothing: a label on it trains nothing.
-    if all(label == IGNORED for label in row.labels[1:]):
+    if row.trained <= (row.labels[0] != IGNORED):
         why = (
             f"its question alone fills train.max_length = {max_length:,}" if length > max_length else "it has no answer"
         )

@@ -1,4 +1,4 @@
-"""From conversations to sequences that are trained: rendered, checked for what the template leaves out, tokenized, and
+"""From rows to sequences that are trained: rendered, checked for what the template leaves out, tokenized, and
 held to the longest length. What is done with a row, or wrong with it, comes back with it.
 """
 
@@ -15,6 +15,7 @@ from pipeline.prompt.control_tokens import control_tokens_in
 from pipeline.prompt.labels import Tokenized, TrainingText, tokenize_texts, training_texts
 from pipeline.prompt.lengths import fit, pieces
 from pipeline.prompt.tokenizer import Beyond
+from pipeline.prompt.whole_texts import tokenize_whole_texts
 from pipeline.prompt.written import left_out
 
 # Kinds of findings.
@@ -47,6 +48,7 @@ class Encoder:
         beyond: tokens that the base has no embedding of.
         max_length: of a sequence, in tokens.
         on_overlong: what is done with a longer one.
+        window: of a whole text, in tokens; None for max_length.
         control_tokens: "error" or "keep": what is done with a text that holds control tokens.
         unwritten: "error" or "keep": what is done with a row of which the template leaves out a part.
     """
@@ -55,22 +57,36 @@ class Encoder:
     beyond: Beyond
     max_length: int
     on_overlong: str = "error"
+    window: int | None = None
     control_tokens: str = "error"
     unwritten: str = "error"
 
     def encode(self, rows: Sequence[Conversation]) -> list[Outcome]:
         """The outcomes of rows, in their order; all are tokenized in one call."""
         outcomes = [Outcome(row) for row in rows]
-        texts = [self._rendered(outcome) for outcome in outcomes]
+        self._encode_texts([outcome for outcome in outcomes if outcome.row.text is not None])
+        texts = [[] if outcome.row.text is not None else self._rendered(outcome) for outcome in outcomes]
         tokenized = iter(tokenize_texts(self.tokenizer, [text for of_row in texts for text in of_row]))
         for outcome, of_row in zip(outcomes, texts, strict=True):
             sequences = [next(tokenized) for _ in of_row]
-            if outcome.error is None:
+            if outcome.error is None and outcome.row.text is None:
                 try:
                     self._fit(outcome, sequences)
                 except UserError as error:
                     outcome.error, outcome.kept = error, []
         return outcomes
+
+    def _encode_texts(self, outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            try:
+                self._check_texts(outcome)
+            except UserError as error:
+                outcome.error = error
+        good = [outcome for outcome in outcomes if outcome.error is None]
+        texts = [outcome.row.text or "" for outcome in good]
+        sequences = tokenize_whole_texts(self.tokenizer, texts, self.window or self.max_length)
+        for outcome, of_text in zip(good, sequences, strict=True):
+            outcome.kept = [(outcome.row, of_text)]
 
     def _rendered(self, outcome: Outcome) -> list[TrainingText]:
         row = outcome.row
@@ -97,11 +113,11 @@ class Encoder:
         if self.beyond.tokens:
             said = (str(value) for message in row.messages for value in message.values())
             try:
-                self.beyond.refuse_in("\n".join((*said, str(row.tools))), row.place)
+                self.beyond.refuse_in("\n".join((*said, str(row.tools), row.text or "")), row.place)
             except UserError as error:
                 raise RowError("a token without an embedding", str(error)) from None
-        for number, token in control_tokens_in(self.tokenizer, row):
-            words = f"{row.place}: message {number} holds {token!r}, which is a control token of the model"
+        for where, token in control_tokens_in(self.tokenizer, row):
+            words = f"{row.place}: {where} holds {token!r}, which is a control token of the model"
             if self.control_tokens == "error":
                 raise RowError(
                     f"the control token {token}",

@@ -121,7 +121,9 @@ class ChatTemplate:
             names["enable_thinking"] = think
         if today is not None:
             names["strftime_now"] = today.strftime
-        plain = json.loads(json.dumps([dict(message) for message in messages]))
+        plain = [dict(message) for message in messages]
+        if not all(type(value) is str for message in plain for value in message.values()):
+            plain = json.loads(json.dumps(plain))
         try:
             rendered, _ = render_jinja_template(
                 conversations=[plain],

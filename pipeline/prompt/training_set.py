@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pipeline.data.checks import Leaks
+from pipeline.data.checks import Leaks, digest
 from pipeline.data.findings import Findings
 from pipeline.data.formats import Conversation
 from pipeline.data.sources import file_of
-from pipeline.data.token_file import TokenFile
+from pipeline.data.token_file import TokenFile, put_in_order
 from pipeline.prompt.labels import IGNORED, Tokenized, decode, leading_bos, trained_parts
 from pipeline.prompt.sequences import Encoder, Outcome
 
@@ -31,6 +32,9 @@ class TrainingSet:
         encoder: makes the sequences.
         findings: takes what is wrong with a row, or was done with it.
         leaks: held-out sets that every kept row is compared with.
+        shuffle: the seed of the order in which the conversations stand in the end; None for the order in which they
+            come. A conversation's place among the others is drawn by what it holds: the same rows stand in the same
+            order, whatever files they come from.
     """
 
     def __init__(
@@ -41,8 +45,11 @@ class TrainingSet:
         encoder: Encoder,
         findings: Findings,
         leaks: Iterable[Leaks] = (),
+        shuffle: int | None = None,
     ) -> None:
         self.name = name
+        self._paths, self._shuffle = (rows, tokens), shuffle
+        self._order: list[tuple[bytes, int]] = []  # of each conversation what draws its place, and its sequences
         self._rows = rows.open("w", encoding="utf-8", newline="\n")
         self._tokens = TokenFile(tokens)
         self._encoder, self._findings, self._leaks = encoder, findings, tuple(leaks)
@@ -57,6 +64,7 @@ class TrainingSet:
         self.kept = 0  # conversations: more than rows where one was split
         self.left_off = 0  # messages after the last trained one
         self.merged = 0  # answers whose first token is shared with the prompt
+        self.texts = 0  # rows of `out` that are whole texts
         self.openings = 0  # answers that open a conversation, which nobody asks for
 
     def add(self, row: Conversation) -> None:
@@ -85,15 +93,20 @@ class TrainingSet:
             return
         self.out += 1
         self.left_off += row.cut
-        self.openings += row.messages[0]["role"] == "assistant"
+        self.openings += bool(row.messages) and row.messages[0]["role"] == "assistant"
+        self.texts += row.text is not None
         for leaks in self._leaks:
             leaks.add(row)
         for conversation, sequences in outcome.kept * row.times:
             self.kept += 1
+            if self._shuffle is not None:
+                self._order.append((digest(conversation.as_row(), self._shuffle), len(sequences)))
             self._rows.write(conversation.as_line())
             for sequence in sequences:
                 self._tokens.add(sequence.input_ids, sequence.labels)
                 self._count(row, sequence)
+            for sequence in sequences if row.text is None else sequences[-1:]:  # a window of a text ends anywhere
+                self._ends.add(next(label for label in reversed(sequence.labels) if label != IGNORED))
 
     def _count(self, row: Conversation, sequence: Tokenized) -> None:
         tokenizer = self._encoder.tokenizer
@@ -101,7 +114,6 @@ class TrainingSet:
         self._lengths[length] += 1
         self._trained += trained
         self.merged += sequence.merged
-        self._ends.add(next(label for label in reversed(sequence.labels) if label != IGNORED))
         self._leading_bos.add(leading_bos(tokenizer, sequence.input_ids))
         of_source = self.sources.setdefault(file_of(row.place), Counter())
         of_source.update(sequences=1, tokens=length, tokens_trained=trained)
@@ -119,6 +131,21 @@ class TrainingSet:
             self._flush()
         self._rows.close()
         self._tokens.__exit__(kind, error, trace)
+        if error is None and self._shuffle is not None:
+            self._put_in_order()
+
+    def _put_in_order(self) -> None:
+        rows, tokens = self._paths
+        starts = [0, *itertools.accumulate(count for _, count in self._order)]
+        order = sorted(range(len(self._order)), key=lambda at: (self._order[at][0], at))
+        with rows.open("rb") as file:
+            places = [0, *itertools.accumulate(map(len, file))]
+            with rows.with_suffix(".shuffled").open("wb") as shuffled:
+                for at in order:
+                    file.seek(places[at])
+                    shuffled.write(file.readline())
+        rows.with_suffix(".shuffled").replace(rows)
+        put_in_order(tokens, (sequence for at in order for sequence in range(starts[at], starts[at + 1])))
 
     def figures(self) -> dict[str, Any]:
         """What can be said about the set in numbers. Lengths are in tokens."""
@@ -126,6 +153,7 @@ class TrainingSet:
         sequences = self._lengths.total()
         return {
             "rows": self.kept,
+            "texts": self.texts,
             "sequences": sequences,
             "tokens": tokens,
             "tokens_trained": self._trained,

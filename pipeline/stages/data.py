@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -30,10 +31,11 @@ from pipeline.model.base import check_bits, resolve_base
 from pipeline.model.facts import base_files, context_of
 from pipeline.model.trained_tokenizer import adapter_files, trained_tokenizer
 from pipeline.ollama.parameters import served_context
+from pipeline.prompt.chat_templates import DEFAULT, OF_TEXTS
 from pipeline.prompt.lengths import check_room, question_lengths
 from pipeline.prompt.sequences import TOO_LONG_CUT, TOO_LONG_DROPPED, TOO_LONG_SPLIT, Encoder
 from pipeline.prompt.template import render
-from pipeline.prompt.tokenizer import beyond_embedding
+from pipeline.prompt.tokenizer import beyond_embedding, saved_tokenizer
 from pipeline.prompt.training_set import TrainingSet
 from pipeline.run.stage import Stage, Task
 
@@ -42,6 +44,9 @@ if TYPE_CHECKING:
 
 # Kinds of findings.
 NEARLY = "a near duplicate of another row"
+NEARLY_DROPPED = "a near duplicate of another row, left out"
+APART = "a near duplicate of a row on the other side of the split"
+NOT_ASKED = "a whole text, which is not asked"
 WEIGHED = "left out by the weight of its source"
 REPEATED = "a repetition of another row"
 CONTRADICTED = "another answer to the same question"
@@ -77,7 +82,7 @@ def main(task: Task) -> dict[str, Any]:
     figures: dict[str, Any] = {} if data.train is None else _adapter(task, base)
     with task.new(task.layout.findings).open("w", encoding="utf-8", newline="\n") as file:
         found = {name: Findings(name, file) for name in ("test", "validation")}
-        test = _read(data.test, reading, found["test"])
+        test = _asked(_read(data.test, reading, found["test"]), found["test"])
         _settle(task, found["test"])
         _check_test(task, test)
         questions = chosen(map(question_of, test), task.config.eval.limit)
@@ -96,6 +101,8 @@ def main(task: Task) -> dict[str, Any]:
     )
     if data.train is not None and not sets["train"].kept:
         raise UserError(f"{data.train}: no row is left to train on; see data.on_overlong and the marks of the rows")
+    if data.train is not None:
+        _check_texts(task, base, sets["train"])
     for name, one in sets.items():
         figures |= {f"{name}_{key}": value for key, value in one.figures().items()}
     figures |= _say(task, found, sets, leaks)
@@ -131,7 +138,7 @@ def _encoder(task: Task, base: Path) -> Encoder:
     beyond = beyond_embedding(base)
     beyond.refuse_in(render(tokenizer, [{"role": "user", "content": ""}], add_generation_prompt=True), "chat template")
     longest = task.config.train.max_length or tokenizer.model_max_length
-    return Encoder(tokenizer, beyond, longest, data.on_overlong, data.control_tokens, data.unwritten)
+    return Encoder(tokenizer, beyond, longest, data.on_overlong, data.window, data.control_tokens, data.unwritten)
 
 
 def _adapter(task: Task, base: Path) -> dict[str, Any]:
@@ -166,6 +173,42 @@ def _read(path: Path | None, reading: Reading, findings: Findings) -> list[Conve
     return list(_usable(path, reading, findings)) if path is not None else []
 
 
+def _asked(test: Sequence[Conversation], findings: Findings) -> list[Conversation]:
+    """The test rows that are conversations; a whole text asks nothing."""
+    for row in test:
+        if row.text is not None:
+            findings.leave_out(row.place, NOT_ASKED, f"{row.place}: is a whole text, which asks nothing")
+    conversations = [row for row in test if row.text is None]
+    if test and not conversations:
+        raise UserError(
+            f"data.test: every row is a whole text ({test[0].place}), which asks nothing and has no right answer: give "
+            "them as data.validation, and their loss is measured at every rung"
+        )
+    return conversations
+
+
+def _check_texts(task: Task, base: Path, train: TrainingSet) -> None:
+    """Say how a model is served that was trained on whole texts alone: no turn of a chat was trained.
+
+    Raises:
+        UserError: it would be served with a system message that no row has.
+    """
+    if train.texts < train.out:
+        return
+    data, model = task.config.data, task.config.model
+    if data.system:
+        raise UserError(
+            "data.system: every row is a whole text, which has no system message, so that the model would be served "
+            "with one that was not trained: remove the key"
+        )
+    if model.chat_template is None:
+        template = "the base's own chat template" if saved_tokenizer(base).chat_template else f"the turns of {DEFAULT}"
+        task.warn(
+            f"every row is a whole text, and the model is served with {template}, which no row was trained with; with "
+            f'data.format = "text", or model.chat_template = "{OF_TEXTS}", it goes on with what it is sent'
+        )
+
+
 def _settle(task: Task, findings: Findings) -> None:
     if words := findings.settle(task.config.data.on_error, task.config.data.skip_limit):
         task.warn(words)
@@ -186,7 +229,8 @@ def _check_test(task: Task, test: Sequence[Conversation]) -> None:
 
 def _new_set(task: Task, name: str, encoder: Encoder, findings: Findings, leaks: Sequence[Leaks] = ()) -> TrainingSet:
     layout = task.layout
-    return TrainingSet(name, task.new(layout.rows(name)), task.new(layout.tokens(name)), encoder, findings, leaks)
+    seed = task.config.train.seed if task.config.data.shuffle else None
+    return TrainingSet(name, task.new(layout.rows(name)), task.new(layout.tokens(name)), encoder, findings, leaks, seed)
 
 
 def _train_and_validation(
@@ -196,8 +240,9 @@ def _train_and_validation(
     data = task.config.data
     share = data.validation_fraction if data.validation is None else 0.0
     start, again = file.tell(), False
+    near = _nearly_repeated(task, reading) if data.duplicates == "near" else {}
     while True:
-        findings, sets, least, most = _one_pass(task, reading, encoder, file, leaks, share, again=again)
+        findings, sets, least, most = _one_pass(task, reading, encoder, file, leaks, near, share, again=again)
         train, validation = (sets[name].kept for name in ("train", "validation"))
         if not share or (train and (validation or again or least >= most)):
             return findings, sets
@@ -208,12 +253,30 @@ def _train_and_validation(
         file.truncate()
 
 
+def _nearly_repeated(task: Task, reading: Reading) -> dict[str, str]:
+    """The places of rows that are nearly a row before them which is kept, each with what is said of it."""
+    near, repeated = NearDuplicates(), {}
+    # What is wrong with a row is found by the pass that trains.
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
+        for row, _ in _training_rows(task, reading, Findings("train", nowhere)):
+            near.add(row)
+    for place, other, similarity, _ in near.found():
+        if other not in repeated:
+            repeated[place] = _nearly(place, other, similarity)
+    return repeated
+
+
+def _nearly(place: str, other: str, similarity: float) -> str:
+    return f"{place}: is nearly {other} (about {similarity:.0%} of the word pairs)"
+
+
 def _one_pass(
     task: Task,
     reading: Reading,
     encoder: Encoder,
     file: IO[str],
     leaks: dict[str, Leaks],
+    nearly_repeated: dict[str, str],
     share: float,
     *,
     again: bool,
@@ -235,13 +298,16 @@ def _one_pass(
         for row, weight in _training_rows(task, reading, findings):
             if findings.rows % 1000 == 0:
                 update(findings.rows)
-            if data.duplicates == "drop" and (first := seen.repeated(row)):
+            if data.duplicates != "keep" and (first := seen.repeated(row)):
                 findings.leave_out(row.place, REPEATED, f"{row.place}: repeats {first}")
+                continue
+            if words := nearly_repeated.get(row.place):
+                findings.leave_out(row.place, NEARLY_DROPPED, words)
                 continue
             if first := seen.contradicted(row):
                 findings.note(row.place, CONTRADICTED, f"{row.place}: answers the question of {first} otherwise")
-            near.add(row)
             at = position(row, seed)
+            near.add(row, held_out=at < share)
             if at >= share:  # what is held out is held out once
                 times = int(weight) + (position(row, seed + 1) < weight % 1)
                 if not times:
@@ -250,8 +316,8 @@ def _one_pass(
                 row = replace(row, times=times)
             least, most = min(least, at), max(most, at)
             sets["validation" if at < share else "train"].add(row)
-        for place, other, similarity in near.found():
-            findings.note(place, NEARLY, f"{place}: is nearly {other} (about {similarity:.0%} of the word pairs)")
+        for place, other, similarity, apart in near.found():
+            findings.note(place, APART if apart else NEARLY, _nearly(place, other, similarity))
         update(findings.rows)
     _settle(task, findings)
     return findings, sets, least, most
@@ -279,7 +345,12 @@ def _say(
         for kind in findings.counts.keys() - findings.errors.keys():
             task.warn(f"{name}: {findings.counts[kind]:,} of {findings.rows:,} rows: {kind}; {findings.first[kind]}")
     figures: dict[str, Any] = {"duplicates_dropped": found["train"].counts[REPEATED]}
-    figures |= {"near_duplicates": found["train"].counts[NEARLY], "contradictions": found["train"].counts[CONTRADICTED]}
+    counts = found["train"].counts
+    figures |= {
+        "near_duplicates": counts[NEARLY] + counts[APART],
+        "near_duplicates_dropped": counts[NEARLY_DROPPED],
+        "contradictions": counts[CONTRADICTED],
+    }
     for name, findings in found.items():
         if name != "test":
             figures |= {f"{name}_{key}": findings.counts[kind] for key, kind in _TOO_LONG.items()}
@@ -295,7 +366,7 @@ def _say(
             )
     for name, of_set in leaks.items():
         leaked = of_set.found
-        figures[f"{name}_leaks"] = len(leaked)
+        figures[f"{name}_leaks"] = len(leaked) + (counts[APART] if name == "validation" else 0)
         if leaked:
             leak = max(leaked, key=lambda leak: leak.similarity)
             same = sum(leak.same_answer for leak in leaked)
@@ -346,7 +417,7 @@ STAGE = Stage(
     ),
     indifferent_to=("adapter.path",),
     files=files,
-    libraries=("transformers", "tokenizers", "jinja2", "pyarrow"),
+    libraries=("transformers", "tokenizers", "jinja2", "pyarrow", "datasets"),
     # Without data, as an adapter from elsewhere may come, there is nothing to do.
     variants=lambda config: ("",) if _given(config) else (),
     figures=("train_rows", "train_tokens", "train_share_trained", "validation_rows", "test_rows"),

@@ -236,7 +236,7 @@ def ask(
         task.warn(
             "nothing was asked: the rows have tools, and Ollama lets a model with this template be given none"
             if questions
-            else "nothing was asked: the run has no questions"
+            else "nothing was asked: the run's rows are no questions (whole texts, or none)"
         )
     answers = []
     first: float | None = None

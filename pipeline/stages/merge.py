@@ -144,8 +144,8 @@ def _choose_base(task: Task, measure: Measure, *, only: bool) -> dict[str, Any]:
 
 
 def _measured(task: Task, measure: Measure) -> dict[str, Any]:
-    where, rows = read_held_out(task.layout)
-    rows = first_tokens(rows, HELD_OUT_TOKENS)
+    where, held_out = read_held_out(task.layout)
+    rows = first_tokens(held_out, HELD_OUT_TOKENS)
     if not any(trained_places(labels) for _, labels in rows):
         return {"why": "there are no held-out answers to measure"}
     row_losses = {}

@@ -39,7 +39,7 @@ STAGE = Stage(
     needs=(EVERY_JUDGED_STAGE,),
     settings=(
         *("verify", "model", "export.quant", "train.load_in_4bit", "train.max_length"),
-        *("data.test", "data.on_overlong", "data.system", "ollama.parameters", "ollama.system", "eval"),
+        *("data.test", "data.on_overlong", "data.window", "data.system", "ollama.parameters", "ollama.system", "eval"),
     ),
     indifferent_to=("adapter.path",),
     files=lambda config, _: base_files(config.model),

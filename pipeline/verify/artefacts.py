@@ -6,6 +6,7 @@ more say that they did not run.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from pipeline.verify.rungs import GGUF_16BIT, made_by
 if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.prompt.template import ChatTemplate
+
+ROWS = 500  # of a run, whose token ids are compared
 
 
 @dataclass
@@ -188,13 +191,22 @@ class Artefacts:
 
     @cached_property
     def held_out(self) -> tuple[str, list[tuple[list[int], list[int]]]]:
-        """Rows of (ids, labels) that the model was not trained on, and where they are from; labels may be empty."""
+        """The first rows of (ids, labels) that the model was not trained on, as many as a check asks for, and where
+        they are from; labels may be empty.
+        """
         limit = self.config.train.max_length if self.config is not None else 2048
         if self.run is not None:
-            where, rows = read_held_out(Layout(self.run), limit)
+            where, held_out = read_held_out(Layout(self.run), limit)
+            rows = list(itertools.islice(held_out, ROWS))
+            rows += first_tokens(held_out, self.settings.tokens - sum(len(ids) for ids, _ in rows))
             if rows:
                 return where, rows
         return "the conformance suite", [(ids[:limit], []) for ids in self.suite_ids]
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the run has rows, whatever their kind."""
+        return self.run is not None and bool(read_held_out(Layout(self.run))[0])
 
     @cached_property
     def suite_ids(self) -> list[list[int]]:
@@ -228,11 +240,13 @@ class Artefacts:
 
     @cached_property
     def questions(self) -> list[Question]:
-        """What the model is asked: the run's first questions; a few plain ones where there is no run."""
+        """What the model is asked: the run's first questions, none where its rows are whole texts; a few plain ones
+        where there is no run, or no data.
+        """
         limit = self.settings.stopping_prompts
         if self.run is not None and self.config is not None:
             limit = min(limit, self.config.eval.limit or limit)
-        if self.run is not None and (questions := asked(Layout(self.run).data, limit)):
+        if self.run is not None and ((questions := asked(Layout(self.run).data, limit)) or self.has_rows):
             return questions
         plain = ("Hi", "What is the capital of France?", "Name three colours.", "2 + 2?", "Say yes or no.")
         texts = [Question([{"role": "user", "content": text}], place=repr(text)) for text in plain]

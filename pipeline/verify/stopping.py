@@ -41,6 +41,8 @@ def check(artefacts: Artefacts) -> Iterator[Result]:
 def _taken(artefacts: Artefacts) -> tuple[list[Question], str]:
     """The questions that the chat template takes, and the first refusal of one that it does not, with its place."""
     taken, refused = [], ""
+    if not artefacts.questions:
+        return [], "the run's rows are whole texts, which ask nothing"
     for question in artefacts.questions:
         try:
             artefacts.template.render(question.messages, question.tools)

@@ -24,7 +24,7 @@ from pipeline.prompt.labels import IGNORED, decode
 from pipeline.prompt.template import end_of_turn, render, token_ids
 from pipeline.prompt.tokenizer import saved_tokenizer
 from pipeline.run.layout import Layout
-from pipeline.verify.artefacts import Artefacts
+from pipeline.verify.artefacts import ROWS, Artefacts
 from pipeline.verify.result import Claim, Result
 
 _TRAINED = Claim("tokenizer.trained", "merge", "the merged model has the tokenizer that was trained")
@@ -37,7 +37,6 @@ _KEYS = {
 }
 # Padding is the trainer's: no server reads it.
 _SPECIAL = ("bos", "eos", "eot", "eom", "unknown", "seperator", "mask")
-_ROWS = 500  # rows of the run that are compared
 
 
 def check(artefacts: Artefacts) -> Iterator[Result]:
@@ -127,7 +126,7 @@ def _key_difference(key: str, ours: Any, theirs: Any) -> str:
 
 def _same_ids(artefacts: Artefacts, claim: Claim, server: LlamaServer) -> Iterator[Result]:
     tokenizer = artefacts.tokenizer
-    rows = [decode(tokenizer, ids) for ids, _ in artefacts.held_out[1][:_ROWS]] + _training_rows(artefacts)
+    rows = [decode(tokenizer, ids) for ids, _ in artefacts.held_out[1][:ROWS]] + _training_rows(artefacts)
     hostile = hostile_strings(artefacts.settings.strings, special_tokens=tokenizer.all_special_tokens)
     texts, own = [*dict.fromkeys(rows), *hostile], set(rows if artefacts.run else ())
     trained = _ids(tokenizer, texts)
@@ -158,7 +157,7 @@ def _same_ids(artefacts: Artefacts, claim: Claim, server: LlamaServer) -> Iterat
 def _training_rows(artefacts: Artefacts) -> list[str]:
     if artefacts.run is None or not (path := Layout(artefacts.run).tokens("train")).is_file():
         return []
-    return [decode(artefacts.tokenizer, row["input_ids"]) for row in itertools.islice(read_tokens(path), _ROWS)]
+    return [decode(artefacts.tokenizer, row["input_ids"]) for row in itertools.islice(read_tokens(path), ROWS)]
 
 
 def _adds(artefacts: Artefacts, rung: str, server: LlamaServer) -> Result:
@@ -181,12 +180,15 @@ def _ends(artefacts: Artefacts, rung: str, path: Path) -> Result:
 
 
 def trained_end_of_turn(artefacts: Artefacts) -> int | None:
-    """The id of the token that ends an answer: the last trained one of a row, else the one that the template writes."""
-    for ids, labels in artefacts.held_out[1][:1]:
-        trained = [id for id, label in zip(ids, labels, strict=False) if label != IGNORED]
-        if trained:
-            return trained[-1]
+    """The id of the token that ends an answer: the last trained one of a row, else the one that the template writes.
+
+    A row that was cut, or is a window of a text, ends in an ordinary token.
+    """
     tokenizer, turns = artefacts.tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for ids, labels in artefacts.held_out[1]:
+        trained = [id for id, label in zip(ids, labels, strict=False) if label != IGNORED]
+        if trained and trained[-1] in tokenizer.added_tokens_decoder:
+            return trained[-1]
     try:
         token = end_of_turn(tokenizer, render(tokenizer, turns))
     except PipelineError:

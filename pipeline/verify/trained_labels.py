@@ -1,13 +1,15 @@
 """labels: on the batches that training really used, exactly the answers were trained, each to its end-of-turn token.
 
 The batches were written down by the trainer itself. They are held against the conversations, rendered anew: not against
-the labels that the data stage computed.
+the labels that the data stage computed. Of every conversation a digest stays in memory, and where it stands.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 from pipeline.console import progress
 from pipeline.data.formats import Conversation
 from pipeline.data.marks import ALL
-from pipeline.data.sources import read_rows
+from pipeline.data.sources import parse_json, read_rows
 from pipeline.prompt.labels import (
     IGNORED,
     decode,
@@ -24,7 +26,9 @@ from pipeline.prompt.labels import (
     tokenize_texts,
     training_texts,
 )
+from pipeline.prompt.template import token_ids
 from pipeline.prompt.tokenizer import saved_tokenizer
+from pipeline.prompt.whole_texts import tokenize_whole_texts
 from pipeline.run.layout import Layout
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import Claim, Result
@@ -32,12 +36,19 @@ from pipeline.verify.result import Claim, Result
 _KNOWN = Claim("labels.known", "train", "every trained row is a conversation of the training data")
 _SHARE = Claim("labels.share", "train", "a share of the tokens is trained")
 _MASKED = Claim("labels.masked", "train", "no row is fully masked")
-_SPANS = Claim("labels.spans", "train", "what is trained is the assistant's words, and nothing else")
-_ENDS = Claim("labels.end_of_turn", "train", "every trained answer ends in the end-of-turn token")
+_SPANS = Claim("labels.spans", "train", "what is trained is the assistant's words, or a whole text, and nothing else")
+_ENDS = Claim(
+    "labels.end_of_turn", "train", "every trained answer ends in the end-of-turn token, every text in the end token"
+)
 _CUT = Claim("labels.cut", "train", "no answer is cut")
 _PREFIX = Claim("labels.prefix", "train", "what stands before an answer is the prompt that a server sends")
 _BOS = Claim("labels.bos", "train", "a row begins with as many BOS tokens as a served prompt")
 CLAIMS = (_KNOWN, _SHARE, _MASKED, _SPANS, _ENDS, _CUT, _PREFIX, _BOS)
+
+
+_BATCH = 1000  # rows that are tokenized at a time
+_LOOKED_FOR = 100  # sequences without an owner that are looked for in all rows
+_WINDOW = 2048  # of a text, in tokens, where no configuration is known
 
 
 @dataclass
@@ -78,19 +89,23 @@ def check(artefacts: Artefacts) -> Iterator[Result]:
         yield from (claim.not_run(f"{path} is missing") for claim in CLAIMS)
         return
     tokenizer = saved_tokenizer(artefacts.adapter)
-    known = known_rows(tokenizer, Layout(artefacts.run).rows("train"))
-    truncates = artefacts.config is not None and artefacts.config.data.on_overlong == "truncate"
-    longest = artefacts.config.train.max_length if artefacts.config is not None and truncates else None
+    config = artefacts.config
+    truncates = config is not None and config.data.on_overlong == "truncate"
+    longest = config.train.max_length if config is not None and truncates else None
+    window = (config.data.window or config.train.max_length) if config is not None else None
+    known = KnownRows(tokenizer, Layout(artefacts.run).rows("train"), window, longest)
     faults = Faults()
     tokens = trained = rows = 0
-    with progress("labels", path.read_bytes().count(b"\n"), "batches") as update:
+    with path.open("rb") as file:
+        batches = sum(1 for _ in file)
+    with progress("labels", batches, "batches") as update:
         for number, batch in enumerate(read_rows(path), 1):
             for place, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
                 tokens += len(ids)
                 trained += sum(label != IGNORED for label in labels)
                 rows += 1
                 where = f"step {batch['step']}, row {place}"
-                judge_row(tokenizer, ids, labels, known, f"{where}: ", faults, longest)
+                judge_row(tokenizer, ids, labels, known.owner_of(ids), f"{where}: ", faults, longest)
             update(number)
 
     yield _KNOWN.at_most(faults.unknown.count, 0, faults.unknown.words)
@@ -106,54 +121,147 @@ def check(artefacts: Artefacts) -> Iterator[Result]:
     yield _BOS.at_most(faults.bos.count, 0, faults.bos.words)
 
 
-KnownRows = dict[tuple[int, ...], tuple[Conversation, int]]
+@dataclass(frozen=True)
+class Owner:
+    """What a trained sequence was made of.
+
+    Attributes:
+        row: the row.
+        answers: how many answers of it are trained in the sequence.
+        part: which of the row's sequences it is, counted from the end: 1 is the last.
+        cut: the sequence is a beginning of it.
+        more_bos: BOS tokens that the sequence has beyond it.
+    """
+
+    row: Conversation
+    answers: int = 1
+    part: int = 1
+    cut: bool = False
+    more_bos: int = 0
 
 
-def known_rows(tokenizer: Any, path: Path) -> KnownRows:
-    """The ids of every training text, with its conversation and how many parts of it are trained."""
-    owners, texts = [], []
-    for row in read_rows(path):
-        known = Conversation.from_row(row, "")
-        for text in training_texts(tokenizer, known.messages, known.tools, known.trained):
-            owners.append((known, len(text.spans)))
-            texts.append(text)
-    rows = tokenize_texts(tokenizer, texts)
-    return {tuple(row.input_ids): owner for row, owner in zip(rows, owners, strict=True)}
+class KnownRows:
+    """The rows of a set, found by the ids that are trained of them.
+
+    Args:
+        tokenizer: the one that was trained.
+        path: the rows, JSON lines.
+        window: the longest sequence of a whole text, in tokens.
+        longest: the length to which sequences were cut; None for no cut.
+    """
+
+    def __init__(self, tokenizer: Any, path: Path, window: int | None = None, longest: int | None = None) -> None:
+        self._tokenizer, self._path, self._window, self._longest = tokenizer, path, window or _WINDOW, longest
+        self._places: dict[bytes, int] = {}
+        self._unowned = 0
+        for at, rows in _batches(path):
+            for place, sequences in zip(at, self._sequences(rows), strict=True):
+                for ids, _ in sequences:
+                    self._places.setdefault(_digest(ids[:longest]), place)
+
+    def owner_of(self, ids: Sequence[int]) -> Owner | None:
+        """The row that a sequence was made of, also where it has more BOS than that or is a beginning of it."""
+        count = leading_bos(self._tokenizer, ids)
+        for more in range(2) if count > 1 else range(1):
+            whole = list(ids[count - 1 :] if more else ids)
+            place = self._places.get(_digest(whole))
+            if place is not None:
+                return self._owner(place, whole, count - 1 if more else 0)
+        return self._begun_with(list(ids))
+
+    def _owner(self, place: int, ids: list[int], more_bos: int) -> Owner | None:
+        with self._path.open("rb") as file:
+            file.seek(place)
+            row = _row(file.readline())
+        (sequences,) = self._sequences([row])
+        for part, (whole, answers) in enumerate(sequences):
+            if whole[: len(ids)] == ids:
+                return Owner(row, answers, len(sequences) - part, len(whole) > len(ids), more_bos)
+        return None
+
+    def _begun_with(self, ids: list[int]) -> Owner | None:
+        """Looks through all rows: no right training comes here."""
+        if self._unowned == _LOOKED_FOR:
+            return None
+        self._unowned += 1
+        for at, rows in _batches(self._path):
+            for place, sequences in zip(at, self._sequences(rows), strict=True):
+                if any(whole[: len(ids)] == ids for whole, _ in sequences):
+                    return self._owner(place, ids, 0)
+        return None
+
+    def _sequences(self, rows: Sequence[Conversation]) -> list[list[tuple[list[int], int]]]:
+        """The ids of each row's sequences, and how many answers are trained in each."""
+        texts = [
+            [] if row.text is not None else training_texts(self._tokenizer, row.messages, row.tools, row.trained)
+            for row in rows
+        ]
+        tokenized = iter(tokenize_texts(self._tokenizer, [text for of_row in texts for text in of_row]))
+        found = [[(next(tokenized).input_ids, len(text.spans)) for text in of_row] for of_row in texts]
+        whole = [row.text for row in rows if row.text is not None]
+        windows = iter(tokenize_whole_texts(self._tokenizer, whole, self._window) if whole else [])
+        for row, sequences in zip(rows, found, strict=True):
+            if row.text is not None:
+                sequences += [(window.input_ids, 1) for window in next(windows)]
+        return found
+
+
+def _batches(path: Path) -> Iterator[tuple[list[int], list[Conversation]]]:
+    """Rows of a file, a few at a time, with the bytes at which they begin."""
+    with path.open("rb") as file:
+        at, end = 0, 0
+        while lines := list(itertools.islice(file, _BATCH)):
+            places = []
+            for line in lines:
+                at, end = end, end + len(line)
+                places.append(at)
+            yield places, list(map(_row, lines))
+
+
+def _row(line: bytes) -> Conversation:
+    return Conversation.from_row(parse_json(line.decode(), "train.jsonl"), "")
+
+
+def _digest(ids: Sequence[int]) -> bytes:
+    return hashlib.blake2b(array("i", ids).tobytes(), digest_size=16).digest()
 
 
 def judge_row(
     tokenizer: Any,
     ids: list[int],
     labels: list[int],
-    known: KnownRows,
+    owner: Owner | None,
     where: str,
     faults: Faults,
     longest: int | None,
 ) -> None:
-    """Add what is wrong with one row; `longest` tokens are kept of one where that was asked for."""
+    """Add what is wrong with one sequence.
+
+    Args:
+        tokenizer: the one that was trained.
+        ids, labels: the sequence.
+        owner: what it was made of.
+        where: its place, for the words.
+        faults: takes what is wrong.
+        longest: the length to which sequences were to be cut; None for no cut.
+    """
+    if owner is None:
+        faults.unknown.add(f"{where}{decode(tokenizer, ids[:60])!r} is none of the conversations")
+        return
+    if owner.row.text is not None:
+        _judge_text(tokenizer, ids, labels, owner, where, faults)
+        return
     spans = [
         (group[0][0], group[-1][0] + 1)
         for trained, pairs in itertools.groupby(enumerate(labels), key=lambda pair: pair[1] != IGNORED)
         if trained and (group := list(pairs))
     ]
-    # A second BOS makes a row that is in no data; it must not hide behind that.
-    expected_bos = 0
     count = leading_bos(tokenizer, ids)
-    owner = known.get(tuple(ids))
-    cut = False
-    if owner is None and count > 1 and (owner := known.get(tuple(ids[count - 1 :]))) is not None:
-        expected_bos = 1
-    elif owner is None:
-        owner = next((of for text, of in known.items() if text[: len(ids)] == tuple(ids)), None)
-        cut = owner is not None
-    if owner is None:
-        faults.unknown.add(f"{where}{decode(tokenizer, ids[:60])!r} is none of the conversations")
-        return
-    row, trained_answers = owner
+    row, cut = owner.row, owner.cut
     messages, tools = row.messages, row.tools
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index]
     prompts = {index: tokenize_prompt(tokenizer, messages[:index], tools) for index in answers}
-    expected_bos = expected_bos or leading_bos(tokenizer, prompts[answers[-1]])
+    expected_bos = 1 if owner.more_bos else leading_bos(tokenizer, prompts[answers[-1]])
     if count != expected_bos:
         faults.bos.add(f"{where}begins with {count} BOS tokens, a served prompt with {expected_bos}")
         return
@@ -191,8 +299,31 @@ def judge_row(
         if isinstance(content, str) and content.rpartition("</think>")[2].strip() not in text:
             faults.spans.add(f"{where}{text[:80]!r} is trained, the answer is {content[:80]!r}")
             return
-    if len(spans) < trained_answers:
-        faults.masked.add(f"{where}{len(spans)} of {trained_answers} answers are trained: {decode(tokenizer, ids)!r}")
+    if len(spans) < owner.answers:
+        faults.masked.add(f"{where}{len(spans)} of {owner.answers} answers are trained: {decode(tokenizer, ids)!r}")
+
+
+def _judge_text(tokenizer: Any, ids: list[int], labels: list[int], owner: Owner, where: str, faults: Faults) -> None:
+    """A window of a whole text: all of it is trained, but for BOS and what an earlier window trains."""
+    count, shown = leading_bos(tokenizer, ids), repr(decode(tokenizer, ids[:60]))
+    if owner.more_bos:
+        faults.bos.add(f"{where}begins with {count} BOS tokens, a served text with {count - owner.more_bos}")
+    elif owner.cut:
+        faults.cut.add(f"{where}ends after {len(ids)} tokens, in the middle: {decode(tokenizer, ids[-12:])!r}")
+    elif all(label == IGNORED for label in labels):
+        faults.masked.add(f"{where}no token is trained: {shown}")
+    elif owner.part == 1 and ids[-1] != tokenizer.eos_token_id:
+        faults.ends.add(f"{where}the text ends in {decode(tokenizer, ids[-1:])!r}")
+    elif owner.part == 1 and labels[-1] == IGNORED:
+        faults.ends.add(f"{where}the end token is not trained: {shown}")
+    else:
+        served = token_ids(tokenizer, owner.row.text or "")
+        first = ids[: len(served)] == served[: len(ids)]
+        opening = leading_bos(tokenizer, served) if first else leading_bos(tokenizer, token_ids(tokenizer, "a")) + 1
+        if labels[opening:] != ids[opening:]:
+            faults.spans.add(f"{where}a token of a whole text is not trained: {shown}")
+        elif not first and any(label != IGNORED for label in labels[:opening]):
+            faults.spans.add(f"{where}a token that an earlier window trains is trained again: {shown}")
 
 
 def _served(tokenizer: Any, prompt: list[int], before: list[int]) -> bool:

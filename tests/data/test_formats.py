@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.formats import Reading, read_conversations
+from pipeline.data.findings import MarkedRow
+from pipeline.data.formats import Conversation, Reading, conversations, read_conversations
 from pipeline.data.sources import read_rows
 from pipeline.errors import UserError
 
@@ -49,6 +50,19 @@ def test_shapes_give_the_same_conversation(tmp_path: Path, row: dict[str, Any]) 
     assert conversation.messages == [USER, ASSISTANT]
     assert conversation.as_row() == TURNS
     assert conversation.place == f"{tmp_path / 'a.jsonl'}:1"
+
+
+def test_a_whole_text_has_no_messages(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", {"text": "Once upon", "weight": 1, "id": 7})
+    (row,) = read_conversations(path, Reading(ignore=("id",), system="Be brief."))
+    assert (row.text, row.messages, row.as_row()) == ("Once upon", [], {"text": "Once upon"})
+    assert Conversation.from_row(row.as_row(), row.place) == row
+    (row,) = read_conversations(lines(path, {"story": "a"}), Reading(format="text", columns={"text": "story"}))
+    assert row.text == "a"
+    ((_, marked),) = conversations(lines(path, {"text": "a", "train": 0}))
+    assert isinstance(marked, MarkedRow)
+    with pytest.raises(UserError, match=r"data.format = 'text'"):
+        read_conversations(lines(path, TURNS), Reading(format="text"))
 
 
 def test_alpaca_input_is_added_to_the_instruction(tmp_path: Path) -> None:
@@ -140,7 +154,12 @@ def write_row(row: Any) -> Callable[[Path], Any]:
         ("a.jsonl", write_bytes(b"[" * 100_000), ":1: not"),
         ("a.jsonl", write_row([1]), ":2: must be a JSON object"),
         ("a.jsonl", write_row({}), r"keys \(none\); wanted is"),
-        ("a.jsonl", write_row({"text": "Hi"}), "keys text; wanted is"),
+        ("a.jsonl", write_row({"document": "Hi"}), "keys document; wanted is"),
+        ("a.jsonl", write_row({"text": " "}), "the text is empty"),
+        ("a.jsonl", write_row({"text": ["Hi"]}), "text: the text is list"),
+        ("a.jsonl", write_row({"text": "Hi", "system": "Be brief."}), 'key "system" is not known'),
+        ("a.jsonl", write_row({"text": "Hi", "weight": 0.5}), "weight = 0.5"),
+        ("a.jsonl", write_row({"prompt": "Hi", "completion": "a", "text": "b"}), 'key "text" is not known'),
         ("a.jsonl", write_row({"messages": []}), "at least one question"),
         ("a.jsonl", write_row({"messages": "Hi"}), "must be a list"),
         ("a.jsonl", write_row({"messages": ["Hi"]}), "message 1: must be an object"),

@@ -28,14 +28,15 @@ CHAT = [
 ]
 # On which tokenizer each is tried: one that has its tokens.
 TOKENIZERS = {
-    "alpaca": "llama2", "chatml": "qwen3", "gemma": "gemma3", "llama-3": "llama3_1", "mistral": "mistral_nemo",
-    "phi-3": "phi-3", "vicuna": "llama2", "zephyr": "llama3_1",
+    "alpaca": "llama2", "chatml": "qwen3", "completion": "llama2", "gemma": "gemma3", "llama-3": "llama3_1",
+    "mistral": "mistral_nemo", "phi-3": "phi-3", "vicuna": "llama2", "zephyr": "llama3_1",
 }  # fmt: skip
 WRITTEN = {
     "alpaca": "Be brief.\n\n### Instruction:\nHi\n\n### Response:\nHello thereEOS\n\n### Instruction:\nAnd?\n\n"
     "### Response:\nByeEOS\n\n",
     "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     "Hello there<|im_end|>\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\nBye<|im_end|>\n",
+    "completion": "Be brief.HiHello thereEOSAnd?ByeEOS",
     "gemma": "<start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n<start_of_turn>model\nHello there<end_of_turn>\n"
     "<start_of_turn>user\nAnd?<end_of_turn>\n<start_of_turn>model\nBye<end_of_turn>\n",
     "llama-3": "<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|><|start_header_id|>user"
@@ -160,7 +161,7 @@ def test_what_needs_new_tokens_is_refused(name: str, tokenizer: str, words: str,
     with pytest.raises(UserError) as error:
         load_tokenizer(raw(tokenizer, folders), chat_template=name)
     assert words in str(error.value)
-    assert "need no other: alpaca, mistral, vicuna, zephyr" in str(error.value)
+    assert "need no other: alpaca, completion, mistral, vicuna, zephyr" in str(error.value)
 
 
 def test_a_base_without_eos_is_refused(folders: Path, tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """The data stage: from files to token ids, labels and figures."""
 
+import copy
 import csv
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,19 @@ from pipeline.config import Verify, load_config
 from pipeline.data.questions import asked
 from pipeline.data.sources import read_rows
 from pipeline.data.token_file import read_tokens
+from pipeline.defaults import Facts, resolve
 from pipeline.errors import UserError
 from pipeline.model.held_out import read_held_out
 from pipeline.prompt import training_set
 from pipeline.prompt.labels import IGNORED
+from pipeline.prompt.tokenizer import saved_tokenizer
 from pipeline.run.layout import Layout
 from pipeline.run.stage import Task
-from pipeline.stages import data, evaluate
+from pipeline.stages import data, evaluate, verify
 from pipeline.verify import answers, trained_labels
 from pipeline.verify.artefacts import Artefacts
+from pipeline.verify.result import FAIL
+from pipeline.verify.token_ids import trained_end_of_turn
 
 QUESTIONS = [f"What is {number} plus {other}?" for number in range(10) for other in range(10)]
 
@@ -192,9 +198,10 @@ def test_what_only_python_takes_for_a_line_end_is_text_to_every_reader(project: 
     found = asked(project.output, None)
     assert [(question.messages, question.expected) for question in found] == [(turns, odd) for turns in questions]
     assert artefacts.questions == found
-    known = trained_labels.known_rows(artefacts.tokenizer, project.output / "train.jsonl")
-    assert [row.messages for row, _ in known.values()] == [row["messages"] for row in rows]
-    assert len(read_held_out(Layout(project.folder))[1]) == 2
+    known = trained_labels.KnownRows(artefacts.tokenizer, project.output / "train.jsonl")
+    owners = [known.owner_of(row["input_ids"]) for row in read_tokens(project.output / "train.tokens.arrow")]
+    assert [owner and owner.row.messages for owner in owners] == [row["messages"] for row in rows]
+    assert len(list(read_held_out(Layout(project.folder))[1])) == 2
 
     answered = project.folder / "evaluate" / "base" / "answers.jsonl"
     answered.parent.mkdir(parents=True)
@@ -235,7 +242,7 @@ def test_a_context_that_does_not_hold_what_is_asked_is_said_before_training(proj
     with pytest.raises(UserError, match=rf"t\.jsonl:2: the question has {question} tokens, and {num_ctx} holds 60 "):
         project.run(*given, f"{num_ctx}=60")
     project.run(*given, f"{num_ctx}={question + 29}")
-    (warning,) = project.task.warnings
+    warning = project.task.warnings[0]
     assert f"holds {question + 29} tokens with the answer: one of more than 29 is cut" in warning
     assert "eval.max_new_tokens is 30" in warning
     project.run(*given, f"{num_ctx}={question + 30}")
@@ -245,7 +252,7 @@ def test_a_context_that_does_not_hold_what_is_asked_is_said_before_training(proj
     (own / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 200}', encoding="utf-8")
     write(project.folder / "train.jsonl", [conversation("Why? " * 100)])
     project.run(f"model.base={own}", "train.max_length=600", "data.validation_fraction=0")
-    (warning,) = project.task.warnings
+    warning = project.task.warnings[0]
     assert re.search(r"the longest row has \d{3} tokens, and the base was made for 200: .* leaves out", warning)
 
 
@@ -405,7 +412,7 @@ def test_what_the_template_leaves_out_is_named(
     with pytest.raises(UserError, match=rf"train\.jsonl:2: the model's chat template writes {found}, so it would not"):
         project.run(*given)
     assert project.run(*given, "data.unwritten=keep")["train_rows"] == 2
-    (warning,) = project.task.warnings
+    warning = project.task.warnings[0]
     assert "1 of 2 rows: " in warning
     assert found in warning
 
@@ -478,13 +485,14 @@ def test_marked_turns_are_not_trained_and_verify_knows_it(project: Project, base
     (row,) = read_tokens(project.output / "train.tokens.arrow")
     artefacts = Artefacts(Verify(), base, None, {}, project.folder, run=project.folder)
     tokenizer = artefacts.tokenizer
-    known = trained_labels.known_rows(tokenizer, project.output / "train.jsonl")
+    known = trained_labels.KnownRows(tokenizer, project.output / "train.jsonl")
     summary = json.loads((project.output / "data.json").read_text())
     assert summary["train_examples"][0]["trained"] == ["2<|im_end|>"]
 
     def faults(labels: list[int]) -> trained_labels.Faults:
         found = trained_labels.Faults()
-        trained_labels.judge_row(tokenizer, row["input_ids"], labels, known, "", found, None)
+        owner = known.owner_of(row["input_ids"])
+        trained_labels.judge_row(tokenizer, row["input_ids"], labels, owner, "", found, None)
         return found
 
     assert faults(row["labels"]) == trained_labels.Faults()
@@ -494,7 +502,7 @@ def test_marked_turns_are_not_trained_and_verify_knows_it(project: Project, base
     project.run("data.validation_fraction=0", "data.train_on=all", name="data")
     (row,) = read_tokens(project.output / "train.tokens.arrow")
     assert row["labels"] == everything
-    known = trained_labels.known_rows(tokenizer, project.output / "train.jsonl")
+    known = trained_labels.KnownRows(tokenizer, project.output / "train.jsonl")
     assert faults(row["labels"]) == trained_labels.Faults()
     assert faults([IGNORED, *row["labels"][1:]]) != trained_labels.Faults()
     assert faults([*row["labels"][:-4], *[IGNORED] * 4]) != trained_labels.Faults()
@@ -510,6 +518,30 @@ def test_near_duplicates_and_contradictions_are_said_with_their_places(project: 
     said = "\n".join(project.task.warnings)
     assert f"a near duplicate of another row; {place}:2: is nearly {place}:1 (about 100% of the word pairs)" in said
     assert f"another answer to the same question; {place}:4: answers the question of {place}:3 otherwise" in said
+
+    figures = project.run("data.validation_fraction=0", "train.max_length=2000", "data.duplicates=near")
+    assert (figures["near_duplicates_dropped"], figures["near_duplicates"], figures["train_rows"]) == (1, 0, 3)
+    account = project.account("train")
+    assert (account["rows"], account["left_out"]) == (4, 1)
+    assert account["findings"]["a near duplicate of another row, left out"]["places"] == [f"{place}:2"]
+
+
+def test_near_duplicates_on_both_sides_of_the_split_are_leaks(project: Project) -> None:
+    rows = []
+    for number in range(40):
+        words = [f"word{number}x{at}" for at in range(60)]
+        rows += [conversation(" ".join(words)), conversation(" ".join([*words, "more"]))]
+    write(project.folder / "train.jsonl", rows)
+    figures = project.run("data.validation_fraction=0.5", "train.max_length=2000")
+    held_out = set(questions_of(project.rows("validation")))
+    questions = questions_of(rows)
+    apart = [first for first in range(0, 80, 2) if (questions[first] in held_out) != (questions[first + 1] in held_out)]
+    assert 5 < len(apart) < 35
+    found = project.account("train")["findings"]["a near duplicate of a row on the other side of the split"]
+    assert figures["validation_leaks"] == found["count"] <= len(apart)
+    assert found["count"] >= len(apart) - 2  # an estimate may miss some
+    lines = {int(place.rpartition(":")[2]) for place in found["places"]}
+    assert lines <= {first + 2 for first in apart}
 
 
 def test_further_sources_have_a_weight_a_limit_and_a_system_message(project: Project) -> None:
@@ -541,3 +573,121 @@ def test_further_sources_have_a_weight_a_limit_and_a_system_message(project: Pro
     (project.folder / "few.jsonl").unlink()
     with pytest.raises(UserError, match=r"data\.sources: .*few\.jsonl: no such file"):
         project.run()
+
+
+TEXTS = [f"{question} It is a sum of two numbers, and nobody knows it better." for question in QUESTIONS]
+
+
+def test_whole_texts_are_trained_to_their_end_and_verify_knows_it(project: Project, base: Path) -> None:
+    write(project.folder / "train.jsonl", [{"text": text} for text in TEXTS])
+    figures = project.run("data.validation_fraction=0.1", "data.window=16", name="data")
+    assert (figures["train_texts"], figures["train_texts"] + figures["validation_texts"]) == (
+        figures["train_rows"],
+        100,
+    )
+    assert (figures["train_longest"], figures["train_end_of_turn"]) == (16, ["<|im_end|>"])
+    assert figures["train_sequences"] > 2 * figures["train_rows"]
+    warning = project.task.warnings[0]
+    assert "the model is served with the base's own chat template, which no row was trained with" in warning
+    assert 'data.format = "text"' in warning
+    assert asked(project.output, None) == []
+    artefacts = Artefacts(Verify(), base, None, {}, project.folder, run=project.folder, adapter=base)
+    tokenizer = artefacts.tokenizer
+    assert artefacts.questions == []
+    assert trained_end_of_turn(artefacts) == tokenizer.eos_token_id
+    rows = list(read_tokens(project.output / "train.tokens.arrow"))
+    texts = [row["text"] for row in project.rows("train")]
+    trained = [label for row in rows for label in row["labels"] if label != IGNORED]
+    assert tokenizer.decode(trained) == "".join(f"{text}<|im_end|>" for text in texts)
+
+    batches = project.folder / "train" / "batches.jsonl"
+    batches.parent.mkdir()
+    artefacts.config = Task(verify.STAGE, project.config, project.folder, project.output).config  # what it may read
+
+    def failures(change: Callable[[dict[str, Any]], None]) -> set[str]:
+        changed = copy.deepcopy(rows)
+        for row in changed:
+            change(row)
+        batch = {name: [row[name] for row in changed] for name in ("input_ids", "labels")}
+        write(batches, [{"step": 0} | batch])
+        return {result.id for result in trained_labels.check(artefacts) if result.verdict == FAIL}
+
+    def mask_an_inner_token(row: dict[str, Any]) -> None:
+        row["labels"][5] = IGNORED
+
+    def mask_the_end(row: dict[str, Any]) -> None:
+        row["labels"][-1] = IGNORED
+
+    def train_twice(row: dict[str, Any]) -> None:
+        row["labels"] = row["input_ids"]
+
+    def cut(row: dict[str, Any]) -> None:
+        row["input_ids"], row["labels"] = row["input_ids"][:9], row["labels"][:9]
+
+    def other(row: dict[str, Any]) -> None:
+        row["input_ids"][3] = 7
+
+    assert failures(lambda row: None) == set()
+    assert failures(mask_an_inner_token) == {"labels.spans"}
+    assert failures(mask_the_end) == {"labels.spans", "labels.end_of_turn"}
+    assert failures(train_twice) == {"labels.spans"}
+    assert failures(cut) >= {"labels.cut"}
+    assert failures(other) >= {"labels.known"}
+
+
+def test_a_model_of_whole_texts_goes_on_with_what_it_is_sent(project: Project) -> None:
+    write(project.folder / "train.jsonl", [{"story": text} for text in TEXTS])
+    config, given = load_config(
+        project.folder / "pipeline.toml", ["data.format=text", 'data.columns={text="story"}', "train.max_length=64"]
+    )
+    settings, sources = resolve(config, given, Facts(None, None, None))
+    assert (settings.model.chat_template, settings.data.window) == ("completion", 64)
+    assert sources["model.chat_template"].startswith("default: ")
+    with pytest.raises(UserError, match=r"data.window = 65 is longer than train.max_length = 64"):
+        resolve(
+            config.model_copy(update={"data": config.data.model_copy(update={"window": 65})}), given, Facts(1, 1, 1)
+        )
+    project.run("data.format=text", 'data.columns={text="story"}', "model.chat_template=completion")
+    assert not any("served" in words for words in project.task.warnings)
+    with pytest.raises(UserError, match=r"data.system: every row is a whole text"):
+        project.run("data.system=Be brief.", 'data.columns={text="story"}')
+
+
+def test_texts_beside_conversations(project: Project) -> None:
+    told = [{"text": text} for text in TEXTS[:10]]
+    doubled = [told[0], {"text": TEXTS[1].replace("?", "!")}]
+    write(project.folder / "train.jsonl", [*map(conversation, QUESTIONS[:10]), *told, *doubled])
+    write(project.folder / "test.jsonl", [told[3], conversation("Who?")])
+    figures = project.run("data.test=test.jsonl", "data.validation_fraction=0")
+    assert (figures["train_rows"], figures["train_texts"], figures["duplicates_dropped"]) == (21, 11, 1)
+    assert (figures["near_duplicates"], figures["contradictions"], figures["test_rows"]) == (1, 0, 1)
+    assert project.account("test")["findings"]["a whole text, which is not asked"]["count"] == 1
+    write(project.folder / "train.jsonl", [{"text": "a <|im_end|> b"}])
+    with pytest.raises(UserError, match=r"train.jsonl:1: the text holds '<\|im_end\|>', which is a control token"):
+        project.run()
+    write(project.folder / "test.jsonl", told)
+    with pytest.raises(UserError, match=r"data.test: every row is a whole text .*test.jsonl:1.*data.validation"):
+        project.run("data.test=test.jsonl")
+
+
+def test_shuffled_rows_stand_in_one_order_whatever_files_they_come_from(project: Project) -> None:
+    def order(*overrides: str) -> list[str]:
+        project.run("data.validation_fraction=0", "data.on_overlong=truncate", *overrides)
+        tokens = list(read_tokens(project.output / "train.tokens.arrow"))
+        known = trained_labels.KnownRows(
+            saved_tokenizer(Path(project.config.model.base)), project.output / "train.jsonl"
+        )
+        rows = [owner.row.messages for row in tokens if (owner := known.owner_of(row["input_ids"])) is not None]
+        assert rows == [row["messages"] for row in project.rows("train")]
+        return questions_of(project.rows("train"))
+
+    assert order() == QUESTIONS
+    shuffled = order("data.shuffle=true")
+    assert shuffled != QUESTIONS
+    assert sorted(shuffled) == sorted(QUESTIONS)
+    assert order("data.shuffle=true", "train.seed=2") != shuffled
+    write(project.folder / "train.jsonl", [conversation(question) for question in QUESTIONS[60:]])
+    write(project.folder / "more.jsonl", [conversation(question) for question in QUESTIONS[:60]])
+    with (project.folder / "pipeline.toml").open("a") as file:
+        file.write("[[data.sources]]\npath = 'more.jsonl'\n")
+    assert order("data.shuffle=true") == shuffled

@@ -11,10 +11,10 @@ REVISIONS = ("main", "v1", COMMIT)
 
 
 class Hub:
-    """Serves one model, and knows of a gated one.
+    """Serves one model, or one data set, and knows of a gated one.
 
     Args:
-        name: the model's id.
+        name: its id.
         folder: its files.
     """
 
@@ -59,7 +59,8 @@ class Hub:
 
     def answer(self, path: str, wanted: str | None) -> tuple[int, bytes, dict[str, str]]:
         """Status, content and headers for a path; `wanted` is the range of bytes that is asked for."""
-        path = path.partition("?")[0].removeprefix("/api/models").strip("/")
+        path = path.partition("?")[0].removeprefix("/api/models").removeprefix("/api")
+        path = path.removeprefix("/datasets").strip("/")
         if path.startswith("someone/gated"):
             return 403, b"", {"X-Error-Code": "GatedRepo"}
         if not path.startswith(self.name):
@@ -68,17 +69,24 @@ class Hub:
         revision, _, file = (rest or "main").partition("/")
         if revision not in REVISIONS:
             return 404, b"", {"X-Error-Code": "RevisionNotFound"}
-        files = sorted(self.folder.iterdir())
+        names = {file.relative_to(self.folder).as_posix(): file for file in self.folder.rglob("*") if file.is_file()}
+        files = dict(sorted(names.items()))
         described: dict[str, object] = {
-            "": {"id": self.name, "sha": COMMIT, "siblings": [{"rfilename": file.name} for file in files]},
-            "tree": [{"type": "file", "path": file.name, "size": file.stat().st_size, "oid": COMMIT} for file in files],
+            "": {"id": self.name, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]},
+            "tree": [
+                {"type": "file", "path": name, "size": file.stat().st_size, "oid": COMMIT}
+                for name, file in files.items()
+            ],
         }
         described["revision"] = described[""]
         if action in described:
             return 200, json.dumps(described[action]).encode(), {"Content-Type": "application/json"}
         if action != "resolve" or not (self.folder / file).is_file():
             return 404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}
-        content, headers = (self.folder / file).read_bytes(), {"ETag": f'"{file}-1"', "X-Repo-Commit": COMMIT}
+        content, headers = (
+            (self.folder / file).read_bytes(),
+            {"ETag": f'"{file.replace("/", "-")}-1"', "X-Repo-Commit": COMMIT},
+        )
         if wanted is None:
             return 200, content, headers
         first, _, last = wanted.removeprefix("bytes=").partition("-")

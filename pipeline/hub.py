@@ -1,0 +1,51 @@
+"""What can go wrong in asking a hub, each in one message: a name that it does not know, a licence, the network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pipeline.errors import PipelineError, UserError
+
+
+@contextmanager
+def asking(key: str, name: str, revision: str | None, instead: str) -> Iterator[None]:
+    """Turn what the hub's library raises into this program's errors.
+
+    Args:
+        key: the key of the configuration that named it.
+        name: the hub id.
+        revision: its branch, tag or commit; None for the main branch.
+        instead: what may be given without a network.
+
+    Raises:
+        UserError: the hub does not have it, or does not give it.
+        PipelineError: the hub cannot be reached.
+    """
+    from huggingface_hub import errors
+
+    at = f"{name} at {revision}" if revision else name
+    try:
+        yield
+    except PipelineError:
+        raise
+    except errors.GatedRepoError:
+        raise UserError(
+            f"{key}: {at} is gated: accept its licence on its hub page, then log in with "
+            "`hf auth login` or set HF_TOKEN"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(
+            f"{key}: the hub has no {name}, or shows it only to those who are logged in: check the "
+            "name, or log in with `hf auth login` or set HF_TOKEN"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"{key}: {name} has no revision {revision}") from None
+    except (errors.HFValidationError, errors.HfUriError) as error:
+        raise UserError(f"{key}: {name} is no hub id: {error}") from None
+    except Exception as error:  # the network's errors have no common class, and must not show a traceback
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise PipelineError(
+            f"{key}: {at} cannot be fetched from the hub and is not in its cache ({reason}). Connect to "
+            f"the network, or give {instead}"
+        ) from None
