@@ -23,7 +23,12 @@ _MARK = "# Written by `pipeline export --adapter`, which replaces it. Every othe
 
 
 def write_project(
-    adapter: Path, base: str | None, template: str | None, data: Path | None, quant: Sequence[str]
+    adapter: Path,
+    base: str | None,
+    template: str | None,
+    data: Path | None,
+    quant: Sequence[str],
+    form: str | None = None,
 ) -> Path:
     """Write the configuration into a folder in the current one.
 
@@ -33,6 +38,7 @@ def write_project(
         template: the chat template that it was trained with.
         data: test questions.
         quant: quantization types; none for the default.
+        form: "merged" or "adapter", as export.as; None for the default.
 
     Returns:
         The pipeline.toml.
@@ -53,7 +59,7 @@ def write_project(
         "model": {"base": _in_full(base), "chat_template": template and _in_full(template)},
         "adapter": {"path": str(adapter)},
         "data": {"test": data and str(expanded(data, "--data").absolute())},
-        "export": {"quant": list(quant)},
+        "export": {"quant": list(quant), "as": form},
         "ollama": {"name": name},
     }
     lines = [_MARK]
