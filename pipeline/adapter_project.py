@@ -48,9 +48,7 @@ def write_project(
     """
     adapter = expanded(adapter, "--adapter").resolve()
     base = base or base_of(read_adapter(adapter))
-    name = f"{adapter.parent.name}-{adapter.name}" if adapter.name.startswith("checkpoint-") else adapter.name
-    name = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._") or "adapter"
-    path = Path.cwd() / f"{name}-export" / "pipeline.toml"
+    name, path = _name(adapter), project_of(adapter)
     if path.is_file() and not path.read_text(encoding="utf-8", errors="replace").startswith(_MARK):
         raise UserError(
             f"{path}: is there already, and was not written by this command: move it away, or work elsewhere"
@@ -69,6 +67,16 @@ def write_project(
     path.parent.mkdir(exist_ok=True)
     write_whole(path, "".join(lines))
     return path
+
+
+def project_of(adapter: Path) -> Path:
+    """Where the configuration of an adapter's folder is written."""
+    return Path.cwd() / f"{_name(adapter.resolve())}-export" / "pipeline.toml"
+
+
+def _name(adapter: Path) -> str:
+    name = f"{adapter.parent.name}-{adapter.name}" if adapter.name.startswith("checkpoint-") else adapter.name
+    return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._") or "adapter"
 
 
 def _in_full(given: str) -> str:

@@ -112,7 +112,7 @@ def together(runs: Sequence[Path], quant: str | None) -> list[Served]:
     """
     served: list[Served] = []
     for given in runs:
-        config = _config(given)
+        config = _config(given, quant)
         quant = quant or config.export.quant[0]
         served.append(_served(config, quant.lower()))
     names = [each.name for each in served]
@@ -125,19 +125,22 @@ def together(runs: Sequence[Path], quant: str | None) -> list[Served]:
     return served
 
 
-def _config(given: Path) -> Config:
-    """The configuration of a run; an adapter's folder is exported for it."""
+def _config(given: Path, quant: str | None) -> Config:
+    """The configuration of a run; an adapter's folder is exported for it, unless it was before."""
     from pipeline.config import load_config, read_run
 
     path = expanded(given, "RUN")
     if Layout(path).config.is_file() and Layout(path).manifest.is_file():
         return read_run(path.absolute())
     if (path / "adapter_config.json").is_file():
-        from pipeline.adapter_project import write_project
+        from pipeline.adapter_project import project_of, write_project
         from pipeline.cli import bring_up_to_date, resolved
 
-        settings, sources = resolved(write_project(path, None, None, None, (), "adapter"), ())
-        bring_up_to_date(settings, sources, ["modelfile"])
+        if not (project := project_of(path)).is_file():  # it may say of the adapter what its folder does not
+            write_project(path, None, None, None, (quant,) if quant else (), "adapter")
+        settings, sources = resolved(project, ())
+        if settings.export.as_ == "adapter":
+            bring_up_to_date(settings, sources, ["modelfile"])
         return settings
     return load_config(path / "pipeline.toml" if path.is_dir() else path)[0]
 

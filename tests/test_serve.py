@@ -18,9 +18,10 @@ import httpx
 import pytest
 from click.testing import CliRunner
 from support import servers
-from support.shared_base import KIND, QUESTIONS, SYSTEM, config_of, do, run_of
+from support.shared_base import KIND, QUESTIONS, SYSTEM, adapter_of, config_of, do, run_of
 
 from pipeline.cli import main
+from pipeline.config import load_config
 from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp import adapter_proxy
 from pipeline.llamacpp.adapter_proxy import AdapterProxy, ServedAdapter
@@ -217,6 +218,21 @@ def test_what_cannot_be_served_together(tmp_path: Path) -> None:
     Layout(other).gguf_adapter.unlink()
     with pytest.raises(UserError, match=r"convert convert/adapter\.gguf is missing"):
         together([other], None)
+
+
+def test_an_adapters_folder_is_exported_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked: list[str] = []
+    monkeypatch.setattr("pipeline.cli.bring_up_to_date", lambda config, sources, names: asked.extend(names))
+    with pytest.raises(UserError, match="convert is not made yet"):
+        together([adapter_of("one")], "q8_0")
+    project = tmp_path / "shared-one-export" / "pipeline.toml"
+    config, _ = load_config(project)
+    assert (config.export.as_, config.export.quant, asked) == ("adapter", ("q8_0",), ["modelfile"])
+    project.write_text(project.read_text().replace('as = "adapter"', 'as = "merged"'))  # the user's word counts
+    with pytest.raises(UserError, match="run `pipeline export --as adapter --quant q8_0` on it first"):
+        together([adapter_of("one")], "q8_0")
+    assert asked == ["modelfile"]
 
 
 def test_both_in_one_ollama_share_the_base(tmp_path: Path) -> None:
