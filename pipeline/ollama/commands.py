@@ -222,7 +222,8 @@ class _OnServer:
     """One of the adapters of a `pipeline serve`; another one after `change_to`."""
 
     def __init__(self, client: httpx.Client, model: str) -> None:
-        self.client, names = client, self.models()
+        self.client = client
+        names = self.models()
         if model and model not in names:
             raise UserError(f"--model {model}: there is none at {client.base_url}; there are {', '.join(names)}")
         self.model = model or names[0]

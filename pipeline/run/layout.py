@@ -128,7 +128,7 @@ class Layout:
             PipelineError: there is none, or more than one.
         """
         folder = self.node("convert")
-        files = sorted(folder.glob("model-*.gguf"))
+        files = sorted({*folder.glob("*.gguf")} - {self.gguf_adapter})
         if len(files) != 1:
             found = ", ".join(file.name for file in files) or "none"
             raise PipelineError(f"{folder} should hold one GGUF file and holds {found}: run `pipeline convert` again")
