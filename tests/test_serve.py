@@ -268,8 +268,8 @@ def deployed(name: str) -> Any:
     return config_of(name, ollama=ollama)
 
 
-def test_the_base_is_untouched_and_named_as_it_is() -> None:
+def test_every_run_on_a_base_has_the_same_file_of_it() -> None:
     info = inspect(Layout(run_of("one")).gguf_16bit())
-    assert info.metadata["general.name"] == "small-base-256"
+    assert info.metadata["general.name"] == "base"
     assert (Layout(run_of("one")).modelfile(KIND)).read_text().splitlines()[2].startswith("ADAPTER ")
     assert sha256_of(Layout(run_of("two")).gguf_16bit()) == sha256_of(info.path)

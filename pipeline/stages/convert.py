@@ -49,7 +49,8 @@ def main(task: Task) -> dict[str, Any]:
     outtype = weights.sixteen_bit_type if asked == "auto" else asked
     target = task.new(task.layout.converted(outtype))
     require_space(task.output, memory.sixteen_bit_file(weights.parameters), "the 16-bit GGUF")
-    convert(task, model, target, outtype, f"{Path(task.config.model.base).name}{'' if apart else '-tuned'}")
+    # A base's file is the same for every run on it, whatever the base is called there: so it is shared.
+    convert(task, model, target, outtype, "base" if apart else f"{Path(task.config.model.base).name}-tuned")
 
     info = check(target)
     check_against(info, weights, task)
