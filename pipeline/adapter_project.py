@@ -23,7 +23,12 @@ _MARK = "# Written by `pipeline export --adapter`, which replaces it. Every othe
 
 
 def write_project(
-    adapter: Path, base: str | None, template: str | None, data: Path | None, quant: Sequence[str]
+    adapter: Path,
+    base: str | None,
+    template: str | None,
+    data: Path | None,
+    quant: Sequence[str],
+    form: str | None = None,
 ) -> Path:
     """Write the configuration into a folder in the current one.
 
@@ -33,6 +38,7 @@ def write_project(
         template: the chat template that it was trained with.
         data: test questions.
         quant: quantization types; none for the default.
+        form: "merged" or "adapter", as export.as; None for the default.
 
     Returns:
         The pipeline.toml.
@@ -42,9 +48,7 @@ def write_project(
     """
     adapter = expanded(adapter, "--adapter").resolve()
     base = base or base_of(read_adapter(adapter))
-    name = f"{adapter.parent.name}-{adapter.name}" if adapter.name.startswith("checkpoint-") else adapter.name
-    name = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._") or "adapter"
-    path = Path.cwd() / f"{name}-export" / "pipeline.toml"
+    name, path = _name(adapter), project_of(adapter)
     if path.is_file() and not path.read_text(encoding="utf-8", errors="replace").startswith(_MARK):
         raise UserError(
             f"{path}: is there already, and was not written by this command: move it away, or work elsewhere"
@@ -53,7 +57,7 @@ def write_project(
         "model": {"base": _in_full(base), "chat_template": template and _in_full(template)},
         "adapter": {"path": str(adapter)},
         "data": {"test": data and str(expanded(data, "--data").absolute())},
-        "export": {"quant": list(quant)},
+        "export": {"quant": list(quant), "as": form},
         "ollama": {"name": name},
     }
     lines = [_MARK]
@@ -63,6 +67,16 @@ def write_project(
     path.parent.mkdir(exist_ok=True)
     write_whole(path, "".join(lines))
     return path
+
+
+def project_of(adapter: Path) -> Path:
+    """Where the configuration of an adapter's folder is written."""
+    return Path.cwd() / f"{_name(adapter.resolve())}-export" / "pipeline.toml"
+
+
+def _name(adapter: Path) -> str:
+    name = f"{adapter.parent.name}-{adapter.name}" if adapter.name.startswith("checkpoint-") else adapter.name
+    return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._") or "adapter"
 
 
 def _in_full(given: str) -> str:

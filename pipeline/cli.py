@@ -42,9 +42,13 @@ _ELSEWHERE = {
         "Show how a model's chat template reaches Ollama, and prove it.",
     ),
     "chat": ("pipeline.ollama.commands", "chat", "Talk to the result: in Ollama, or at another rung."),
+    "serve": ("pipeline.serve", "serve", "Serve several adapters on one base, chosen by the model's name."),
 }
 # The order of the help page is the order of the work.
-_ORDER = ("setup", "doctor", "init", "plan", "run", "status", "config", *stages.NAMES, "export", "template", "chat")
+_ORDER = (
+    *("setup", "doctor", "init", "plan", "run", "status", "config", *stages.NAMES),
+    *("export", "template", "chat", "serve"),
+)
 
 
 class Commands(click.Group):
@@ -155,7 +159,8 @@ def _graph(config: Config) -> Graph:
     return Graph(stages.all_stages(config))
 
 
-def _bring_up_to_date(config: Config, sources: dict[str, str], names: Sequence[str], force: bool = False) -> None:
+def bring_up_to_date(config: Config, sources: dict[str, str], names: Sequence[str], force: bool = False) -> None:
+    """Run these stages, and all that they need, where they are not up to date."""
     graph = _graph(config)
     targets = [node for name in names for node in graph.nodes_of(name, config)]
     if not targets:
@@ -180,7 +185,7 @@ def run(config: Path, overrides: tuple[str, ...], until: str | None, no_prefligh
         raise UserError(f"--until {until}: no such stage; one of {', '.join(stages.NAMES)}")
     settings, sources = resolved(config, overrides)
     names = stages.NAMES[: stages.NAMES.index(until) + 1] if until else stages.NAMES
-    _bring_up_to_date(settings, sources, [name for name in names if not (no_preflight and name == "preflight")])
+    bring_up_to_date(settings, sources, [name for name in names if not (no_preflight and name == "preflight")])
     _say_where(settings)
     if "verify" in names:
         _say_proof(settings)
@@ -209,6 +214,12 @@ def _say_where(config: Config) -> None:
 @configured
 @click.option("--quant", multiple=True, metavar="TYPE", help="Quantization type; may be repeated.")
 @click.option(
+    "--as",
+    "form",
+    type=click.Choice(["merged", "adapter"]),
+    help="Files of the merged model, or of the base with the adapter as a file of its own beside them.",
+)
+@click.option(
     "--adapter",
     type=click.Path(path_type=Path),
     metavar="DIR",
@@ -221,6 +232,7 @@ def export(
     config: Path,
     overrides: tuple[str, ...],
     quant: tuple[str, ...],
+    form: str | None,
     adapter: Path | None,
     base: str | None,
     template: str | None,
@@ -238,20 +250,25 @@ def export(
 
         if click.get_current_context().get_parameter_source("config") is not click.core.ParameterSource.DEFAULT:
             raise UserError(f"--adapter stands in the place of CONFIG: give it without {config}")
-        config = write_project(adapter, base, template, data, quant)
+        config = write_project(adapter, base, template, data, quant, form)
     elif base or template or data:
         raise UserError("--base, --template and --data belong to --adapter, the folder of an adapter")
     if quant:
         overrides = (*overrides, f"export.quant={json.dumps(list(quant))}")
+    if form:
+        overrides = (*overrides, f"export.as={form}")
     settings, sources = resolved(config, overrides)
-    _bring_up_to_date(settings, sources, ["modelfile"])
+    bring_up_to_date(settings, sources, ["modelfile"])
     from pipeline.console import say
+    from pipeline.figures import size
     from pipeline.ollama.target import names_of
 
     for kind, name in names_of(settings.ollama.name, settings.export.quant).items():
         modelfile = Layout(settings.run_folder).modelfile(kind)
         if modelfile.is_file():  # where none can carry the model, the stage has said so
             say(f"ollama create {name} -f {shlex.quote(str(modelfile))}")
+    for adapter in Layout(settings.run_folder).served_adapters:
+        say(f"{size(adapter.stat().st_size)} each, and the base's file, which they share with every model on it")
 
 
 @main.command(epilog="Example: pipeline status my/pipeline.toml")
@@ -348,7 +365,7 @@ def _plain_stage_command(name: str) -> None:
     def command(config: Path, overrides: tuple[str, ...], force: bool) -> None:
         """What it needs from earlier stages is brought up to date first."""
         settings, sources = resolved(config, overrides)
-        _bring_up_to_date(settings, sources, [name], force)
+        bring_up_to_date(settings, sources, [name], force)
 
 
 @stage_command("preflight", "pipeline preflight my/pipeline.toml")
@@ -358,7 +375,7 @@ def preflight(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     `pipeline run` does this first, once. Exit status 2 if something would fail.
     """
     settings, sources = resolved(config, overrides)
-    _bring_up_to_date(settings, sources, ["preflight"], force=True)
+    bring_up_to_date(settings, sources, ["preflight"], force=True)
     content = json.loads(Layout(settings.run_folder).preflight_json.read_text(encoding="utf-8"))
     _print_checks(content, as_json)
 
@@ -385,7 +402,7 @@ def data(config: Path, overrides: tuple[str, ...], show: int | None, ids: bool, 
     if ids and show is None:
         raise UserError("--ids goes with --show, e.g. --show 3 --ids")
     settings, sources = resolved(config, overrides)
-    _bring_up_to_date(settings, sources, ["data"], force)
+    bring_up_to_date(settings, sources, ["data"], force)
     if show is not None:
         _show_rows(settings, show, ids)
 
@@ -420,12 +437,12 @@ def deploy(
         overrides = (*overrides, "ollama.replace=true")
     settings, sources = resolved(config, overrides)
     if dry_run:
-        _bring_up_to_date(settings, sources, ["modelfile"])
+        bring_up_to_date(settings, sources, ["modelfile"])
         from pipeline.stages.deploy import plan
 
         click.echo("\n".join(plan(settings, settings.run_folder)))
         return
-    _bring_up_to_date(settings, sources, ["deploy"], force)
+    bring_up_to_date(settings, sources, ["deploy"], force)
 
 
 @stage_command("verify", "pipeline verify --hf merged/ --gguf model-Q4_K_M.gguf")
@@ -464,7 +481,7 @@ def verify(
         content = verify_folder(config.absolute(), stages.judged_stages(), overrides)
     else:
         settings, sources = resolved(config, overrides)
-        _bring_up_to_date(settings, sources, ["verify"], force)
+        bring_up_to_date(settings, sources, ["verify"], force)
         content = json.loads(Layout(settings.run_folder).verify_json.read_text(encoding="utf-8"))
     _print_checks(content, as_json)
     if content["verdict"] != "pass":

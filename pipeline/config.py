@@ -37,7 +37,14 @@ Names = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
 class Section(BaseModel):
     """A table of the file: its values never change, and a key or a type that it does not know is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        serialize_by_alias=True,  # a key that is a word of Python has another name here
+    )
 
 
 class Model(Section):
@@ -51,6 +58,19 @@ class Model(Section):
         min_length=1,
         description="instead of the base's own: the name of a well-known chat template, or the path of a Jinja file",
     )
+
+    add_tokens: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (), description="tokens that the base is given: its tokenizer and embedding grow, and the new rows are trained"
+    )
+
+    @field_validator("add_tokens")
+    @classmethod
+    def _tokens(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for token in value:
+            if not token or re.search(r"\s", token) or value.count(token) > 1:
+                why = "is there twice" if value.count(token) > 1 else "a token is some text without white space"
+                raise ValueError(f"model.add_tokens: {token!r}: {why}")
+        return value
 
 
 class Source(Section):
@@ -154,6 +174,11 @@ class Lora(Section):
     exclude: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         (), description="modules that get none, given as a list in target_modules is"
     )
+    save_modules: Annotated[tuple[Literal["embed_tokens", "lm_head"], ...], Field(strict=False)] = Field(
+        (),
+        description="matrices that are trained whole and saved with the adapter: embed_tokens (the embedding) and "
+        "lm_head (the head), whatever the base calls them",
+    )
     rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead of alpha / r")
     dora: bool = Field(False, description="weight-decomposed LoRA")
 
@@ -164,7 +189,8 @@ class Lora(Section):
             if name.rpartition(".")[2] in ("lm_head", "embed_tokens"):
                 raise ValueError(
                     f"lora.target_modules: an adapter on {name} is not trained (Unsloth would train the whole matrix, "
-                    "and with tied embeddings a merge would change both): leave it out"
+                    "and with tied embeddings a merge would change both): leave it out, or train it whole "
+                    "(lora.save_modules)"
                 )
         return value
 
@@ -234,6 +260,12 @@ class Export(Section):
 
     quant: Names = Field(("q4_k_m",), description="quantization types of llama-quantize")
     outtype: Literal["auto", "f16", "bf16"] = Field("auto", description="16-bit type; auto: as the base is stored")
+    as_: Literal["merged", "adapter"] = Field(
+        "merged",
+        alias="as",
+        description="merged: files of the merged model; adapter: files of the base, and the adapter as a file of its "
+        "own beside them, so that models on one base share it",
+    )
 
     @field_validator("quant", mode="before")
     @classmethod
@@ -315,16 +347,35 @@ class Config(Section):
                 'merge.base = "dequantized" needs a base that was trained in 4 bits, and train.load_in_4bit is false: '
                 "remove one of the two"
             )
+        if self.export.as_ == "adapter":
+            self._fits_an_adapter()
         if self.train.early_stopping and self.data.validation is None and not self.data.validation_fraction:
             raise ValueError(
                 "train.early_stopping needs validation data: give data.validation or data.validation_fraction"
             )
         return self
 
+    def _fits_an_adapter(self) -> None:
+        for key, given in (
+            ("lora.dora = true", self.lora.dora),
+            (f'lora.bias = "{self.lora.bias}"', self.lora.bias != "none"),
+            ('merge.base = "dequantized"', self.merge.base == "dequantized"),
+        ):
+            if given:
+                raise ValueError(
+                    f'{key} does not go with export.as = "adapter": a GGUF adapter holds two matrices for each '
+                    "module, which are added to the base as it is stored: remove one of the two"
+                )
+
     @property
     def run_folder(self) -> Path:
         """The run's folder."""
         return self.run.folder
+
+    @property
+    def compares_bases(self) -> bool:
+        """Whether the merge measures which base the adapter fits: one that is served apart has no choice."""
+        return self.train.load_in_4bit and self.merge.base == "auto" and self.export.as_ == "merged"
 
     @property
     def served_system(self) -> str:
@@ -520,7 +571,7 @@ def fields() -> Iterator[tuple[str, FieldInfo]]:
     for section, table in Config.model_fields.items():
         if isinstance(table.annotation, type) and issubclass(table.annotation, Section):
             for key, field in table.annotation.model_fields.items():
-                yield f"{section}.{key}", field
+                yield f"{section}.{field.alias or key}", field
 
 
 def meanings() -> dict[str, str]:

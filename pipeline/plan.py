@@ -148,7 +148,7 @@ def count(settings: Config, machine: Machine) -> tuple[Shape, list[Row], int]:
     times = {stage: seconds * billions / machine.cores for stage, seconds in _CORE_SECONDS.items()}
     merge = memory.merge(
         {name: tuple(tensor.shape) for name, tensor in model.named_parameters()},
-        measures=settings.train.load_in_4bit and settings.merge.base == "auto",
+        measures=settings.compares_bases,
     )
     rows = [
         Row(

@@ -67,7 +67,7 @@ def test_mistakes_end_in_one_message_and_status_2(project: Path, arguments: list
 
 
 def test_what_export_prints_can_be_typed(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.cli._bring_up_to_date", lambda *_: None)
+    monkeypatch.setattr("pipeline.cli.bring_up_to_date", lambda *_: None)
     path = project / "my run" / "modelfile" / "q4_k_m" / "Modelfile"
     path.parent.mkdir(parents=True)
     path.touch()

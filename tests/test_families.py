@@ -68,7 +68,7 @@ def test_served_as_trained(name: str) -> None:
 
     tokenizer = tokenizer_of(name)
     template = ChatTemplate.from_tokenizer(tokenizer)
-    served, gguf = planned(run / "modelfile" / "q8_0")
+    served, gguf, _ = planned(run / "modelfile" / "q8_0")
     client = servers.client()
     model = f"family-{name}:latest"
     digest = client.upload(gguf)
@@ -171,7 +171,7 @@ def test_a_model_with_another_tokenizer_is_caught(tmp_path: Path) -> None:
     other = tokenizer_of("qwen3")
     task: Task = small_models.make_task(small_models.base_run(), "modelfile", "q4_k_m", train={"max_length": 64})
     modelfile.main(task)
-    served, _ = planned(task.output)
+    served, _, _ = planned(task.output)
     client, name = servers.client(), "other:latest"
     client.create(name, {**served.body(), "files": {"m.gguf": client.upload(gguf)}})
     with pytest.raises(PipelineError, match="other token ids from position"):

@@ -1,4 +1,4 @@
-"""llama.cpp's pinned convert_hf_to_gguf.py, run in a process of its own with its own gguf-py."""
+"""llama.cpp's pinned convert_hf_to_gguf.py and convert_lora_to_gguf.py, run in processes with their own gguf-py."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -34,11 +34,23 @@ def command(model: Path, target: Path, outtype: str, name: str | None = None) ->
     return [sys.executable, script, model, "--outfile", target, "--outtype", outtype, *named]
 
 
+def adapter_command(adapter: Path, base: Path, target: Path) -> list[str | Path]:
+    """The argument list that converts a LoRA adapter; its numbers are written as float32.
+
+    Args:
+        adapter: the adapter's folder.
+        base: the folder of its base, for its configuration.
+        target: the GGUF file.
+    """
+    script = source_tree() / "convert_lora_to_gguf.py"
+    return [sys.executable, script, adapter, "--base", base, "--outfile", target, "--outtype", "f32"]
+
+
 def convert(arguments: Sequence[str | Path], folder: Path, on_line: Callable[[str], None] = lambda line: None) -> None:
     """Run the converter.
 
     Args:
-        arguments: of `command`.
+        arguments: of `command` or `adapter_command`.
         folder: where it writes, to see whether the disk is full.
         on_line: called with every line that it prints.
 

@@ -130,7 +130,9 @@ class Divergence:
         )
 
 
-def compare_files(reference: Path, other: Path, rows: Sequence[Sequence[int]]) -> Divergence:
+def compare_files(
+    reference: Path, other: Path, rows: Sequence[Sequence[int]], adapter: Path | None = None
+) -> Divergence:
     """Compare two GGUF files of one vocabulary over all positions of some rows.
 
     The reference is computed exactly, the other file as llama-server computes it. One is loaded after the other, so
@@ -140,6 +142,7 @@ def compare_files(reference: Path, other: Path, rows: Sequence[Sequence[int]]) -
         reference: the file that the other is held against.
         other: the file that is judged.
         rows: token ids; nothing is added to them.
+        adapter: a LoRA adapter as GGUF, which the other file is used with.
 
     Raises:
         PipelineError: llama.cpp cannot load a file.
@@ -148,7 +151,7 @@ def compare_files(reference: Path, other: Path, rows: Sequence[Sequence[int]]) -
     with LlamaModel(reference, context=context) as model:
         expected = [model.logits(ids) for ids in rows]
     divergence = Divergence()
-    with LlamaModel(other, context=context, exact=False) as model:
+    with LlamaModel(other, adapter=adapter, context=context, exact=False) as model:
         for ids, logits in zip(rows, expected, strict=True):
             divergence.add(logits, model.logits(ids))
     return divergence

@@ -130,6 +130,14 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
             *(ctypes.POINTER(ctypes.c_int32), ctypes.c_int32, ctypes.c_bool, ctypes.c_bool),
         ),
     ),
+    "llama_adapter_lora_init": (ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_char_p)),
+    "llama_set_adapters_lora": (
+        ctypes.c_int32,
+        (
+            *(ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t),
+            ctypes.POINTER(ctypes.c_float),
+        ),
+    ),
     "llama_get_memory": (ctypes.c_void_p, (ctypes.c_void_p,)),
     "llama_memory_clear": (None, (ctypes.c_void_p, ctypes.c_bool)),
     "llama_decode": (ctypes.c_int32, (ctypes.c_void_p, _Batch)),
@@ -173,6 +181,7 @@ class LlamaModel:
 
     Args:
         path: the GGUF file.
+        adapter: a LoRA adapter as GGUF, applied at scale 1.
         context: longest sequence, in tokens.
         exact: keep the attention cache in float32 and leave flash attention out, so that what is measured is the
             file's weights; False computes as llama-server does by default.
@@ -186,8 +195,11 @@ class LlamaModel:
         vocabulary_size: how many logits each position has.
     """
 
-    def __init__(self, path: Path, *, context: int = 4096, exact: bool = True, threads: int = 0) -> None:
+    def __init__(
+        self, path: Path, *, adapter: Path | None = None, context: int = 4096, exact: bool = True, threads: int = 0
+    ) -> None:
         self.path = path
+        self.adapter = adapter
         self.context = context
         self.exact = exact
         self.threads = threads or len(os.sched_getaffinity(0))
@@ -195,8 +207,9 @@ class LlamaModel:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        if not self.path.is_file():
-            raise UserError(f"{self.path}: no such file")
+        for path in (self.path, self.adapter):
+            if path is not None and not path.is_file():
+                raise UserError(f"{path}: no such file")
         with contextlib.ExitStack() as stack:
             self._load(stack)
             self._stack = stack.pop_all()
@@ -233,8 +246,17 @@ class LlamaModel:
                 f"llama.cpp has no room for {self.context} tokens of {self.path}:\n  " + "\n  ".join(_errors[-6:])
             )
         stack.callback(library.llama_free, self._handle)
+        if self.adapter is not None:
+            self._apply(library, model, self.adapter)
         self._vocabulary = library.llama_model_get_vocab(model)
         self.vocabulary_size = library.llama_vocab_n_tokens(self._vocabulary)
+
+    def _apply(self, library: ctypes.CDLL, model: int, path: Path) -> None:
+        adapter = library.llama_adapter_lora_init(model, os.fsencode(path))  # freed with the model
+        if not adapter or library.llama_set_adapters_lora(
+            self._handle, (ctypes.c_void_p * 1)(adapter), 1, (ctypes.c_float * 1)(1.0)
+        ):
+            raise PipelineError(f"llama.cpp cannot apply {path} to {self.path}:\n  " + "\n  ".join(_errors[-6:]))
 
     def tokenize(self, text: str, add_special: bool = False, parse_special: bool = True) -> list[int]:
         """The ids of a text; the arguments are those of LlamaServer.tokenize."""

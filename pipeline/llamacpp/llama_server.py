@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pipeline.errors import PipelineError, UserError
 from pipeline.lines import lines
-from pipeline.llamacpp.programs import program
+from pipeline.llamacpp.programs import lora_arguments, program
 from pipeline.processes import failure, free_port, start, stop, wait_until
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class LlamaServer:
 
     Args:
         model: the GGUF file.
-        adapter: a LoRA adapter as GGUF, applied at scale 1.
+        adapters: LoRA adapters as GGUF, applied at scale 1 where a request does not say otherwise in its field `lora`.
         context: tokens of context.
         jinja: use the GGUF's own Jinja chat template.
         template: a Jinja chat template to use instead of it.
@@ -55,7 +55,7 @@ class LlamaServer:
         self,
         model: Path,
         *,
-        adapter: Path | None = None,
+        adapters: Sequence[Path] = (),
         context: int = 4096,
         jinja: bool = True,
         template: str | None = None,
@@ -63,7 +63,7 @@ class LlamaServer:
         threads: int = 0,
     ) -> None:
         self.model = model
-        self.adapter = adapter
+        self.adapters = tuple(adapters)
         self.context = context
         self.jinja = jinja
         self.template = template
@@ -74,8 +74,8 @@ class LlamaServer:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        for path in (self.model, self.adapter):
-            if path is not None and not path.is_file():
+        for path in (self.model, *self.adapters):
+            if not path.is_file():
                 raise UserError(f"{path}: no such file")
         with contextlib.ExitStack() as stack:
             self._start(stack)
@@ -103,9 +103,8 @@ class LlamaServer:
             *("--ctx-size", str(self.context), "--parallel", "1", "--threads", str(self.threads)),
             *("--cache-ram", "0", "--no-context-shift", "--fit", "off", "--no-ui", "--offline"),
             "--jinja" if self.jinja else "--no-jinja",
+            *lora_arguments(self.adapters),
         ]
-        if self.adapter is not None:
-            self.command += ["--lora", str(self.adapter)]
         if self.template is not None:
             file = self.log.with_suffix(".jinja")
             file.write_bytes(self.template.encode())
@@ -233,31 +232,43 @@ class LlamaServer:
         Raises:
             PipelineError: the server refuses, breaks off or ends; with its words.
         """
-        import httpx
-
-        body = {"messages": list(messages), "temperature": 0, "stream": True}
-        # A stream ends when the connection is closed, so it is not kept for the next question.
-        headers = {"Connection": "close"}
-        try:
-            with self.client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as answer:
-                if answer.is_error:
-                    raise PipelineError(f"llama-server refuses to answer: {_words(answer.read())}")
-                for line in lines(answer.iter_bytes()):
-                    if not line.startswith(b"data: {"):
-                        continue
-                    data = line.removeprefix(b"data: ")
-                    event = json.loads(data)
-                    if "error" in event:
-                        raise PipelineError(f"llama-server refuses to answer: {_words(data)}")
-                    for choice in event["choices"]:
-                        yield choice["delta"].get("content") or ""
-        except httpx.HTTPError as error:
-            raise PipelineError(f"llama-server stopped answering: {error or type(error).__name__}") from None
+        yield from stream_chat(self.client, {"messages": list(messages), "temperature": 0})
 
     def props(self) -> dict[str, Any]:
         """What the server says of itself: "chat_template", "default_generation_settings", "build_info"..."""
         properties: dict[str, Any] = self.client.get("/props").raise_for_status().json()
         return properties
+
+
+def stream_chat(client: "httpx.Client", body: Mapping[str, Any]) -> Iterator[str]:
+    """An answer by OpenAI's API, piece by piece (server-sent events).
+
+    Args:
+        client: of a llama-server, or of what stands in front of one.
+        body: the request.
+
+    Raises:
+        PipelineError: the server refuses, breaks off or ends; with its words.
+    """
+    import httpx
+
+    # A stream ends when the connection is closed, so it is not kept for the next question.
+    headers = {"Connection": "close"}
+    try:
+        with client.stream("POST", "/v1/chat/completions", json={**body, "stream": True}, headers=headers) as answer:
+            if answer.is_error:
+                raise PipelineError(f"llama-server refuses to answer: {_words(answer.read())}")
+            for line in lines(answer.iter_bytes()):
+                if not line.startswith(b"data: {"):
+                    continue
+                data = line.removeprefix(b"data: ")
+                event = json.loads(data)
+                if "error" in event:
+                    raise PipelineError(f"llama-server refuses to answer: {_words(data)}")
+                for choice in event["choices"]:
+                    yield choice["delta"].get("content") or ""
+    except httpx.HTTPError as error:
+        raise PipelineError(f"llama-server stopped answering: {error or type(error).__name__}") from None
 
 
 def _words(body: bytes) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from pipeline.errors import PipelineError
 from pipeline.llamacpp.divergence import DivergenceStatistics
 from pipeline.llamacpp.library import LlamaModel
-from pipeline.llamacpp.programs import program
+from pipeline.llamacpp.programs import lora_arguments, program
 from pipeline.processes import failure, follow, require_space
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ def compare(
     threads: int,
     on_chunk: Callable[[float], None] = lambda done: None,
     on_command: Callable[[Sequence[str | Path]], None] = lambda arguments: None,
+    adapter: Path | None = None,
 ) -> DivergenceStatistics:
     """Compare a model with a reference file.
 
@@ -102,6 +103,7 @@ def compare(
         threads: threads to compute with.
         on_chunk: called with the number of chunks done.
         on_command: called with the command line, for the manifest.
+        adapter: a LoRA adapter as GGUF, which the model is used with.
 
     Raises:
         PipelineError: llama-perplexity failed, or said nothing that can be read.
@@ -121,6 +123,7 @@ def compare(
         ),
         *("--ctx-size", str(context), "--batch-size", str(context), "--threads", str(threads), "--no-warmup"),
     ]
+    arguments += lora_arguments([adapter] if adapter else [])
     on_command(arguments)
     output: list[str] = []
 

@@ -5,6 +5,7 @@ versions can each succeed and still not agree. PIPELINE_LLAMACPP and PIPELINE_LL
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import NotInstalled
@@ -38,6 +39,12 @@ def source_tree() -> Path:
     tree = _given("PIPELINE_LLAMACPP_SOURCE", "llamacpp_source")
     _existing(tree / "convert_hf_to_gguf.py", "llama.cpp's converter", "PIPELINE_LLAMACPP_SOURCE")
     return tree
+
+
+def lora_arguments(adapters: Sequence[Path]) -> list[str]:
+    """The arguments that load LoRA adapters, as every program of llama.cpp takes them: a row of CSV."""
+    quoted = ",".join('"{}"'.format(str(path).replace('"', '""')) for path in adapters)
+    return ["--lora", quoted] if adapters else []
 
 
 def _given(variable: str, from_setup: str) -> Path:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from pipeline.errors import UserError
 from pipeline.resources import expanded
 
 if TYPE_CHECKING:
+    import httpx
+
     from pipeline.config import Config
     from pipeline.ollama.rendering import Choice
     from pipeline.prompt.template import ChatTemplate
@@ -131,19 +134,61 @@ def _show(chosen: Choice) -> None:
     help="Ask a GGUF file through llama-server: the run's first quantized one, or the one that is named.",
 )
 @click.option("--adapter", is_flag=True, help="Ask the trained adapter on its base, with transformers.")
+@click.option("--server", metavar="URL", help="Ask adapters that are served there, e.g. http://127.0.0.1:8080.")
+@click.option("--model", "models", multiple=True, metavar="NAME", help="With --server: the adapter; twice to compare.")
+@click.option("--compare", is_flag=True, help="Ask two: those that are named, or the one that is and Ollama.")
 @click.option("-m", "--message", help="Ask this, and end.")
 @click.option("--system", help="A system message instead of the trained one.")
-def chat(config: Path, gguf: str | None, adapter: bool, message: str | None, system: str | None) -> None:
+def chat(
+    config: Path,
+    gguf: str | None,
+    adapter: bool,
+    server: str | None,
+    models: tuple[str, ...],
+    compare: bool,
+    message: str | None,
+    system: str | None,
+) -> None:
     """Talk to the result: in Ollama, or at another rung.
 
-    Lines are asked one after the other; an empty line or end of file ends the conversation.
+    Lines are asked one after the other; an empty line or end of file ends the conversation. With --server the line
+    /adapter NAME goes on with another adapter, and /adapter alone names those that there are.
     """
-    if adapter and gguf is not None:
-        raise UserError("--gguf and --adapter exclude each other")
-    with _rung(config, gguf, adapter) as (ask, trained_system):
-        system = system if system is not None else trained_system
-        messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-        for text in [message] if message is not None else _typed():
+    if models and server is None:
+        raise UserError("--model goes with --server, the address of a `pipeline serve`")
+    rungs: list[tuple[str, AbstractContextManager[tuple[Stream, str]]]] = []
+    if gguf is not None:
+        rungs.append(("gguf", _rung(config, gguf, adapter=False)))
+    if adapter:
+        rungs.append(("adapter", _rung(config, None, adapter=True)))
+    if server is not None:
+        rungs += [(name or "server", _on_server(server, name)) for name in models or ("",)]
+    if not rungs or (compare and len(rungs) == 1):
+        rungs.insert(0, ("ollama", _rung(config, None, adapter=False)))
+    if len(rungs) != 1 + compare:
+        named = ", ".join(name for name, _ in rungs)
+        raise UserError(f"{named}: exclude each other" if not compare else f"{named}: --compare asks two")
+    with ExitStack() as stack:
+        asked = [(name, *stack.enter_context(rung)) for name, rung in rungs]
+        _converse(asked, [message] if message is not None else _typed(), system)
+
+
+def _converse(asked: Sequence[tuple[str, Stream, str]], texts: Iterable[str], system: str | None) -> None:
+    """Ask every text of each, in a conversation of its own."""
+    conversations: list[list[dict[str, Any]]] = []
+    for _, _, trained in asked:
+        own = system if system is not None else trained
+        conversations.append([{"role": "system", "content": own}] if own else [])
+    for text in texts:
+        command, _, argument = text.partition(" ")
+        if command == "/adapter":
+            _, ask, _ = asked[-1]
+            click.echo(ask.change_to(argument.strip()) if isinstance(ask, _OnServer) else _NO_SWITCH, err=True)
+            continue
+        answers = []
+        for (name, ask, _), messages in zip(asked, conversations, strict=True):
+            if len(asked) > 1:
+                click.echo(f"{name}: ", nl=False)
             messages.append({"role": "user", "content": text})
             answer = ""
             for piece in ask(messages):
@@ -151,6 +196,11 @@ def chat(config: Path, gguf: str | None, adapter: bool, message: str | None, sys
                 click.echo(piece, nl=False)
             click.echo()
             messages.append({"role": "assistant", "content": answer})
+            answers.append(answer)
+        if len(answers) > 1:
+            at = len(os.path.commonprefix(answers))
+            same = len(set(answers)) == 1
+            click.echo("(the same answer)" if same else f"(they part at character {at})", err=True)
 
 
 def _typed() -> Iterator[str]:
@@ -165,8 +215,67 @@ def _typed() -> Iterator[str]:
         yield line.rstrip("\r\n")
 
 
+_NO_SWITCH = "(only a server has adapters to change to: --server asks one)"
+
+
+class _OnServer:
+    """One of the adapters of a `pipeline serve`; another one after `change_to`."""
+
+    def __init__(self, client: httpx.Client, model: str) -> None:
+        self.client = client
+        names = self.models()
+        if model and model not in names:
+            raise UserError(f"--model {model}: there is none at {client.base_url}; there are {', '.join(names)}")
+        self.model = model or names[0]
+
+    def models(self) -> list[str]:
+        """The names that the server answers to."""
+        import httpx
+
+        try:
+            answer = self.client.get("/v1/models").raise_for_status()
+            names = [str(row["id"]) for row in answer.json()["data"]]
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--server {self.client.base_url}: no `pipeline serve` answers there: {error}") from None
+        if not names:
+            raise UserError(f"--server {self.client.base_url}: has no adapters")
+        return names
+
+    def change_to(self, name: str) -> str:
+        """Go on with another adapter, if there is one of this name. Returns which one answers, in words."""
+        names = self.models()
+        self.model = name if name in names else self.model
+        unknown = f"there is no {name}; " if name and name != self.model else ""
+        return f"({unknown}{self.model} answers; there are {', '.join(names)})"
+
+    def __call__(self, messages: list[dict[str, Any]]) -> Iterator[str]:
+        from pipeline.llamacpp.llama_server import stream_chat
+
+        return stream_chat(self.client, {"model": self.model, "messages": messages})
+
+
 @contextmanager
-def _rung(path: Path, gguf: str | None, adapter: bool) -> Iterator[tuple[Stream, str]]:
+def _on_server(url: str, model: str) -> Iterator[tuple[Stream, str]]:
+    """An adapter on a server, which puts the trained system text in front by itself."""
+    import httpx
+
+    from pipeline.llamacpp.adapter_proxy import API_KEY
+    from pipeline.ollama.connection import options
+
+    key = os.environ.get(API_KEY)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    address = url.removesuffix("/").removesuffix("/v1")
+    try:
+        timeout = httpx.Timeout(10, read=600)
+        client = httpx.Client(base_url=address, headers=headers, timeout=timeout, **options(address))
+    except httpx.InvalidURL as error:
+        raise UserError(f"--server {url}: is no address: {error}") from None
+    with client:
+        yield _OnServer(client, model), ""
+
+
+@contextmanager
+def _rung(path: Path, gguf: str | None, *, adapter: bool) -> Iterator[tuple[Stream, str]]:
     """What answers, and the system text that it has to be given; in Ollama the model has its own."""
     from pipeline.ollama.serving import llama_server
 
@@ -182,7 +291,7 @@ def _rung(path: Path, gguf: str | None, adapter: bool) -> Iterator[tuple[Stream,
     layout = Layout(run)
     if gguf == "":
         file = layout.quantized(config.export.quant[0])
-        with llama_server(_made(file, "quantize")) as server:
+        with llama_server(_made(file, "quantize"), adapters=layout.served_adapters) as server:
             yield server.stream, config.served_system
     elif adapter:
         yield _adapter(config, _made(layout.adapter, "train")), config.served_system

@@ -18,25 +18,21 @@ from typing import Any
 
 from pipeline import console
 from pipeline.data.questions import Question
-from pipeline.errors import PipelineError, UserError
+from pipeline.errors import PipelineError
 from pipeline.llamacpp.gguf_file import inspect
 from pipeline.ollama.client import Client
 from pipeline.ollama.modelfile_text import ServedModel
 from pipeline.ollama.ollama_server import OllamaServer
+from pipeline.resources import sha256_of
 
 
-def planned(folder: Path) -> tuple[ServedModel, Path]:
-    """What the `create.json` in a folder says, and the GGUF file that it names.
-
-    Raises:
-        UserError: it names an adapter.
-    """
+def planned(folder: Path) -> tuple[ServedModel, Path, Path | None]:
+    """What the `create.json` in a folder says, the GGUF file that it names, and the adapter's, if it names one."""
     record = json.loads((folder / "create.json").read_text(encoding="utf-8"))
-    if record["adapter"]:
-        raise UserError(f"{folder / 'create.json'}: names an adapter; deploy sends whole models: merge it first")
     body = record["request"]
     served = ServedModel(
         gguf=record["gguf"],
+        adapter=record["adapter"],
         template=body.get("template", ""),
         system=body.get("system", ""),
         parameters=body.get("parameters", {}),
@@ -44,7 +40,8 @@ def planned(folder: Path) -> tuple[ServedModel, Path]:
         licenses=tuple(body.get("license", ())),
         requires=body.get("requires", ""),
     )
-    return served, (folder / served.gguf).resolve()
+    adapter = (folder / served.adapter).resolve() if served.adapter else None
+    return served, (folder / served.gguf).resolve(), adapter
 
 
 def template_in_force(served: ServedModel, gguf: Path) -> str:
@@ -52,15 +49,21 @@ def template_in_force(served: ServedModel, gguf: Path) -> str:
     return served.template or str(inspect(gguf).metadata["tokenizer.chat_template"])
 
 
-def differences(shown: Mapping[str, Any], meant: ServedModel, template: str) -> list[str]:
+def differences(shown: Mapping[str, Any], meant: ServedModel, template: str, adapter: Path | None = None) -> list[str]:
     """What a server says of a model (`/api/show`) and is not what it was told, in words; none if all is as meant.
 
     Args:
         shown: the server's answer.
         meant: what it was told.
         template: of `template_in_force`.
+        adapter: the file that it was given as its adapter; None where it was given none.
     """
     wrong = []
+    # Ollama keeps an adapter's file as it is, and names it by its digest; the model's own file it writes anew.
+    lines = re.findall(r"^ADAPTER (.+)$", str(shown.get("modelfile") or ""), re.MULTILINE)
+    has = [Path(line.strip().strip('"').replace("\\", "/")).name.removeprefix("sha256-") for line in lines]
+    if has != ([sha256_of(adapter)] if adapter else []):
+        wrong.append(f"its adapters are {', '.join(has) or 'none'}" + (f" instead of {adapter}" if adapter else ""))
     if shown.get("template") != template:
         wrong.append(f"the template in force is {str(shown.get('template'))[:300]!r}")
     if meant.requires and shown.get("requires") != meant.requires:
@@ -83,7 +86,9 @@ def differences(shown: Mapping[str, Any], meant: ServedModel, template: str) -> 
     return wrong
 
 
-def read_back(client: Client, name: str, meant: ServedModel, template: str) -> dict[str, Any]:
+def read_back(
+    client: Client, name: str, meant: ServedModel, template: str, adapter: Path | None = None
+) -> dict[str, Any]:
     """Ask the server for a model, and compare it with what was meant.
 
     Args:
@@ -91,6 +96,7 @@ def read_back(client: Client, name: str, meant: ServedModel, template: str) -> d
         name: the model.
         meant: what the server was told.
         template: of `template_in_force`.
+        adapter: its adapter's file, if it has one.
 
     Returns:
         The server's own words: capabilities, parameters, requires, details.
@@ -99,7 +105,7 @@ def read_back(client: Client, name: str, meant: ServedModel, template: str) -> d
         PipelineError: something is not as it was meant, with both.
     """
     shown = client.show(name)
-    if wrong := differences(shown, meant, template):
+    if wrong := differences(shown, meant, template, adapter):
         raise PipelineError(f"Ollama did not make of {name} what it was told: " + "; ".join(wrong))
     return {
         "capabilities": shown["capabilities"],
@@ -154,7 +160,7 @@ def deployed(run: Path, log: Path | None = None) -> Iterator[tuple[Client, str] 
             yield client, model["name"]
 
 
-def deployed_plan(run: Path) -> tuple[ServedModel, Path]:
+def deployed_plan(run: Path) -> tuple[ServedModel, Path, Path | None]:
     """`planned` of the run's first model, the one that `deployed` opens."""
     record = json.loads((run / "deploy" / "deploy.json").read_text(encoding="utf-8"))
     return planned(run / "modelfile" / record["models"][0]["variant"])

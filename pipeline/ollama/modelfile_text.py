@@ -37,7 +37,7 @@ class CannotCarry(UserError):
 class ServedModel:
     """What `ollama create` is told.
 
-    No stage sets an adapter or messages: the pipeline merges its adapter, and puts into a prompt only what was trained.
+    No stage sets messages: the pipeline puts into a prompt only what was trained.
 
     Attributes:
         gguf: the model's file, relative to the folder of the Modelfile.

@@ -128,11 +128,21 @@ class Layout:
             PipelineError: there is none, or more than one.
         """
         folder = self.node("convert")
-        files = sorted(folder.glob("*.gguf"))
+        files = sorted({*folder.glob("*.gguf")} - {self.gguf_adapter})
         if len(files) != 1:
             found = ", ".join(file.name for file in files) or "none"
             raise PipelineError(f"{folder} should hold one GGUF file and holds {found}: run `pipeline convert` again")
         return files[0]
+
+    @property
+    def gguf_adapter(self) -> Path:
+        """The adapter as a GGUF file, where the files above are the base's."""
+        return self.node("convert") / "adapter.gguf"
+
+    @property
+    def served_adapters(self) -> tuple[Path, ...]:
+        """The adapter that the GGUF files are served with; none where they are the merged model's."""
+        return (self.gguf_adapter,) if self.gguf_adapter.is_file() else ()
 
     def quantized(self, kind: str) -> Path:
         """The GGUF file of a quantization type."""

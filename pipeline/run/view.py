@@ -48,7 +48,8 @@ class View:
             if isinstance(member, property) and member.fget is not None:
                 return member.fget(self)  # it may read what the view shows
             raise AttributeError(f"{name} is no setting; a stage reads its settings by their names")
-        key = f"{self._key}.{name}" if self._key else name
+        key = type(self._model).model_fields[name].alias or name
+        key = f"{self._key}.{key}" if self._key else key
         value = getattr(self._model, name)
         if isinstance(value, BaseModel):
             return View(value, self._allowed, self._stage, key)

@@ -308,7 +308,17 @@ def _forget_halves(environment: Environment, names: Iterable[str]) -> list[str]:
 def _uv_install(what: list[str], environment: Environment, variables: dict[str, str | None]) -> None:
     run(
         # Hashes and local versions say which file is right, whichever index has it.
-        [_uv(), "pip", "install", "--python", environment.python, "--no-deps", "--compile-bytecode", *_ANY_INDEX, *what],
+        [
+            _uv(),
+            "pip",
+            "install",
+            "--python",
+            environment.python,
+            "--no-deps",
+            "--compile-bytecode",
+            *_ANY_INDEX,
+            *what,
+        ],
         "installing the Python libraries",
         env=variables,
         on_line=_Downloads(),

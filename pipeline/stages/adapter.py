@@ -13,6 +13,7 @@ from pipeline.model.adapter import fit_to, read_adapter, write_taken
 from pipeline.model.base import resolve_base
 from pipeline.model.facts import base_files
 from pipeline.model.four_bit import is_4bit
+from pipeline.model.plain_adapter import refuse_for_gguf
 from pipeline.model.trained_tokenizer import adapter_files, trained_tokenizer
 from pipeline.run.stage import Stage, Task
 
@@ -24,6 +25,8 @@ def main(task: Task) -> dict[str, Any]:
     base = resolve_base(model.base, model.revision)
     with progress("judging the adapter", None):
         adapter = read_adapter(folder)
+        if task.config.export.as_ == "adapter":
+            refuse_for_gguf(folder, adapter.settings, list(adapter.weights.shapes))
         in_4bit = task.config.train.load_in_4bit and not is_4bit(base)
         fit = fit_to(adapter, base, in_4bit=in_4bit, trust_remote_code=model.trust_remote_code)
         tokenizer, said = trained_tokenizer(task.config)
@@ -45,7 +48,7 @@ STAGE = Stage(
     name="train",
     summary="Take in a LoRA adapter that was trained elsewhere.",
     run=main,
-    settings=("model", "train.load_in_4bit"),
+    settings=("model", "train.load_in_4bit", "export.as"),
     indifferent_to=("adapter.path",),
     files=lambda config, _: [*base_files(config.model), *adapter_files(config)],
     libraries=("torch", "transformers", "peft", "tokenizers", "safetensors"),

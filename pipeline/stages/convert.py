@@ -1,23 +1,35 @@
 """convert: the merged model as a 16-bit GGUF, by llama.cpp's own converter, and a look at what it wrote.
 
+With `export.as = "adapter"` it is the untouched base, with the trained tokenizer, and beside it the adapter as a GGUF.
+
 The converter exits 0 on models that then babble, so its output is opened: every parameter is there, no value is NaN,
 the tokenizer is the right kind, and the end-of-sequence token and the chat template are the trained ones.
 """
 
 import json
 import re
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline import console
 from pipeline.errors import PipelineError
 from pipeline.llamacpp import converter
-from pipeline.llamacpp.gguf_file import GGUFInfo, check
+from pipeline.llamacpp.gguf_file import GGUFInfo, check, inspect
 from pipeline.model import memory
+from pipeline.model.adapter_file import read_adapter
+from pipeline.model.base import as_trained, resolve_base
+from pipeline.model.facts import base_files
+from pipeline.model.four_bit import in_16bit
+from pipeline.model.nf4 import Record
+from pipeline.model.plain_adapter import write_plain
 from pipeline.model.weights_file import Weights, read_weights
 from pipeline.processes import require_space
-from pipeline.prompt.tokenizer import read_saved
+from pipeline.prompt.tokenizer import read_saved, saved_tokenizer
 from pipeline.run.stage import Stage, Task
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
 
 # Said for every model that transformers 5 saved: "default" is its name for no scaling, and that is what is written.
 _HARMLESS = ("Unknown RoPE type: default",)
@@ -28,18 +40,23 @@ _LEFT_OUT = ("vision_config", "audio_config", "num_nextn_predict_layers", "mtp_n
 
 
 def main(task: Task) -> dict[str, Any]:
-    """Write and check `model-f16.gguf` or `model-bf16.gguf`."""
-    merged = task.layout.merged_model
-    weights = read_weights(merged)
+    """Write and check `model-f16.gguf` or `model-bf16.gguf`, and `adapter.gguf` where one is served."""
+    apart = task.config.export.as_ == "adapter"
+    model = _base_as_trained(task) if apart else task.layout.merged_model
+    weights = read_weights(model)
+    adapter = _convert_adapter(task, weights) if apart else {}
     asked = task.config.export.outtype
     outtype = weights.sixteen_bit_type if asked == "auto" else asked
     target = task.new(task.layout.converted(outtype))
     require_space(task.output, memory.sixteen_bit_file(weights.parameters), "the 16-bit GGUF")
-    convert(task, merged, target, outtype)
+    # A base's file is the same for every run on it, whatever the base is called there: so it is shared.
+    convert(task, model, target, outtype, "base" if apart else f"{Path(task.config.model.base).name}-tuned")
 
     info = check(target)
     check_against(info, weights, task)
-    return {
+    if apart:
+        _check_places(inspect(task.new(task.layout.gguf_adapter)), info)
+    return adapter | {
         "file": target.name,
         "bytes": info.size,
         "type": outtype,
@@ -54,9 +71,56 @@ def main(task: Task) -> dict[str, Any]:
     }
 
 
-def convert(task: Task, model: Path, target: Path, outtype: str) -> None:
+def _base_as_trained(task: Task) -> Path:
+    """The untouched base's folder with the tokenizer that was trained."""
+    settings = task.config.model
+    base = in_16bit(resolve_base(settings.base, settings.revision), task.scratch / "base-16bit")
+    folder = task.scratch / "base"
+    shutil.rmtree(folder, ignore_errors=True)
+    return as_trained(base, saved_tokenizer(task.layout.adapter), folder)
+
+
+def _convert_adapter(task: Task, base: Weights) -> dict[str, Any]:
+    """Write `adapter.gguf`, whole: the converter leaves out in silence what it does not know."""
+    plain, target = task.scratch / "adapter", task.new(task.layout.gguf_adapter)
+    shutil.rmtree(plain, ignore_errors=True)
+    record = Record.read(task.layout.node("train"))
+    numbers = write_plain(read_adapter(task.layout.adapter), record, base, plain)
+    arguments = converter.adapter_command(plain, base.folder, target)
+    task.command(arguments)
+    with console.progress("writing the adapter's GGUF", None):
+        converter.convert(arguments, target.parent, print)
+    info = inspect(target)
+    written = sum(tensor.elements for tensor in info.tensors if tensor.name.endswith(".lora_b"))
+    if written != numbers:
+        raise PipelineError(
+            f"{target.name} holds {written:,} numbers of the adapter's B matrices, which have {numbers:,}: llama.cpp's "
+            'converter has no place for some of its modules; take export.as = "merged"'
+        )
+    return {"adapter_bytes": info.size, "adapter_tensors": len(info.tensors)}
+
+
+def _check_places(adapter: GGUFInfo, base: GGUFInfo) -> None:
+    """Every matrix of the adapter has its tensor in the base's file.
+
+    Raises:
+        PipelineError: one has none, or one of another shape.
+    """
+    for tensor in adapter.tensors:
+        name, _, which = tensor.name.rpartition(".lora_")
+        place = base.names.get(name)
+        side, own = (0, tensor.shape[0]) if which == "a" else (1, tensor.shape[1])
+        if place is None or len(place.shape) < 2 or place.shape[side] != own:
+            shape = "is not there" if place is None else f"is {place.shape}"
+            raise PipelineError(
+                f"{adapter.path.name}: {tensor.name} is {tensor.shape}, and {name} {shape} in {base.path.name}: "
+                'llama.cpp\'s converter misplaced it; take export.as = "merged"'
+            )
+
+
+def convert(task: Task, model: Path, target: Path, outtype: str, name: str) -> None:
     """Run the pinned converter, with a bar and its warnings."""
-    arguments = converter.command(model, target, outtype, f"{Path(task.config.model.base).name}-tuned")
+    arguments = converter.command(model, target, outtype, name)
     task.command(arguments)
     with console.progress("writing the GGUF", 100, "%") as update:
 
@@ -79,19 +143,19 @@ def check_against(info: GGUFInfo, weights: Weights, task: Task) -> None:
     Raises:
         PipelineError: parameters are missing, or its tokenizer is not the trained one.
     """
-    merged, expected = weights.folder, weights.parameters
-    config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
+    folder, expected = weights.folder, weights.parameters
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     found = sum(tensor.elements for tensor in info.tensors if not _COMPUTED.match(tensor.name))
     vocabulary = info.metadata["tokenizer.ggml.tokens"]
     if found != expected:
-        message = f"{info.path.name} holds {found:,} parameters, the merged model {expected:,}"
+        message = f"{info.path.name} holds {found:,} parameters, the model that it was made from {expected:,}"
         if not any(config.get(part) for part in _LEFT_OUT):
             raise PipelineError(f"{message}: the converter lost or invented some")
         task.warn(f"{message}: a text GGUF leaves out the other parts of this model")
 
-    tokenizer = read_saved(merged)
+    tokenizer = read_saved(folder)
     kind = info.metadata["tokenizer.ggml.model"]
-    if is_byte_level(merged) and kind != "gpt2":
+    if is_byte_level(folder) and kind != "gpt2":
         raise PipelineError(
             f'{info.path.name}: tokenizer.ggml.model is "{kind}" for a byte-level BPE tokenizer ("gpt2" is right): '
             "the model would see other tokens than it was trained on. The tokenizer.json is one that llama.cpp's "
@@ -122,12 +186,19 @@ def is_byte_level(folder: Path) -> bool:
     return tokenizer["model"].get("type") == "BPE" and '"ByteLevel"' in json.dumps(tokenizer.get("decoder"))
 
 
+def files(config: "Config", _: str) -> list[Path]:
+    """The base's files, where they are what is converted."""
+    return base_files(config.model) if config.export.as_ == "adapter" else []
+
+
 STAGE = Stage(
     name="convert",
-    summary="Convert the merged model to a 16-bit GGUF with llama.cpp's own script.",
+    summary="Convert the merged model, or the base and its adapter, to 16-bit GGUF.",
     run=main,
-    needs=("merge",),
-    settings=("export.outtype", "model.base"),
+    needs=("train", "merge"),
+    reads={"train": ("adapter/*", "modules.json", "!adapter/README.md")},
+    settings=("export.outtype", "export.as", "model"),
+    files=files,
     libraries=("torch", "transformers", "tokenizers", "safetensors", "numpy"),
     programs=("llama.cpp",),
     figures=("type", "bytes", "tensors", "pre_tokenizer"),

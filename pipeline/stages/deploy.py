@@ -110,10 +110,13 @@ def plan(config: Config, run: Path) -> list[str]:
         request = layout.create_request(kind)
         if not request.is_file():
             raise UserError(f"{request}: not there yet; run `pipeline modelfile` first")
-        served, gguf = planned(request.parent)
+        served, gguf, adapter = planned(request.parent)
         way = "TEMPLATE" if served.template else "the GGUF's own Jinja"
         taken = ", which is there already" if canonical(name) in there else ""
-        lines.append(f"create: {name}{taken}, from {gguf} ({gguf.stat().st_size:,} bytes), rendered by {way}")
+        sizes = f"{gguf} ({gguf.stat().st_size:,} bytes)"
+        if adapter:
+            sizes += f", which models on this base share, and {adapter} ({adapter.stat().st_size:,} bytes)"
+        lines.append(f"create: {name}{taken}, from {sizes}, rendered by {way}")
         lines += [f"  {key} = {json.dumps(value, ensure_ascii=False)}" for key, value in served.parameters.items()]
         if served.system:
             lines.append(f"  system = {json.dumps(served.system, ensure_ascii=False)}")
@@ -146,13 +149,13 @@ def _prove(
     from pipeline.prompt.template import ChatTemplate
     from pipeline.prompt.tokenizer import saved_tokenizer
 
-    served, gguf = planned(task.layout.create_request(variant).parent)
+    served, gguf, adapter = planned(task.layout.create_request(variant).parent)
     started = time.monotonic()
     model = task.layout.merged_model
     tokenizer = saved_tokenizer(model)
     template = ChatTemplate.from_tokenizer(tokenizer, str(model))
-    _create(client, proof, served, gguf, store)
-    shown = read_back(client, proof, served, template_in_force(served, gguf))
+    _create(client, proof, served, gguf, adapter, store)
+    shown = read_back(client, proof, served, template_in_force(served, gguf), adapter)
     prompts = prove_prompts(
         client,
         proof,
@@ -175,6 +178,8 @@ def _prove(
         "name": name,
         "variant": variant,
         "digest": client.digest(proof),
+        "bytes": gguf.stat().st_size,
+        "adapter_bytes": adapter.stat().st_size if adapter else None,
         "way": way,
         "selected": selected,
         "shown": shown,
@@ -190,12 +195,18 @@ def _prove(
     }
 
 
-def _create(client: Client, name: str, served: ServedModel, gguf: Path, store: Path | None) -> None:
-    size = gguf.stat().st_size
-    with console.progress("giving the model to Ollama", size / 1e6, "MB") as update:
-        digest = client.upload(gguf, lambda sent: update(sent / 1e6), store)
+def _create(
+    client: Client, name: str, served: ServedModel, gguf: Path, adapter: Path | None, store: Path | None
+) -> None:
+    def give(path: Path, what: str) -> dict[str, str]:
+        with console.progress(f"giving {what} to Ollama", path.stat().st_size / 1e6, "MB") as update:
+            return {path.name: client.upload(path, lambda sent: update(sent / 1e6), store)}
+
+    body = {**served.body(), "files": give(gguf, "the model")}
+    if adapter:
+        body["adapters"] = give(adapter, "the adapter")
     with console.progress("ollama create", 100, "%") as update:
-        client.create(name, {**served.body(), "files": {gguf.name: digest}}, lambda _, share: update(100 * share))
+        client.create(name, body, lambda _, share: update(100 * share))
         update(100)
 
 
@@ -282,8 +293,8 @@ STAGE = Stage(
     name="deploy",
     summary="Create the model in Ollama, prove it, and ask it test questions.",
     run=main,
-    needs=("data", "merge", "quantize", "modelfile"),
-    reads={"data": ("test.jsonl", "validation.jsonl", "train.jsonl")},
+    needs=("data", "merge", "convert", "quantize", "modelfile"),
+    reads={"data": ("test.jsonl", "validation.jsonl", "train.jsonl"), "convert": ("adapter.gguf",)},
     settings=(
         *("ollama.name", "ollama.host", "export.quant"),
         *("eval.metric", "eval.limit", "eval.max_new_tokens", "verify.stopping"),

@@ -46,7 +46,7 @@ def needs(variant: str) -> tuple[str, ...]:
         OLLAMA: ("deploy",),
         TABLE: ("evaluate",),
     }
-    return ("data", *stages.get(variant, ("merge", f"quantize/{variant}")))
+    return ("data", *stages.get(variant, ("merge", "convert", f"quantize/{variant}")))
 
 
 def settings(variant: str) -> tuple[str, ...]:
@@ -127,7 +127,7 @@ def rung(task: Task, questions: Sequence[Question]) -> Iterator[Answerer | None]
         layout = task.layout
         model = layout.gguf_16bit() if task.variant == GGUF_16BIT else layout.quantized(task.variant)
         context = context_for(layout.merged_model, conversations, limit)
-        with llama_server(model, context, layout.server_log(task.variant)) as server:
+        with llama_server(model, context, layout.server_log(task.variant), layout.served_adapters) as server:
             task.command(server.command)
             # As Ollama asks: what a question shares with the last one is not computed again. Computed again it would
             # be rounded otherwise, and near ties would fall to another side than in Ollama.

@@ -135,6 +135,8 @@ def _choose_base(task: Task, measure: Measure, *, only: bool) -> dict[str, Any]:
         chosen |= {"taken": "dequantized", "why": "the base is stored in 4 bits"}
     elif not task.config.train.load_in_4bit:
         chosen["why"] = "the adapter was trained on the 16-bit base"
+    elif task.config.export.as_ == "adapter":
+        chosen["why"] = "the adapter is served on the base as it is stored"
     elif wanted != "auto":
         chosen |= {"taken": wanted, "why": "merge.base says so"}
     else:
@@ -244,7 +246,7 @@ STAGE = Stage(
         "data": ("train.tokens.arrow", "validation.tokens.arrow"),
         "train": ("adapter/*", "modules.json", "!adapter/README.md"),
     },
-    settings=("model", "merge", "train.load_in_4bit"),
+    settings=("model", "merge", "train.load_in_4bit", "export.as"),
     files=lambda config, _: base_files(config.model),
     libraries=("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors"),
     figures=("modules_merged", "merged_into", "relative_change", "rounding_to_change", "stored", "bytes"),

@@ -57,8 +57,10 @@ def main(task: Task) -> dict[str, Any]:
         path = gguf.name
     else:
         path = Path(os.path.relpath(gguf, final)).as_posix()
+    adapter = next(iter(task.layout.served_adapters), None)
     served = ServedModel(
         gguf=path,
+        adapter=Path(os.path.relpath(adapter, final)).as_posix() if adapter else "",
         template=choice.go_template or "",
         system=config.served_system,
         parameters=parameters(model, template, config.ollama.parameters, needed),
@@ -94,9 +96,9 @@ STAGE = Stage(
     name="modelfile",
     summary="Write the Modelfile, with a template that renders the trained prompt.",
     run=main,
-    # The length of the trained rows, the merged model's tokenizer, and the one GGUF file.
-    needs=lambda variant: ("data", "merge", f"quantize/{variant}"),
-    reads={"data": ("data.json",)},
+    # The length of the trained rows, the merged model's tokenizer, the one GGUF file, and an adapter beside it.
+    needs=lambda variant: ("data", "merge", "convert", f"quantize/{variant}"),
+    reads={"data": ("data.json",), "convert": ("adapter.gguf",)},
     settings=("ollama.system", "ollama.template", "ollama.parameters", "ollama.license", "data.system"),
     files=files,
     libraries=("transformers", "tokenizers", "jinja2"),

@@ -18,6 +18,7 @@ from pipeline.config import Verify
 from pipeline.data.questions import Question, asked
 from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.gguf_file import GGUFInfo, inspect
+from pipeline.model.base import as_trained
 from pipeline.model.held_out import RowLoss, first_tokens, mean_loss, read_held_out
 from pipeline.model.weights_file import read_weights, weight_files
 from pipeline.prompt.tokenizer import saved_tokenizer
@@ -38,11 +39,13 @@ class Artefacts:
 
     Attributes:
         settings: the thresholds.
-        model: the Hugging Face folder that the GGUF files were made from.
+        model: the merged model, a Hugging Face folder.
         sixteen_bit: the unquantized GGUF file.
         quantized: the quantized ones, by the name of their type in lower case.
         scratch: a folder for what is needed on the way.
         base, adapter: what was merged; None for an export of another program.
+        gguf_adapter: the adapter as a GGUF file, which the GGUF files are used with: they are the base's then. None
+            where they are the merged model's.
         given: the folder of an adapter that was trained elsewhere, as somebody gave it; None for one trained here.
         run, config: the run's folder and its configuration; None for an export.
         ollama: the name of an export's model in the Ollama that is usually asked; None where none is judged.
@@ -59,6 +62,7 @@ class Artefacts:
     scratch: Path
     base: Path | None = None
     adapter: Path | None = None
+    gguf_adapter: Path | None = None
     given: Path | None = None
     ollama: str | None = None
     run: Path | None = None
@@ -98,6 +102,7 @@ class Artefacts:
             scratch=scratch,
             base=base,
             adapter=layout.adapter,
+            gguf_adapter=next(iter(layout.served_adapters), None),
             given=config.adapter.path,
             run=run,
             config=config,
@@ -177,17 +182,27 @@ class Artefacts:
 
     @cached_property
     def expected(self) -> GGUFInfo:
-        """What the pinned converter makes of the model's folder."""
+        """What the pinned converter makes of the folder that the GGUF files were made from."""
+        if self.gguf_adapter is None or self.base is None:
+            return self._converted(self.model, "again")
+        return self._converted(as_trained(self.base, self.tokenizer, self.scratch / "base-as-trained"), "again-base")
+
+    def _converted(self, model: Path, name: str) -> GGUFInfo:
         outtype = None if self.sixteen_bit is None else unquantized_type(self.sixteen_bit)
         # Shared by all subjects of one folder: converting takes longer than most checks.
-        folder = self.scratch / "again"
+        folder = self.scratch / name
         folder.mkdir(parents=True, exist_ok=True)
-        return reconvert(self.model, folder, outtype or read_weights(self.model).sixteen_bit_type)
+        return reconvert(model, folder, outtype or read_weights(model).sixteen_bit_type)
 
     @property
     def reference(self) -> Path:
-        """The 16-bit file that the quantized ones are compared with."""
+        """The 16-bit file that the quantized ones were made from."""
         return self.sixteen_bit or self.expected.path
+
+    @cached_property
+    def merged_reference(self) -> Path:
+        """The merged model as a 16-bit file, whose predictions are the measure for the quantized ones."""
+        return self.reference if self.gguf_adapter is None else self._converted(self.model, "again").path
 
     @cached_property
     def held_out(self) -> tuple[str, list[tuple[list[int], list[int]]]]:

@@ -1,8 +1,9 @@
 """logits: the same next-token distribution, position by position, at every step from the merged model to the last file.
 
 The merged model in float32 is the measure for the 16-bit file, computed exactly on both sides; the 16-bit file is the
-measure for the quantized ones, in llama.cpp's own statistics. The perplexity of the base against the tuned model says
-nothing about either, and is not taken.
+measure for the quantized ones, in llama.cpp's own statistics. Where an adapter is served on its base, every file is
+used with it, and the quantized ones are held against the merged model as a 16-bit file. The perplexity of the base
+against the tuned model says nothing about either, and is not taken.
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ from pipeline.llamacpp.llama_server import LlamaServer
 from pipeline.llamacpp.perplexity import LEAST_POSITIONS, compare, scored_positions, write_reference
 from pipeline.llamacpp.quantizer import quantize
 from pipeline.model import memory
+from pipeline.model.adapter_file import read_adapter
 from pipeline.model.held_out import loss_of, trained_places
 from pipeline.model.layer_by_layer import Layers
 from pipeline.model.load import load_float32, round_matrices, rounded
 from pipeline.model.memory import fits_float32
+from pipeline.model.merging import MergedWeights
+from pipeline.model.nf4 import Record
 from pipeline.model.predict import predict
 from pipeline.model.weights_file import read_weights
 from pipeline.processes import require_space
@@ -69,26 +73,37 @@ def _sixteen_bit(artefacts: Artefacts) -> Iterator[Result]:
         yield from (claim.not_run("there is no unquantized GGUF file") for claim in claims)
         return
     rows = artefacts.compared_rows()
-    if why := _cannot_load(path) or _cannot_compare(artefacts, path):
+    adapter = artefacts.gguf_adapter
+    if why := _cannot_load(path, adapter) or _cannot_compare(artefacts, path):
         yield mean.holds(False, why)
         yield from (claim.not_run("no logits could be compared") for claim in claims[1:])
         return
     kind = unquantized_type(path) or ""
     in_memory = artefacts.shared.get("model") is not None or fits_float32(artefacts.model)
-    reference = _of_loaded(artefacts, kind, rows) if in_memory else _of_layers(artefacts.model, kind, rows)
+    unrounded = _of_sum(artefacts, kind, rows) if adapter else None
+    reference: Iterator[Any] | str
+    if unrounded is not None:
+        reference = unrounded
+    else:
+        reference = _of_loaded(artefacts, kind, rows) if in_memory else _of_layers(artefacts.model, kind, rows)
     if isinstance(reference, str):
         yield from (claim.not_run(reference) for claim in claims)
         return
     exact = _in_float32(path, artefacts.scratch) if in_memory else path
-    divergence, losses = _diverge(reference, exact, rows, artefacts.held_out[0])
+    divergence, losses = _diverge(reference, exact, adapter, rows, artefacts.held_out[0])
     if exact != path:
         exact.unlink()
     artefacts.shared["model"] = None
-    more = 1.0 if in_memory else _WIDER.get(kind, 1.0)
+    more = _WIDER.get(kind, 1.0) if not in_memory or (adapter and unrounded is None) else 1.0
     artefacts.shared.setdefault("losses", {}).update(losses)
     where = f"over {divergence.positions:,} positions of {artefacts.held_out[0]}"
+    if unrounded is not None:
+        where += ", before the merge rounded it"
     if more > 1:
-        where += f" (limits are {more:g} times wider: the model is too large for float32, and was computed in {kind})"
+        why = f"the model is too large for float32, and was computed in {kind}"
+        if in_memory:
+            why = f"the merge rounded to {kind} what llama.cpp adds up unrounded"
+        where += f" (limits are {more:g} times wider: {why})"
     artefacts.shared["divergences"] = {GGUF_16BIT: divergence.mean}
     yield mean.at_most(divergence.mean, more * settings.divergence, f"mean KL {divergence.mean:.2g} {where}")
     high = divergence.quantile(0.999)
@@ -109,6 +124,27 @@ def _of_loaded(artefacts: Artefacts, kind: str, rows: Rows) -> Iterator[Any]:
     model = artefacts.shared.get("model") or load_float32(artefacts.model)
     round_matrices(model, artefacts.model, kind)
     return predict(model, [ids for ids, _ in rows])
+
+
+def _of_sum(artefacts: Artefacts, kind: str, rows: Rows) -> Iterator[Any] | None:
+    """Logits of the base and its adapter in float32, layer by layer: of the merged model before it was rounded.
+
+    llama.cpp adds the adapter to what the base computes and rounds no sum, so that the rounded one would be no measure.
+    None where that cannot be computed, as `_of_layers` says.
+    """
+    assert artefacts.base is not None
+    assert artefacts.adapter is not None
+    base = read_weights(artefacts.base)
+    layers = Layers(base)
+    if layers.lacking or memory.by_layers(base.own_shapes) > machine.free_memory():
+        return None
+    merged = MergedWeights(base, read_adapter(artefacts.adapter), Record.read(artefacts.adapter.parent))
+
+    def tensor(name: str) -> Any:
+        stored = rounded(base, name, kind)
+        return stored + (merged[name] - base[name].float()) if name in merged.additions else stored
+
+    return layers.predict(tensor, [ids for ids, _ in rows])
 
 
 def _of_layers(folder: Path, kind: str, rows: Rows) -> Iterator[Any] | str:
@@ -136,11 +172,11 @@ def _in_float32(path: Path, scratch: Path) -> Path:
     return target
 
 
-def _cannot_load(path: Path) -> str:
+def _cannot_load(path: Path, adapter: Path | None = None) -> str:
     """Why llama.cpp cannot run a file. Tried in a process of its own: what it aborts on would end this one."""
     try:
         inspect(path)
-        with LlamaServer(path, context=256) as server:
+        with LlamaServer(path, adapters=[adapter] if adapter else [], context=256) as server:
             server.complete([1, 1], 1)
     except NotInstalled:
         raise
@@ -158,7 +194,9 @@ def _cannot_compare(artefacts: Artefacts, path: Path) -> str:
     return ""
 
 
-def _diverge(predicted: Iterator[Any], path: Path, rows: Rows, where: str) -> tuple[Divergence, dict[str, float]]:
+def _diverge(
+    predicted: Iterator[Any], path: Path, adapter: Path | None, rows: Rows, where: str
+) -> tuple[Divergence, dict[str, float]]:
     """Compare what the merged model predicts on rows with what a file does, and take both losses on the way."""
     import numpy as np
 
@@ -168,7 +206,7 @@ def _diverge(predicted: Iterator[Any], path: Path, rows: Rows, where: str) -> tu
     longest = max(len(ids) for ids, _ in rows)
     left = iter(rows)
     with (
-        LlamaModel(path, context=-(-longest // 256) * 256) as file,
+        LlamaModel(path, adapter=adapter, context=-(-longest // 256) * 256) as file,
         progress(f"logits on {where}", total, "tokens") as update,
     ):
         for reference in predicted:
@@ -192,13 +230,13 @@ def _diverge(predicted: Iterator[Any], path: Path, rows: Rows, where: str) -> tu
 def _quantized(artefacts: Artefacts) -> Iterator[Result]:
     if not artefacts.quantized:
         return
-    broken = _cannot_load(artefacts.reference)
+    broken = _cannot_load(artefacts.merged_reference)
     measure = None if broken else _measure(artefacts)
     for kind, path in artefacts.quantized.items():
         claim = Claim("logits.quantized", made_by(kind), "quantizing changed the predictions little (mean KL)")
         if measure is None:
             yield claim.not_run(f"the 16-bit file cannot be run: {broken}")
-        elif why := _cannot_load(path):
+        elif why := _cannot_load(path, artefacts.gguf_adapter):
             yield claim.holds(False, why)
         else:
             try:
@@ -221,14 +259,15 @@ def _measure(artefacts: Artefacts) -> Callable[[Path], DivergenceStatistics]:
     rows = [ids for ids, _ in artefacts.compared_rows()]
     ids = list(itertools.chain.from_iterable(rows))
     context = min(CHUNK, len(ids))
-    add_bos = inspect(artefacts.reference).metadata.get("tokenizer.ggml.add_bos_token")
+    whole, adapter = artefacts.merged_reference, artefacts.gguf_adapter
+    add_bos = inspect(whole).metadata.get("tokenizer.ggml.add_bos_token")
     if add_bos and artefacts.tokenizer.bos_token_id is not None:
         ids = _with_bos(ids, artefacts.tokenizer.bos_token_id, context)
     if scored_positions(len(ids), context) < LEAST_POSITIONS:
-        return lambda path: compare_files(artefacts.reference, path, rows).statistics
+        return lambda path: compare_files(whole, path, rows, adapter).statistics
     reference, chunks = artefacts.scratch / _REFERENCE, len(ids) // context
     with (
-        LlamaModel(artefacts.reference, context=context) as model,
+        LlamaModel(whole, context=context) as model,
         progress("logits of the 16-bit file", chunks, "chunks") as update,
     ):
         write_reference(model, ids, reference, context, update)
@@ -236,7 +275,7 @@ def _measure(artefacts: Artefacts) -> Callable[[Path], DivergenceStatistics]:
 
     def by_llama_perplexity(path: Path) -> DivergenceStatistics:
         with progress(f"logits of {path.name}", chunks, "chunks") as update:
-            return compare(path, reference, threads, update)
+            return compare(path, reference, threads, update, adapter=adapter)
 
     return by_llama_perplexity
 
@@ -247,7 +286,7 @@ def _loss(artefacts: Artefacts, path: Path) -> float:
     total, trained = 0.0, 0
     longest = max(len(ids) for ids, _ in rows)
     with (
-        LlamaModel(path, context=-(-longest // 256) * 256) as file,
+        LlamaModel(path, adapter=artefacts.gguf_adapter, context=-(-longest // 256) * 256) as file,
         progress(f"held-out loss of {path.name}", len(rows), "rows") as update,
     ):
         for number, (ids, labels) in enumerate(rows, 1):

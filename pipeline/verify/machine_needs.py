@@ -41,7 +41,7 @@ def check(config: Config, run_folder: Path, base: Weights, gpu_bytes: int | None
     yield _bytes(_DISK, sum(needs.values()), free, f"{words}; free some space, or choose another folder (run.folder)")
 
     in_4bit, there = config.train.load_in_4bit, memory_bytes()
-    measures = in_4bit and config.merge.base == "auto"
+    measures = config.compares_bases
     if config.merge.way == "peft":
         merge = memory.merge_by_peft(parameters, in_float32=False, dequantizes=measures)
         yield _bytes(_MEMORY, merge, there, 'take merge.way = "tensors", a smaller base or a larger machine')

@@ -198,8 +198,8 @@ def _deployed(artefacts: Artefacts, suite: Sequence[Conversation]) -> Iterator[R
                 yield claim.not_run("there was no Ollama to deploy to")
                 return
             client, name = served
-            meant, gguf = deployed_plan(artefacts.run)
-            wrong = differences(client.show(name), meant, template_in_force(meant, gguf))
+            meant, gguf, adapter = deployed_plan(artefacts.run)
+            wrong = differences(client.show(name), meant, template_in_force(meant, gguf), adapter)
             yield told.holds(not wrong, "; ".join(wrong), len(wrong), "at most 0")
             report = judge(
                 artefacts.template,

@@ -25,13 +25,15 @@ def check(artefacts: Artefacts) -> Iterator[Result]:
     """Ask every GGUF file through llama-server, and the deployed model through Ollama."""
     limit = artefacts.config.eval.max_new_tokens if artefacts.config is not None else 256
     taken, refused = _taken(artefacts)
+    adapters = [artefacts.gguf_adapter] if artefacts.gguf_adapter else []
     for rung, path in artefacts.files:
         claim = Claim("stopping.llamacpp", rung, f"{_SENTENCE} in llama-server")
         if not taken:
             yield claim.not_run(refused)
             continue
         try:
-            with LlamaServer(path, context=4096, jinja=False) as server:  # it is sent token ids
+            # It is sent token ids.
+            with LlamaServer(path, adapters=adapters, context=4096, jinja=False) as server:
                 yield _ask(artefacts, claim, taken, partial(_ended, server, artefacts, limit), refused)
         except PipelineError as error:
             yield claim.holds(False, f"llama-server cannot use it: {error}")

@@ -20,6 +20,7 @@ from pipeline.llamacpp.quantizer import quantize
 from pipeline.model.adapter import fit_to, read_adapter
 from pipeline.model.base import as_trained, resolve_base
 from pipeline.model.four_bit import in_16bit
+from pipeline.model.plain_adapter import refuse_for_gguf
 from pipeline.model.trained_tokenizer import trained_tokenizer
 from pipeline.model.weights_file import read_weights
 from pipeline.ollama.client import Client
@@ -57,7 +58,10 @@ def preflight(config: Config, run_folder: Path, scratch: Path, rungs: Sequence[s
     """
     base = resolve_base(config.model.base, config.model.revision)
     if config.adapter.path is not None:  # what is wrong with it ends the run before anything long begins
-        fit_to(read_adapter(config.adapter.path), base, trust_remote_code=config.model.trust_remote_code)
+        given = read_adapter(config.adapter.path)
+        if config.export.as_ == "adapter":
+            refuse_for_gguf(given.folder, given.settings, list(given.weights.shapes))
+        fit_to(given, base, trust_remote_code=config.model.trust_remote_code)
     trained, _ = trained_tokenizer(config)
     base = as_trained(in_16bit(base, scratch / "base-16bit"), trained, scratch / "base")
     stored = read_weights(base)

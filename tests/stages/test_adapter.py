@@ -139,7 +139,7 @@ def test_the_command_writes_a_configuration(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     asked: list[str] = []
-    monkeypatch.setattr("pipeline.cli._bring_up_to_date", lambda config, sources, names: asked.extend(names))
+    monkeypatch.setattr("pipeline.cli.bring_up_to_date", lambda config, sources, names: asked.extend(names))
     command = ["export", "--adapter", str(bare), "--quant", "q8_0", "--data", questions.name, "--template", "chatml"]
     for _ in range(2):  # what it wrote itself, it replaces
         told = CliRunner().invoke(main, command)

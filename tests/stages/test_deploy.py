@@ -441,7 +441,7 @@ def test_the_modelfile_beside_it_makes_the_same_model(run: Path) -> None:
     from pipeline.ollama.ollama_server import find_ollama
 
     folder = run / "modelfile" / "q4_k_m"
-    served, _ = planned(folder)
+    served, _, _ = planned(folder)
     program = find_ollama()
     assert program is not None
     environment = {**os.environ, "OLLAMA_HOST": servers.ollama().host, "HOME": str(run)}
@@ -460,7 +460,8 @@ def test_texts_are_served_and_read_back(run: Path, tmp_path: Path) -> None:
     client = servers.client()
     shown = client.show("pirate:latest")
     assert {key: shown[key] for key in texts} == texts
-    meant, gguf = planned(folder / "modelfile" / "q4_k_m")
+    meant, gguf, adapter = planned(folder / "modelfile" / "q4_k_m")
+    assert adapter is None
     template = template_in_force(meant, gguf)
     assert differences(shown, meant, template) == []
     for what, other in (
@@ -476,14 +477,6 @@ def test_texts_are_served_and_read_back(run: Path, tmp_path: Path) -> None:
             read_back(client, "pirate:latest", other, template)
     assert "the template in force" in differences(shown, meant, "x")[0]
     client.delete("pirate:latest")
-
-
-def test_an_adapter_is_refused_and_not_left_out(run: Path, tmp_path: Path) -> None:
-    folder = copied(run, tmp_path / "run")
-    path = folder / "modelfile" / "q4_k_m" / "create.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"adapter": "lora.gguf"}))
-    with pytest.raises(UserError, match="names an adapter"):
-        deploy.main(task(folder, host=servers.ollama().host, name="adapted"))
 
 
 def test_a_users_server_whose_disk_is_full(run: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
