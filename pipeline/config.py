@@ -52,6 +52,19 @@ class Model(Section):
         description="instead of the base's own: the name of a well-known chat template, or the path of a Jinja file",
     )
 
+    add_tokens: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (), description="tokens that the base is given: its tokenizer and embedding grow, and the new rows are trained"
+    )
+
+    @field_validator("add_tokens")
+    @classmethod
+    def _tokens(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for token in value:
+            if not token or re.search(r"\s", token) or value.count(token) > 1:
+                why = "is there twice" if value.count(token) > 1 else "a token is some text without white space"
+                raise ValueError(f"model.add_tokens: {token!r}: {why}")
+        return value
+
 
 class Source(Section):
     """More rows to train on."""
@@ -125,6 +138,11 @@ class Lora(Section):
     exclude: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         (), description="modules that get none, given as a list in target_modules is"
     )
+    save_modules: Annotated[tuple[Literal["embed_tokens", "lm_head"], ...], Field(strict=False)] = Field(
+        (),
+        description="matrices that are trained whole and saved with the adapter: embed_tokens (the embedding) and "
+        "lm_head (the head), whatever the base calls them",
+    )
     rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead of alpha / r")
     dora: bool = Field(False, description="weight-decomposed LoRA")
 
@@ -135,7 +153,8 @@ class Lora(Section):
             if name.rpartition(".")[2] in ("lm_head", "embed_tokens"):
                 raise ValueError(
                     f"lora.target_modules: an adapter on {name} is not trained (Unsloth would train the whole matrix, "
-                    "and with tied embeddings a merge would change both): leave it out"
+                    "and with tied embeddings a merge would change both): leave it out, or train it whole "
+                    "(lora.save_modules)"
                 )
         return value
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.console import progress
 from pipeline.model.adapter import fit_to, read_adapter, write_taken
-from pipeline.model.base import resolve_base
+from pipeline.model.base import base_folder
 from pipeline.model.facts import base_files
 from pipeline.model.four_bit import is_4bit
 from pipeline.model.trained_tokenizer import adapter_files, trained_tokenizer
@@ -21,7 +21,7 @@ def main(task: Task) -> dict[str, Any]:
     """Judge the adapter, and write it down with its tokenizer."""
     model, folder = task.config.model, task.config.adapter.path
     assert folder is not None
-    base = resolve_base(model.base, model.revision)
+    base = base_folder(model)
     with progress("judging the adapter", None):
         adapter = read_adapter(folder)
         in_4bit = task.config.train.load_in_4bit and not is_4bit(base)
