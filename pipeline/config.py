@@ -359,6 +359,8 @@ class Config(Section):
         for key, given in (
             ("lora.dora = true", self.lora.dora),
             (f'lora.bias = "{self.lora.bias}"', self.lora.bias != "none"),
+            ("lora.save_modules", bool(self.lora.save_modules)),
+            ("model.add_tokens", bool(self.model.add_tokens)),
             ('merge.base = "dequantized"', self.merge.base == "dequantized"),
         ):
             if given:

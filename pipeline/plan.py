@@ -139,7 +139,7 @@ def count(settings: Config, machine: Machine) -> tuple[Shape, list[Row], int]:
 
     folder = config_folder(settings.model.base, settings.model.revision)
     model = without_weights(folder, trust_remote_code=settings.model.trust_remote_code)
-    shape = shape_of(model, settings.lora)
+    shape = shape_of(model, settings.lora, len(settings.model.add_tokens))
     longest, tokens = _data(settings)
     assert settings.train.batch is not None
     disk = disk_needs(settings, shape.parameters)

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.model.config_file import text_config
+from pipeline.model.adapter_file import refuse_half_of_a_pair
 from pipeline.model.nf4 import Record
 from pipeline.model.packaged import PACKAGED
-from pipeline.model.targets import names_for, without_weights
+from pipeline.model.targets import names_for, vocabulary_modules, without_weights
 from pipeline.model.weights_file import Weights, read_weights
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -33,7 +33,7 @@ _UNDERSTOOD = frozenset(
     {
         "peft_type", "task_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias",
         "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
-        "modules_to_save", "init_lora_weights",
+        "modules_to_save", "init_lora_weights", "trainable_token_indices", "ensure_weight_tying",
     }
 )  # fmt: skip
 # What says where it is from or how it was trained, and changes no number of what was saved.
@@ -41,7 +41,7 @@ _OF_NO_CONSEQUENCE = frozenset(
     {
         "base_model_name_or_path", "revision", "auto_mapping", "peft_version", "inference_mode", "lora_dropout",
         "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core", "runtime_config",
-        "qalora_group_size", "ensure_weight_tying", "merge_weights", "unsloth_fixed",
+        "qalora_group_size", "merge_weights", "unsloth_fixed",
     }
 )  # fmt: skip
 # Ways to begin a training that leave the base as it is; the others move part of it into the adapter.
@@ -49,7 +49,6 @@ _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 _REASONS = {
     "layer_replication": "it repeats layers of the base, which gives another model",
     "alora_invocation_tokens": "it works only after certain tokens, so that it cannot become part of the weights",
-    "trainable_token_indices": "it changes single rows of the embedding, which is not merged here",
     "target_parameters": "it changes tensors of experts, which is not merged here",
     "lora_bias": "it adds a bias to modules of which the base may have none",
 }
@@ -242,10 +241,10 @@ def fit_to(adapter: Adapter, base: Path, *, in_4bit: bool = False, trust_remote_
     model = without_weights(base, trust_remote_code=trust_remote_code)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, Linear | Conv1D)}
     head = next((name for name, module in linear.items() if module is model.get_output_embeddings()), "")
-    embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    embedding, own_head = vocabulary_modules(model)
     names = [name for name, _ in model.named_modules()]  # before PEFT puts its own among them
-    tied = bool(text_config(base).get("tie_word_embeddings", False))
-    _refuse_embeddings(adapter, embedding, head, tied=tied, rows=model.get_input_embeddings().weight.shape[0])
+    rows = model.get_input_embeddings().weight.shape[0]
+    _refuse_embeddings(adapter, (embedding, head), tied=not own_head, rows=rows)
     _compare(adapter, _expected(adapter, model, base), base)
     _check_numbers(adapter)
     found = {_module(name) for name in adapter.weights.shapes if ".lora_" in name}
@@ -285,25 +284,29 @@ def _module(name: str) -> str:
     return name.removeprefix(_PREFIX).partition(".lora_")[0]
 
 
-def _refuse_embeddings(adapter: Adapter, embedding: str, head: str, *, tied: bool, rows: int) -> None:
+def _whole_module(name: str) -> str:
+    """The module whose weight a tensor replaces, or has an addition to."""
+    plain = re.sub(r"(\.modules_to_save(\.default)?)?\.weight$", "", name.removeprefix(_PREFIX))
+    return plain.partition(".lora_")[0]
+
+
+def _refuse_embeddings(adapter: Adapter, pair: tuple[str, str], *, tied: bool, rows: int) -> None:
     """Added tokens, and what a merge would change twice or not at all."""
     for name, shape in adapter.weights.shapes.items():
-        module = re.sub(r"(\.modules_to_save(\.default)?)?\.weight$", "", name.removeprefix(_PREFIX))
-        if module in (embedding, head) and shape[0] != rows:
+        module = _whole_module(name)
+        if module in pair and ".lora_" not in name and shape[0] != rows:
             raise UserError(
                 f"{adapter.folder}: {name} has {shape[0]:,} rows, the base's {rows:,}: its vocabulary was changed "
-                f"before training. Change the base in the same way (model.resize_token_embeddings({shape[0]})), save "
-                "it with the adapter's tokenizer, and give that folder as the base"
+                "before training. Give the base the same tokens in the same order (model.add_tokens), or change it in "
+                f"the same way (model.resize_token_embeddings({shape[0]})), save it with the adapter's tokenizer, and "
+                "give that folder as the base"
             )
         if "lora_embedding_" in name or name.endswith(".base_layer.weight"):  # PEFT saves the latter beside the former
             raise UserError(
                 f"{adapter.folder}: {name}: LoRA on an embedding or on the head is not merged here; merge it with PEFT"
             )
-        if tied and module.partition(".lora_")[0] in (embedding, head):
-            raise UserError(
-                f"{adapter.folder}: {name}: the base's head is its embedding, and the adapter changes one of the two: "
-                "merged, both would change. Merge it where it was trained, with the head untied"
-            )
+    changed = [name for name in adapter.weights.shapes if _whole_module(name) in pair]
+    refuse_half_of_a_pair(adapter.folder, adapter.settings, changed if tied else ())
 
 
 def _expected(adapter: Adapter, model: Any, base: Path) -> dict[str, tuple[int, ...]]:

@@ -93,6 +93,25 @@ def plain_name(name: str) -> str:
     return name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
 
 
+def refuse_half_of_a_pair(folder: Path, settings: dict[str, Any], changed: Iterable[str]) -> None:
+    """Refuse what changes one of an embedding and a head that are one tensor (tied), but for what trained them as one.
+
+    Args:
+        folder: the adapter's.
+        settings: adapter_config.json.
+        changed: the adapter's tensors that change all of an embedding or of a head; single tokens are kept as one.
+
+    Raises:
+        UserError: merged, the other would change too.
+    """
+    if (names := list(changed)) and not settings.get("ensure_weight_tying"):
+        raise UserError(
+            f"{folder}: {names[0]}: the base's head is its embedding, and the adapter changes one of the two: merged, "
+            "both would change. Train with both as one (lora.save_modules, or PEFT's ensure_weight_tying), or on a "
+            "base whose head is a tensor of its own"
+        )
+
+
 @dataclass(frozen=True)
 class Renaming:
     """What names begin with in the files, and in the loaded model; both "" where they are equal."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config
+from pipeline.config import Config, Model
 from pipeline.errors import UserError
 from pipeline.hub import asking
 from pipeline.model.four_bit import in_4bit, is_4bit
@@ -57,6 +57,17 @@ def resolve_base(base: str, revision: str | None = None) -> Path:
     nearest = difflib.get_close_matches(base.lower(), PACKAGED, 1)
     hint = f"did you mean {nearest[0]}?" if nearest else f"packaged are: {', '.join(PACKAGED)}"
     raise UserError(f"model.base: {base}: no such folder, no packaged model and no hub id (owner/name); {hint}")
+
+
+def base_folder(model: Model) -> Path:
+    """The folder of [model]: its base, with the tokens that it is given.
+
+    Raises:
+        UserError, PipelineError: as `resolve_base` and `with_added_tokens`.
+    """
+    from pipeline.model.added_tokens import with_added_tokens
+
+    return with_added_tokens(resolve_base(model.base, model.revision), model)
 
 
 def as_trained(base: Path, tokenizer: Any, folder: Path) -> Path:

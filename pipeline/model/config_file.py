@@ -26,6 +26,14 @@ def text_config(folder: Path) -> dict[str, Any]:
     return text_settings(json.loads((folder / "config.json").read_text(encoding="utf-8")))
 
 
+def write_vocabulary(path: Path, rows: int) -> None:
+    """Change how many rows the embedding has, in a config.json."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    holder = config["text_config"] if "vocab_size" in config.get("text_config", {}) else config
+    holder["vocab_size"] = rows
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def context_length(settings: Mapping[str, Any]) -> int | None:
     """The longest sequence that a model was made for, in tokens; None where its configuration does not say."""
     length = text_settings(settings).get("max_position_embeddings")

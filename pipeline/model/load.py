@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.model import memory, training_memory
-from pipeline.model.base import resolve_base
+from pipeline.model.base import base_folder
 from pipeline.model.four_bit import is_4bit
 from pipeline.model.quiet import quiet_transformers
 from pipeline.model.weights_file import TORCH_TYPES, Weights, read_weights
@@ -106,7 +106,7 @@ def _load_16bit(folder: Path, trust_remote_code: bool = False) -> Any:
 
 def load_base(settings: Model) -> tuple[Any, Any]:
     """The untouched base, and the tokenizer that it is trained with."""
-    folder, remote = resolve_base(settings.base, settings.revision), settings.trust_remote_code
+    folder, remote = base_folder(settings), settings.trust_remote_code
     tokenizer, _ = load_tokenizer(folder, trust_remote_code=remote, chat_template=settings.chat_template)
     return _load_16bit(folder, remote), tokenizer
 
@@ -135,7 +135,7 @@ def load_adapter(settings: Model, adapter: Path, *, in_4bit: bool) -> tuple[Any,
 def _load_4bit(settings: Model) -> Any:
     from transformers import BitsAndBytesConfig
 
-    folder = resolve_base(settings.base, settings.revision)
+    folder = base_folder(settings)
     device = device_for(training_memory.least(read_weights(folder).parameters, in_4bit=True))
     compute = compute_type(device)
     quantization = BitsAndBytesConfig(

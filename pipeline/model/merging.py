@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PipelineError, UserError
-from pipeline.model.adapter_file import AdapterFile, is_matrix, renaming
+from pipeline.model.adapter_file import AdapterFile, is_matrix, refuse_half_of_a_pair, renaming
 from pipeline.model.nf4 import Record, dequantized
 from pipeline.model.targets import OTHER_SENSES
 from pipeline.model.weights_file import Weights, torch_type
@@ -91,10 +91,12 @@ class MergedWeights:
             for module, found in parts.items()
             if "lora_B.bias" in found
         }
+        heads = [name for plain, name in self._replaced.items() if not self._own(plain)]
         self._replaced = {self._place(plain, name): name for plain, name in self._replaced.items() if self._own(plain)}
         self._tokens = {self._place(f"{module}.weight", name): name for module, name in self._tokens.items()}
         self._refuse_what_is_lacking(set(parts))
         self._refuse_what_is_tied()
+        self._refuse_a_pair_that_parted(heads)
         in_4bit = record.in_4bit if record is not None and dequantize else frozenset()
         self._in_4bit = {
             name for module in in_4bit if (name := f"{self._renaming.to_file(module)}.weight") in base.shapes
@@ -159,7 +161,7 @@ class MergedWeights:
         elif name in self._in_4bit:
             yield 0, None, self._dequantized(name)
         elif name in self._replaced:
-            yield from _rows(self.adapter.weights, self._replaced[name])
+            yield from ((row, None, piece) for row, piece in self.adapter.weights.pieces(self._replaced[name]))
         elif name in self._biases:
             bias, scaling = self._biases[name]
             yield 0, None, self.base[name].float() + self.adapter.weights[bias].float() * scaling
@@ -168,7 +170,7 @@ class MergedWeights:
             rows[self._trained_tokens(name)] = self.adapter.weights[self._tokens[name]].float()
             yield 0, None, rows
         else:
-            yield from _rows(self.base, name)
+            yield from ((row, None, piece) for row, piece in self.base.pieces(name))
 
     def _added(self, name: str, addition: Addition) -> Iterator[tuple[int, Any, Any]]:
         adapter = self.adapter.weights
@@ -213,8 +215,9 @@ class MergedWeights:
         return name, Addition(module, a, b, magnitude, self.adapter.scaling(module), transposed)
 
     def _own(self, plain: str) -> bool:
-        """Not a head that was saved beside the embedding only because both were given more rows."""
-        return not (self.base.tied and plain.endswith("lm_head.weight") and self._only_resized)
+        """Not a tied head that was saved beside its embedding: trained as one with it, or only given more rows."""
+        one = self._only_resized or self.adapter.settings.get("ensure_weight_tying")
+        return not (self.base.tied and plain.endswith("lm_head.weight") and one)
 
     @property
     def _only_resized(self) -> bool:
@@ -245,12 +248,20 @@ class MergedWeights:
         """The head that is the embedding was trained with it, or neither was."""
         if not self.base.tied:
             return
-        replaced = () if self._only_resized else self._replaced
-        changed = [name for name in (*self.additions, *replaced) if _is_embedding(name)]
-        if changed and not self.adapter.settings.get("ensure_weight_tying"):
-            raise _cannot(
-                self.adapter, f"{changed[0]} was trained, and the base's head and embedding are one tensor (tied)"
-            )
+        replaced = {} if self._only_resized else self._replaced
+        changed = {**{name: addition.a for name, addition in self.additions.items()}, **replaced}
+        refuse_half_of_a_pair(
+            self.adapter.folder, self.adapter.settings, [of for name, of in changed.items() if _is_embedding(name)]
+        )
+
+    def _refuse_a_pair_that_parted(self, heads: Iterable[str]) -> None:
+        """What was trained as one is one: a head that is left out of the merge is the embedding that is not."""
+        for head in heads if self.base.tied and not self._only_resized else ():
+            for name, of in self._replaced.items():
+                if _is_embedding(name) and not self.adapter.weights[of].equal(self.adapter.weights[head]):
+                    raise PipelineError(
+                        f"{self.adapter.folder}: {head} and {of} differ, and the base has one tensor for both (tied)"
+                    )
 
     def _trained_tokens(self, name: str) -> list[int]:
         given = self.adapter.settings.get("trainable_token_indices") or []
@@ -282,15 +293,6 @@ def _sum(before: Any, a: Any, b: Any, magnitude: Any, addition: Addition) -> Any
     summed = before.T + delta.T if addition.transposed else before + delta
     factor = (magnitude / torch.linalg.norm(summed, dim=1)).view(-1, 1)
     return (factor.T if addition.transposed else factor) * (before + delta)
-
-
-def _rows(weights: Weights, name: str) -> Iterator[tuple[int, None, Any]]:
-    """A tensor as it is stored, some rows at a time."""
-    shape = weights.shapes[name]
-    count = shape[0] if shape else 1
-    step = max(1, _PIECE // max(1, math.prod(shape[1:])))
-    for row in range(0, count, step):
-        yield row, None, weights.rows(name, row, min(count, row + step))
 
 
 def _sorted(adapter: AdapterFile) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, str]]:

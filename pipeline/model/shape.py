@@ -43,12 +43,13 @@ class Shape:
         return self.linear + self.other
 
 
-def shape_of(model: Any, lora: Lora) -> Shape:
+def shape_of(model: Any, lora: Lora, added: int = 0) -> Shape:
     """The sizes of a base with an adapter.
 
     Args:
         model: of transformers; `targets.without_weights` makes one from config.json.
         lora: which modules get an adapter, and of what rank.
+        added: how many tokens the base is given.
 
     Raises:
         UserError: `lora.target_modules` means no module.
@@ -69,7 +70,7 @@ def shape_of(model: Any, lora: Lora) -> Shape:
         hidden=hidden,
         intermediate=_intermediate(settings, hidden),
         vocabulary=model.get_input_embeddings().weight.shape[0],
-        trained=chosen.parameters(lora),
+        trained=chosen.parameters(lora, added),
         modules={name: names.count(name) for name in dict.fromkeys(names)},
     )
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import Lora
 from pipeline.errors import UserError
+from pipeline.model.config_file import text_settings
 from pipeline.model.quiet import quiet_transformers
 
 # For names of these alone PEFT is told short names, which Unsloth has fast code for.
@@ -41,20 +42,47 @@ class Targets:
         modules: their full names in the model's order, each with (values in, values out).
         peft: what makes PEFT choose exactly these: short names, or one regular expression for full names.
         experts: tensors of experts that "all" means too, and that are not trained; nor is the feed-forward beside them.
+        saved: the modules that are trained whole, each with (rows, values in a row); a tied head is in its embedding.
+        by_row: of embedding and head, those of which only the rows of added tokens are trained: values in a row.
+        tied: the head is the embedding.
     """
 
     modules: dict[str, tuple[int, int]]
     peft: list[str] | str
     experts: tuple[str, ...] = ()
+    saved: dict[str, tuple[int, int]] = field(default_factory=dict)
+    by_row: dict[str, int] = field(default_factory=dict)
+    tied: bool = False
 
     @property
     def names(self) -> list[str]:
         """What the modules are called within their layers, in the model's order."""
         return _short(self.modules)
 
-    def parameters(self, lora: Lora) -> int:
-        """How many values the adapter trains, biases aside: r (in + out) each, and DoRA's magnitudes."""
-        return sum(lora.r * (inner + outer) + lora.dora * outer for inner, outer in self.modules.values())
+    def parameters(self, lora: Lora, added: int = 0) -> int:
+        """How many values are trained, biases aside: r (in + out) each, DoRA's magnitudes, and what is trained whole.
+
+        Args:
+            lora: the configuration.
+            added: how many tokens the base is given.
+        """
+        adapter = sum(lora.r * (inner + outer) + lora.dora * outer for inner, outer in self.modules.values())
+        whole = sum(rows * width for rows, width in self.saved.values())
+        return adapter + whole + added * sum(self.by_row.values())
+
+    def peft_arguments(self, rows: list[int]) -> dict[str, Any]:
+        """What PEFT is told beside the modules that get an adapter.
+
+        Args:
+            rows: those of the added tokens.
+        """
+        more: dict[str, Any] = {}
+        if self.saved:
+            more["modules_to_save"] = [name.rpartition(".")[2] for name in self.saved]
+            more["ensure_weight_tying"] = self.tied
+        if rows and self.by_row:
+            more["trainable_token_indices"] = dict.fromkeys(self.by_row, rows)
+        return more
 
 
 def of_base(folder: Path, lora: Lora, *, trust_remote_code: bool = False) -> Targets:
@@ -91,6 +119,14 @@ def in_layers(model: Any) -> dict[str, tuple[int, int]]:
     return {name: shape for name, shape in linear if shape is not None and not OTHER_SENSES.search(name)}
 
 
+def vocabulary_modules(model: Any) -> tuple[str, str]:
+    """The full names of a model's embedding and of its head; "" for a head that is the embedding (tied)."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    tied = head is None or bool(text_settings(model.config.to_dict()).get("tie_word_embeddings", False))
+    return names[id(embedding)], "" if tied else names[id(head)]
+
+
 def find(model: Any, lora: Lora) -> Targets:
     """The modules of a model that `lora.target_modules` and `lora.exclude` choose.
 
@@ -120,7 +156,32 @@ def find(model: Any, lora: Lora) -> Targets:
     modules = {name: shape for name, shape in text.items() if name in chosen}
     if not modules:
         raise UserError(f"lora.target_modules: no module is left to train; the base has {', '.join(_short(text))}")
-    return Targets(modules, names_for(modules, every), experts if wanted == "all" else ())
+    saved, by_row, tied = _whole(model, lora.save_modules)
+    return Targets(modules, names_for(modules, every), experts if wanted == "all" else (), saved, by_row, tied)
+
+
+def _whole(model: Any, wanted: tuple[str, ...]) -> tuple[dict[str, tuple[int, int]], dict[str, int], bool]:
+    """What of embedding and head is trained whole, what by the row, and whether they are one."""
+    embedding, head = vocabulary_modules(model)
+    key = "lora.save_modules"
+    if wanted and not head:
+        if len(set(wanted)) == 1:
+            raise UserError(
+                f'{key} = ["{wanted[0]}"]: the base\'s head is its embedding (tied), and a merge would change both: '
+                f'name both, {key} = ["embed_tokens", "lm_head"], and they are trained as the one that they are'
+            )
+        if embedding.rpartition(".")[2] != "embed_tokens":
+            raise UserError(
+                f"{key}: Unsloth would train {embedding} apart from the head that it is tied to: leave the key out, or "
+                "give a base with a head of its own"
+            )
+    chosen = {module for name, module in (("embed_tokens", embedding), ("lm_head", head)) if module and name in wanted}
+    shapes = {
+        embedding: tuple(model.get_input_embeddings().weight.shape),
+        **({head: tuple(model.get_output_embeddings().weight.shape)} if head else {}),
+    }
+    saved = {name: shape for name, shape in shapes.items() if name in chosen}
+    return saved, {name: shape[1] for name, shape in shapes.items() if name not in chosen}, not head
 
 
 def names_for(modules: Iterable[str], every: Iterable[str]) -> list[str] | str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
-from pipeline.model.base import TOKENIZER_FILES, resolve_base
+from pipeline.model.base import TOKENIZER_FILES, base_folder
 from pipeline.model.config_file import text_config
 from pipeline.prompt.tokenizer import load_tokenizer, saved_tokenizer
 
@@ -37,7 +37,7 @@ def trained_tokenizer(config: Config) -> tuple[Any, list[str]]:
         UserError: there is no base; the adapter has another vocabulary; or no chat template is known.
     """
     model, adapter = config.model, config.adapter.path
-    base = resolve_base(model.base, model.revision)
+    base = base_folder(model)
     trusted, chosen = model.trust_remote_code, model.chat_template
     if adapter is None:
         return load_tokenizer(base, trust_remote_code=trusted, chat_template=chosen)

@@ -11,6 +11,7 @@ import math
 import os
 import struct
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -108,6 +109,14 @@ class Weights:
                 raise UserError(f"{self.file_of[name]}: is cut short: copy it again")
             left, at = left[got:], at + got
         return torch.from_numpy(data).view(torch_type(self.types[name])).reshape(stop - start, *inner)
+
+    def pieces(self, name: str, numbers: int = 1 << 18) -> Iterator[tuple[int, Any]]:
+        """A tensor some rows at a time, with the number of the first; about so many numbers each."""
+        shape = self.shapes[name]
+        count = shape[0] if shape else 1
+        step = max(1, numbers // max(1, math.prod(shape[1:])))
+        for row in range(0, count, step):
+            yield row, self.rows(name, row, min(count, row + step))
 
     @cached_property
     def _places(self) -> dict[str, tuple[int, int]]:

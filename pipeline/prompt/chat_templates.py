@@ -6,6 +6,7 @@ every server stops at it. What else a template writes may be ordinary text to th
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,18 @@ _QUESTION, _ANSWER = "Qzx", "Azx"
 def template_file(name: str | None) -> Path:
     """The file of `model.chat_template`: a well-known name, a path, or None for the default."""
     return chat_templates().get(name or DEFAULT, Path(name or ""))
+
+
+def template_source(base: Path, name: str | None) -> str:
+    """The text of the chat template that a base is trained with: the given one, its own, or the default."""
+    if name is None:
+        own = base / "chat_template.jinja"
+        if own.is_file():
+            return own.read_text(encoding="utf-8")
+        settings = base / "tokenizer_config.json"
+        if settings.is_file() and (found := json.loads(settings.read_text(encoding="utf-8")).get("chat_template")):
+            return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
+    return template_file(name).read_text(encoding="utf-8")
 
 
 def put_on(tokenizer: Any, name: str) -> list[str]:
@@ -64,7 +77,8 @@ def put_on(tokenizer: Any, name: str) -> list[str]:
             needs = (
                 f"it ends an answer with {end!r}, which is no token of the base: the model would never learn to stop"
             )
-        raise UserError(f"{where}: {needs}. These end a turn with the base's EOS and need no other: {_simple()}")
+        add = f"add them (model.add_tokens = {json.dumps(missing)}), or take another: " if missing else ""
+        raise UserError(f"{where}: {needs}: {add}these end a turn with the base's EOS and need no other: {_simple()}")
     words = []
     token = max(ends, key=len)
     if token != tokenizer.eos_token:

@@ -9,6 +9,23 @@ from typing import Any
 
 from pipeline.data.formats import Conversation
 
+# Where one of these is a word of a vocabulary, llama.cpp ends answers at it and makes it a control token, whatever the
+# file says (src/llama-vocab.cpp, special_eog_ids).
+CONTROL_WORDS = frozenset(
+    {
+        "</s>", "<eos>", "[EOS]", "<EOT>", "_<EOT>", "[EOT]", "<end_of_turn>", "<end_of_utterance>", "<turn|>",
+        "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<|return|>",
+        "<|call|>", "<|calls|>", "<|flush|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~[",
+    }
+)  # fmt: skip
+# What llama.cpp's converter takes for a control token by its looks (conversion/base.py, does_token_look_special).
+_LOOKS = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.DOTALL)
+
+
+def looks_like_control(token: str) -> bool:
+    """Whether llama.cpp makes a token a control token, whatever the tokenizer's files say of it."""
+    return token in CONTROL_WORDS or _LOOKS.fullmatch(token) is not None
+
 
 def control_tokens_in(tokenizer: Any, row: Conversation) -> Iterator[tuple[str, str]]:
     """The control tokens that stand in a row's texts.

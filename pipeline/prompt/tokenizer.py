@@ -14,17 +14,9 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.prompt.chat_templates import DEFAULT, put_on
+from pipeline.prompt.control_tokens import CONTROL_WORDS
 from pipeline.resources import chat_templates
 
-# Where one of these is a word of a vocabulary, llama.cpp ends answers at it and makes it a control token, whatever the
-# file says (src/llama-vocab.cpp, special_eog_ids).
-CONTROL_WORDS = frozenset(
-    {
-        "</s>", "<eos>", "[EOS]", "<EOT>", "_<EOT>", "[EOT]", "<end_of_turn>", "<end_of_utterance>", "<turn|>",
-        "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<|return|>",
-        "<|call|>", "<|calls|>", "<|flush|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~[",
-    }
-)  # fmt: skip
 # In a vocabulary with one of these, llama.cpp takes </s> for an ordinary word again.
 _ORDINARY_END = ("<|tool_response>", "<|plamo:eos|>")
 
@@ -45,12 +37,8 @@ def load_tokenizer(
     Raises:
         UserError: the chat template cannot be read, or needs tokens that the base does not have.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
     beyond = beyond_embedding(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    if (folder / "tokenizer.json").is_file() and not _saved_as_it_is(tokenizer):
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer = base_tokenizer(folder, trust_remote_code=trust_remote_code)
     tokenizer, changes = as_served(_without(tokenizer, beyond) if beyond.tokens else tokenizer)
     if beyond.tokens:
         changes.append(f"{beyond} and are ordinary text")
@@ -65,6 +53,16 @@ def load_tokenizer(
             f"model.chat_template: {', '.join(chat_templates())}, or the path of a Jinja file"
         )
     return tokenizer, said
+
+
+def base_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """A base's own tokenizer, in a class that reads texts as its files say."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if (folder / "tokenizer.json").is_file() and not _saved_as_it_is(tokenizer):
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    return tokenizer
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.console import progress
 from pipeline.model.adapter import fit_to, read_adapter, write_taken
-from pipeline.model.base import resolve_base
+from pipeline.model.base import base_folder
 from pipeline.model.facts import base_files
 from pipeline.model.four_bit import is_4bit
 from pipeline.model.plain_adapter import refuse_for_gguf
@@ -22,7 +22,7 @@ def main(task: Task) -> dict[str, Any]:
     """Judge the adapter, and write it down with its tokenizer."""
     model, folder = task.config.model, task.config.adapter.path
     assert folder is not None
-    base = resolve_base(model.base, model.revision)
+    base = base_folder(model)
     with progress("judging the adapter", None):
         adapter = read_adapter(folder)
         if task.config.export.as_ == "adapter":

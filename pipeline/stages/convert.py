@@ -18,7 +18,7 @@ from pipeline.llamacpp import converter
 from pipeline.llamacpp.gguf_file import GGUFInfo, check, inspect
 from pipeline.model import memory
 from pipeline.model.adapter_file import read_adapter
-from pipeline.model.base import as_trained, resolve_base
+from pipeline.model.base import as_trained, base_folder
 from pipeline.model.facts import base_files
 from pipeline.model.four_bit import in_16bit
 from pipeline.model.nf4 import Record
@@ -73,8 +73,7 @@ def main(task: Task) -> dict[str, Any]:
 
 def _base_as_trained(task: Task) -> Path:
     """The untouched base's folder with the tokenizer that was trained."""
-    settings = task.config.model
-    base = in_16bit(resolve_base(settings.base, settings.revision), task.scratch / "base-16bit")
+    base = in_16bit(base_folder(task.config.model), task.scratch / "base-16bit")
     folder = task.scratch / "base"
     shutil.rmtree(folder, ignore_errors=True)
     return as_trained(base, saved_tokenizer(task.layout.adapter), folder)

@@ -27,7 +27,8 @@ from pipeline.data.questions import Question, chosen, question_of
 from pipeline.data.sources import files_of
 from pipeline.errors import UserError
 from pipeline.model import targets
-from pipeline.model.base import check_bits, resolve_base
+from pipeline.model.added_tokens import shown_or_not
+from pipeline.model.base import base_folder, check_bits
 from pipeline.model.facts import base_files, context_of
 from pipeline.model.trained_tokenizer import adapter_files, trained_tokenizer
 from pipeline.ollama.parameters import served_context
@@ -77,7 +78,7 @@ def main(task: Task) -> dict[str, Any]:
     """
     data, model = task.config.data, task.config.model
     reading = _reading(task)
-    base = resolve_base(model.base, model.revision)
+    base = base_folder(model)
     encoder = _encoder(task, base)
     figures: dict[str, Any] = {} if data.train is None else _adapter(task, base)
     with task.new(task.layout.findings).open("w", encoding="utf-8", newline="\n") as file:
@@ -133,7 +134,7 @@ def _reading(task: Task) -> Reading:
 def _encoder(task: Task, base: Path) -> Encoder:
     data = task.config.data
     tokenizer, said = trained_tokenizer(task.config)
-    for words in said:
+    for words in (*said, *shown_or_not(tokenizer, task.config.model)):
         task.warn(words)
     beyond = beyond_embedding(base)
     beyond.refuse_in(render(tokenizer, [{"role": "user", "content": ""}], add_generation_prompt=True), "chat template")
@@ -150,7 +151,10 @@ def _adapter(task: Task, base: Path) -> dict[str, Any]:
             f"lora.target_modules: the experts of this mixture are not trained ({adapter.experts[0]} and the like are "
             f"tensors, no modules): the adapter is on {', '.join(adapter.names)}"
         )
-    return {"adapter_modules": adapter.names, "adapter_parameters": adapter.parameters(task.config.lora)}
+    return {
+        "adapter_modules": adapter.names,
+        "adapter_parameters": adapter.parameters(task.config.lora, len(task.config.model.add_tokens)),
+    }
 
 
 def _usable(path: Path, reading: Reading, findings: Findings, limit: int | None = None) -> Iterator[Conversation]:
@@ -412,6 +416,7 @@ STAGE = Stage(
     run=main,
     settings=(
         *("data", "model", "lora.r", "lora.dora", "lora.target_modules", "lora.exclude"),
+        *("lora.save_modules",),
         *("train.max_length", "train.seed", "train.load_in_4bit", "merge.base"),
         *("eval.metric", "eval.limit", "eval.max_new_tokens", "ollama.parameters"),
     ),

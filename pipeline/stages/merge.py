@@ -20,6 +20,8 @@ from pipeline.console import progress
 from pipeline.errors import PipelineError, UserError
 from pipeline.model import memory
 from pipeline.model.adapter_file import read_adapter
+from pipeline.model.base import base_folder
+from pipeline.model.config_file import write_vocabulary
 from pipeline.model.facts import base_files
 from pipeline.model.four_bit import in_16bit
 from pipeline.model.held_out import (
@@ -49,9 +51,7 @@ Measure = Callable[[str, Rows, Callable[[float], None]], list[RowLoss]]
 
 def main(task: Task) -> dict[str, Any]:
     """Write the merged model, with the tokenizer and the chat template that were trained."""
-    from pipeline.model.base import resolve_base
-
-    given = resolve_base(task.config.model.base, task.config.model.revision)
+    given = base_folder(task.config.model)
     base = read_weights(in_16bit(given, task.scratch / "base"))
     output = task.new(task.layout.merged_model)
     output.mkdir()
@@ -194,10 +194,9 @@ def _write_configuration(task: Task, base: Weights, output: Path, vocabulary: in
     config = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
     config["dtype"] = TORCH_TYPES[base.sixteen_bit_type]
-    if vocabulary is not None:
-        holder = config["text_config"] if "vocab_size" in config.get("text_config", {}) else config
-        holder["vocab_size"] = vocabulary
     _write(output / "config.json", config)
+    if vocabulary is not None:
+        write_vocabulary(output / "config.json", vocabulary)
     if task.config.model.trust_remote_code:
         for path in base.folder.glob("*.py"):
             shutil.copy(path, output / path.name)

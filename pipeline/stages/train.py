@@ -39,12 +39,13 @@ def main(task: Task) -> dict[str, Any]:
     from unsloth import FastLanguageModel
 
     from pipeline.model import targets
-    from pipeline.model.base import resolve_base
+    from pipeline.model.added_tokens import rows_of
+    from pipeline.model.base import base_folder
     from pipeline.model.nf4 import Record
     from pipeline.prompt.tokenizer import load_tokenizer
 
     config, settings = task.config, task.config.train
-    folder = resolve_base(config.model.base, config.model.revision)
+    folder = base_folder(config.model)
     train_rows = _read_rows(task.layout.tokens("train"))
     validation_rows = _read_rows(task.layout.tokens("validation"))
     if settings.early_stopping and not validation_rows:
@@ -86,6 +87,7 @@ def main(task: Task) -> dict[str, Any]:
         use_gradient_checkpointing="unsloth" if settings.gradient_checkpointing else False,
         random_state=settings.seed,
         max_seq_length=settings.max_length,
+        **chosen.peft_arguments(rows_of(tokenizer, config.model)),
     )
     trained, total = _count_parameters(model)
 

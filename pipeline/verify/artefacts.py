@@ -79,7 +79,7 @@ class Artefacts:
         Raises:
             UserError: there is no merged model in it.
         """
-        from pipeline.model.base import resolve_base
+        from pipeline.model.base import base_folder
         from pipeline.model.four_bit import in_16bit
 
         layout = Layout(run)
@@ -92,7 +92,7 @@ class Artefacts:
         merge: dict[str, Any] = {"taken": "16bit"}
         if merged.is_file():
             merge = json.loads(merged.read_text(encoding="utf-8"))
-        given = resolve_base(config.model.base, config.model.revision)
+        given = base_folder(config.model)
         base = in_16bit(given, scratch / "base")
         return Artefacts(
             settings=config.verify,

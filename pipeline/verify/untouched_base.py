@@ -18,7 +18,7 @@ from pipeline.console import progress
 from pipeline.errors import PipelineError
 from pipeline.llamacpp.quantizer import quantize
 from pipeline.model.adapter import fit_to, read_adapter
-from pipeline.model.base import as_trained, resolve_base
+from pipeline.model.base import as_trained, base_folder
 from pipeline.model.four_bit import in_16bit
 from pipeline.model.plain_adapter import refuse_for_gguf
 from pipeline.model.trained_tokenizer import trained_tokenizer
@@ -56,7 +56,7 @@ def preflight(config: Config, run_folder: Path, scratch: Path, rungs: Sequence[s
     Raises:
         UserError: there is no such base, or the adapter from elsewhere is not one of it.
     """
-    base = resolve_base(config.model.base, config.model.revision)
+    base = base_folder(config.model)
     if config.adapter.path is not None:  # what is wrong with it ends the run before anything long begins
         given = read_adapter(config.adapter.path)
         if config.export.as_ == "adapter":

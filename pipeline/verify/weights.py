@@ -17,7 +17,7 @@ from pipeline.console import progress
 from pipeline.errors import PipelineError
 from pipeline.llamacpp.gguf_file import GGUFInfo, inspect
 from pipeline.llamacpp.gguf_file import check as check_gguf
-from pipeline.model.adapter_file import is_matrix, plain_name, renaming
+from pipeline.model.adapter_file import Renaming, is_matrix, plain_name, renaming
 from pipeline.model.config_file import text_config
 from pipeline.model.layer_by_layer import Layers
 from pipeline.model.load import load_model
@@ -74,7 +74,8 @@ def check_merge(artefacts: Artefacts) -> Iterator[Result]:
     }
     names_of = renaming(adapted, base)
     modules = {names_of.to_file(name) for name in adapted}
-    trained = {plain_name(name) for name in adapter.shapes if ".lora_" not in name}
+    trained = {names_of.to_file(plain_name(name)) for name in adapter.shapes if ".lora_" not in name}
+    tokens = _tokens(adapter, names_of)
     matrices = {names_of.to_model(name.removesuffix(".weight")) for name in base.shapes if is_matrix(base, name)}
     yield _targets(matrices, adapted, settings)
     yield _same_shape(artefacts.model, base_folder, base, merged)
@@ -104,8 +105,17 @@ def check_merge(artefacts: Artefacts) -> Iterator[Result]:
                     wrong += 1
                     worst_words = worst_words or f"{module} {_how(found - weight, delta)}"
                 worst = error if math.isnan(error) else max(worst, error)
+            elif name in tokens:
+                rows, values = _trained_rows(module, names_of, settings), adapter[tokens[name]]
+                expected = base[name].clone()
+                expected[rows] = values.to(expected.dtype)
+                if not torch.equal(merged[name], expected.to(merged[name].dtype)):
+                    wrong += 1
+                    worst_words = worst_words or f"{name} is not the base's with the trained rows of the added tokens"
             elif name in trained:
-                same = torch.equal(merged[name].float(), _trained(adapter, name).to(merged[name].dtype).float())
+                same = torch.equal(
+                    merged[name].float(), _trained(adapter, names_of.to_model(name)).to(merged[name].dtype).float()
+                )
                 if not same:
                     wrong += 1
                     worst_words = worst_words or f"{name} is not what was trained"
@@ -124,6 +134,22 @@ def check_merge(artefacts: Artefacts) -> Iterator[Result]:
         ok = wrong == 0
         yield _MERGED.holds(ok, worst_words + count, worst, f"at most {limit:g} steps of rounding")
     yield _UNTOUCHED.at_most(touched, 0, touched_words)
+
+
+def _tokens(adapter: Weights, names_of: Renaming) -> dict[str, str]:
+    """The tensors of which single rows were trained, as the files name them, with the adapter's names of those rows."""
+    end = ".token_adapter.trainable_tokens_delta"
+    found = ((plain_name(name), name) for name in adapter.shapes if name.endswith(end))
+    return {names_of.to_file(plain.removesuffix(end) + ".weight"): name for plain, name in found}
+
+
+def _trained_rows(module: str, names_of: Renaming, settings: dict[str, Any]) -> list[int]:
+    """The rows that `trainable_token_indices` names for a module; a list means the embedding."""
+    given = settings["trainable_token_indices"]
+    if isinstance(given, list):
+        return given
+    name = names_of.to_model(module)
+    return next(rows for key, rows in given.items() if name == key or name.endswith(f".{key}"))
 
 
 def _trained(adapter: Weights, name: str) -> Any:

@@ -12,9 +12,12 @@ from safetensors.torch import load_file, save_file
 from support.adapters import MODULES, TOKENIZER, peft_adapter, small_base
 from support.small_models import make_config, scratch
 
-from pipeline.errors import UserError
+from pipeline.errors import PipelineError, UserError
 from pipeline.model.adapter import CONFIG, WEIGHTS, base_of, fit_to, read_adapter
+from pipeline.model.adapter_file import read_adapter as read_file
+from pipeline.model.merging import MergedWeights
 from pipeline.model.trained_tokenizer import adapter_files, trained_tokenizer
+from pipeline.model.weights_file import read_weights
 
 
 @pytest.fixture(scope="module")
@@ -262,3 +265,19 @@ def test_of_a_checkpoint_only_what_is_safe_is_read(good: Path, tmp_path: Path) -
         (tmp_path / "checkpoint-20" / name).write_bytes(b"\x80\x04")
     config = make_config(adapter={"path": tmp_path / "checkpoint-20"})
     assert {path.suffix for path in adapter_files(config)} == {".json", ".safetensors", ".jinja"}
+
+
+def test_what_trained_a_tied_pair_as_one_is_taken(tmp_path: Path) -> None:
+    """Single tokens too; half of such a pair is refused, and one that parted is no merge."""
+    one = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    for name, lora in (("tokens", {"trainable_token_indices": [5, 7]}), ("saved", one)):
+        folder = peft_adapter(tmp_path / name, small_base(), **lora)
+        assert len(judged(folder, small_base()).modules) == 14
+        merged = MergedWeights(read_weights(small_base()), read_file(folder))
+        assert not torch.equal(
+            merged["model.embed_tokens.weight"], read_weights(small_base())["model.embed_tokens.weight"]
+        )
+    head = "base_model.model.lm_head.weight"
+    tensors(folder, lambda found: found.update({head: found[head] + 1}))
+    with pytest.raises(PipelineError, match="lm_head.weight and .*embed_tokens.weight differ, and the base has one"):
+        MergedWeights(read_weights(small_base()), read_file(folder))

@@ -40,6 +40,20 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "saved head": ("llama", {}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "embedding": ("llama", {}, {"target_modules": ["q_proj", "embed_tokens"]}),
     "single tokens": ("llama", {}, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 90]}),
+    "single tokens of both": (
+        "llama", {},
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"model.embed_tokens": [3, 90], "lm_head": [3, 90]}},
+    ),
+    "single tokens, tied": (
+        "llama", {"tie_word_embeddings": True}, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 90]},
+    ),
+    "saved and tied": (
+        "llama", {"tie_word_embeddings": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
+    "saved embedding and head": (
+        "llama", {}, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    ),
     "GPT-2": ("gpt2", {"tie_word_embeddings": True}, {"target_modules": GPT2}),
     "GPT-2 with DoRA": ("gpt2", {"tie_word_embeddings": True}, {"target_modules": GPT2, "use_dora": True}),
     "gemma2": ("gemma2", {"tie_word_embeddings": True}, {"target_modules": LLAMA}),

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 from pipeline.data.token_file import read_tokens
 from pipeline.errors import UserError
 from pipeline.llamacpp.programs import source_tree
-from pipeline.prompt.tokenizer import CONTROL_WORDS, Saved, as_served, load_tokenizer, read_saved
+from pipeline.prompt.control_tokens import CONTROL_WORDS
+from pipeline.prompt.tokenizer import Saved, as_served, load_tokenizer, read_saved
 from pipeline.stages import data
 
 DECOMPOSED, COMPOSED = "cafe\u0301", "caf\u00e9"

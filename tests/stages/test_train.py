@@ -13,12 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from support.adapters import merged_by_peft
 
 from pipeline.config import Config, Verify
 from pipeline.data.token_file import read_tokens
 from pipeline.errors import PipelineError
 from pipeline.model.adapter import fit_to, read_adapter
-from pipeline.model.base import resolve_base
+from pipeline.model.adapter_file import read_adapter as read_file
+from pipeline.model.base import base_folder, resolve_base
+from pipeline.model.merging import MergedWeights
+from pipeline.model.weights_file import read_weights
+from pipeline.prompt.tokenizer import saved_tokenizer
 from pipeline.resources import sha256_of
 from pipeline.run.layout import Layout
 from pipeline.run.stage import Task
@@ -322,3 +328,40 @@ def config(**train: object) -> Config:
 )
 def test_schedule(rows: int, validation: int, settings: dict[str, object], expected: tuple[int, int, int]) -> None:
     assert schedule(rows, validation, config(**settings)) == expected
+
+
+def test_added_tokens_and_whole_matrices_are_trained_and_merged(project: Path) -> None:
+    """The rows of a new token alone, or a tied pair whole and as one: what is trained is what is merged."""
+    token = ("--set", 'model.add_tokens=["<mood>"]')
+    pair = ("--set", 'lora.save_modules=["embed_tokens", "lm_head"]')
+    for run, more in (("tokens", token), ("pair", pair)):
+        finish(train(project, run, "--set", "train.steps=2", *more))
+        config = Config.model_validate_json((project / run / "config.json").read_text())
+        adapter = read_file(project / run / "train" / "adapter")
+        base = read_weights(base_folder(config.model))
+        merged = MergedWeights(base, adapter)
+        before, after = base["model.embed_tokens.weight"].float(), merged["model.embed_tokens.weight"]
+        changed = (before != after).any(1).nonzero().flatten().tolist()
+        if run == "tokens":
+            tokenizer = saved_tokenizer(adapter.folder)
+            assert changed == tokenizer.convert_tokens_to_ids(["<mood>"]) == [len(tokenizer) - 1]
+        else:
+            assert len(changed) > 1000
+        trained = sum(math.prod(shape) for name, shape in adapter.weights.shapes.items() if "lm_head" not in name)
+        manifest = json.loads((project / run / "manifest.json").read_text())["stages"]
+        assert manifest["train"]["figures"]["trained_parameters"] == trained
+        assert manifest["data"]["figures"]["adapter_parameters"] == trained
+        expected = merged_by_peft(base.folder, adapter.folder)
+        for name in merged.names:
+            assert torch.equal(merged[name], expected[name].detach()), name
+        if run == "tokens":
+            shutil.rmtree(base.folder)  # it lies in the cache
+
+
+@pytest.mark.parametrize("half", ["embed_tokens", "lm_head"])
+def test_half_of_a_tied_pair_is_refused_before_training(project: Path, half: str) -> None:
+    process = train(project, "half", "--set", f'lora.save_modules=["{half}"]')
+    _, said = process.communicate()
+    assert process.returncode == 2
+    assert f'lora.save_modules = ["{half}"]: the base\'s head is its embedding (tied)' in said
+    assert not (project / "half" / "train").exists()
