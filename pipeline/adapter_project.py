@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.model.adapter import base_of, read_adapter
+from pipeline.model.adapter import base_of, read_given_adapter
 from pipeline.resources import expanded
 from pipeline.run.folder import write_whole
 
@@ -47,7 +47,7 @@ def write_project(
         UserError: the folder is no adapter that can be merged, or a pipeline.toml of somebody's own is in the way.
     """
     adapter = expanded(adapter, "--adapter").resolve()
-    base = base or base_of(read_adapter(adapter))
+    base = base or base_of(read_given_adapter(adapter))
     name, path = _name(adapter), project_of(adapter)
     if path.is_file() and not path.read_text(encoding="utf-8", errors="replace").startswith(_MARK):
         raise UserError(

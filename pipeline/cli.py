@@ -438,9 +438,9 @@ def deploy(
     settings, sources = resolved(config, overrides)
     if dry_run:
         bring_up_to_date(settings, sources, ["modelfile"])
-        from pipeline.stages.deploy import plan
+        from pipeline.stages.deploy import preview
 
-        click.echo("\n".join(plan(settings, settings.run_folder)))
+        click.echo("\n".join(preview(settings, settings.run_folder)))
         return
     bring_up_to_date(settings, sources, ["deploy"], force)
 

@@ -150,9 +150,9 @@ def _disks(config: Path | None) -> Iterator[Finding]:
 
     from pipeline.resources import cache_folder
     from pipeline.setup import libraries, machine
-    from pipeline.setup.command import plan
+    from pipeline.setup.command import wanted_parts
 
-    parts, _ = plan(dev=False, say_own=False)
+    parts, _ = wanted_parts(dev=False, say_own=False)
     environment = libraries.this_environment()
     missing = libraries.differences(libraries.locked(), environment, libraries.AUTO)
     hub = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface") / "hub")

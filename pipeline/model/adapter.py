@@ -4,7 +4,7 @@ An adapter is a few matrices and a file of settings, adapter_config.json, withou
 the settings: a key that is not understood here is refused where it is on, because it could change the numbers, and is
 named where it is off. Which tensors there should be is asked of PEFT itself, on a model without weights:
 
-    adapter = read_adapter(Path("their-adapter"))   # the folder alone
+    adapter = read_given_adapter(Path("their-adapter"))   # the folder alone
     fit = fit_to(adapter, base)                     # against a base; nothing of the base's weights is read
 """
 
@@ -95,7 +95,7 @@ class Fit:
     remarks: tuple[str, ...] = ()
 
 
-def read_adapter(folder: Path) -> Adapter:
+def read_given_adapter(folder: Path) -> Adapter:
     """Read a folder's settings and the headers of its tensors.
 
     Raises:
@@ -227,7 +227,7 @@ def fit_to(adapter: Adapter, base: Path, *, in_4bit: bool = False, trust_remote_
     """Hold an adapter against a base: every tensor has its place, every place its tensor, and all of them are finite.
 
     Args:
-        adapter: of `read_adapter`.
+        adapter: of `read_given_adapter`.
         base: the base's folder.
         in_4bit: it was trained on the base in 4 bits, which the base is not stored in.
         trust_remote_code: run the base's own Python code.
@@ -265,7 +265,7 @@ def write_taken(adapter: Adapter, fit: Fit, tokenizer: Any, folder: Path, base: 
     """Write an adapter down as training leaves its own; beside it, how the base's modules are.
 
     Args:
-        adapter: of `read_adapter`.
+        adapter: of `read_given_adapter`.
         fit: what it is on the base.
         tokenizer: the one that it is served with, of transformers.
         folder: a new one.

@@ -13,7 +13,7 @@ from pipeline.llamacpp.llama_server import LlamaServer
 from pipeline.llamacpp.tokenizer_differences import known_habit
 from pipeline.ollama.client import Client
 from pipeline.ollama.rendering import explain
-from pipeline.prompt.cases import Conversation
+from pipeline.prompt.cases import Case
 from pipeline.prompt.conformance import COMPARED, EXACT, Report, for_ollama, judge, with_system
 from pipeline.prompt.template import ChatTemplate, token_ids
 
@@ -39,7 +39,7 @@ def prove_prompts(
     template: ChatTemplate,
     tokenizer: Any,
     gguf: Path,
-    suite: Sequence[Conversation],
+    suite: Sequence[Case],
     *,
     joins: bool,
     system: str,

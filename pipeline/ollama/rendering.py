@@ -22,7 +22,7 @@ from pipeline.llamacpp.llama_server import LlamaServer
 from pipeline.ollama.client import Client
 from pipeline.ollama.ollama_server import OllamaServer, find_ollama
 from pipeline.ollama.scratch_model import write_scratch_model
-from pipeline.prompt.cases import Conversation, conversations
+from pipeline.prompt.cases import Case, conversations
 from pipeline.prompt.conformance import (
     DROPPED,
     JOINED,
@@ -108,7 +108,7 @@ class Engine:
         body = {"files": {"scratch.gguf": digest}, "parameters": {"num_ctx": 512, "num_thread": 1}}
         self._client.create(name, body)
 
-    def judge_go(self, template: ChatTemplate, go_template: str, suite: Sequence[Conversation]) -> Report:
+    def judge_go(self, template: ChatTemplate, go_template: str, suite: Sequence[Case]) -> Report:
         """Run a Go template on the suite, by itself (whether Ollama would use it is another question).
 
         Raises:
@@ -129,7 +129,7 @@ class Engine:
         finally:
             client.delete(name)
 
-    def judge_native(self, template: ChatTemplate, jinja: str, suite: Sequence[Conversation]) -> Report:
+    def judge_native(self, template: ChatTemplate, jinja: str, suite: Sequence[Case]) -> Report:
         """Have the servers render the Jinja itself, guarded as it will be shipped.
 
         Args:
@@ -167,12 +167,12 @@ class Engine:
         finally:
             client.delete(name)
 
-    def _ask(self, name: str, conversation: Conversation) -> str:
+    def _ask(self, name: str, conversation: Case) -> str:
         assert self._client is not None
         return self._client.render(name, for_ollama(conversation.messages), conversation.tools, conversation.think)
 
 
-def ask_llama_server(server: LlamaServer, template: ChatTemplate, conversation: Conversation) -> str:
+def ask_llama_server(server: LlamaServer, template: ChatTemplate, conversation: Case) -> str:
     """A conversation's prompt from llama-server, asked for it as Ollama asks."""
     fields: dict[str, Any] = {}
     if conversation.tools:
@@ -259,7 +259,7 @@ def _warnings(template: ChatTemplate, report: Report) -> tuple[str, ...]:
 
 
 def _try_go(
-    template: ChatTemplate, engine: Engine, suite: Sequence[Conversation], reports: dict[str, Report]
+    template: ChatTemplate, engine: Engine, suite: Sequence[Case], reports: dict[str, Report]
 ) -> tuple[Derivation, str]:
     """Derive and judge; the second value says why it cannot be used, "" if it can."""
     derivation = derive(template)
@@ -275,7 +275,7 @@ def _try_go(
 
 
 def _try_native(
-    template: ChatTemplate, engine: Engine, suite: Sequence[Conversation], reports: dict[str, Report]
+    template: ChatTemplate, engine: Engine, suite: Sequence[Case], reports: dict[str, Report]
 ) -> tuple[str, str]:
     """Guard and judge; the first value is the guarded Jinja, the second says why it cannot be used, "" if it can."""
     jinja = guarded(template.source)
@@ -289,7 +289,7 @@ def _try_native(
     return jinja, "" if report.exact else f"llama.cpp renders it differently ({report.summary})"
 
 
-def _from_file(template: ChatTemplate, path: Path, engine: Engine, suite: Sequence[Conversation]) -> Choice:
+def _from_file(template: ChatTemplate, path: Path, engine: Engine, suite: Sequence[Case]) -> Choice:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

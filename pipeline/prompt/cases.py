@@ -15,7 +15,7 @@ Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Conversation:
+class Case:
     """One case.
 
     Attributes:
@@ -36,15 +36,15 @@ class Conversation:
         return bool(self.tools) or any(message["role"] == "tool" for message in self.messages)
 
 
-def _chat(name: str, *texts: str, system: str | None = None, think: bool | None = None) -> Conversation:
+def _chat(name: str, *texts: str, system: str | None = None, think: bool | None = None) -> Case:
     """User and assistant by turns, the user first and last; before them a system message if there is one."""
     turns = [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)]
     first = [] if system is None else [{"role": "system", "content": system}]
-    return Conversation(name, (*first, *turns), think=think)
+    return Case(name, (*first, *turns), think=think)
 
 
-def _roles(name: str, *turns: tuple[str, str]) -> Conversation:
-    return Conversation(name, tuple({"role": role, "content": text} for role, text in turns))
+def _roles(name: str, *turns: tuple[str, str]) -> Case:
+    return Case(name, tuple({"role": role, "content": text} for role, text in turns))
 
 
 def _function(name: str, description: str, **properties: dict[str, Any]) -> dict[str, Any]:
@@ -159,7 +159,7 @@ _THINKING = [
     _chat("thinking off", "What is 17 times 3?", think=False),
     _chat("thinking off, system, turns", "Hi", "Hello", "And?", system="Be brief.", think=False),
     _chat("an answer with a thinking block", "2 + 2?", "<think>\nEasy.\n</think>\n\n4", "And 3 + 3?"),
-    Conversation(
+    Case(
         "an answer with its reasoning apart",
         ({"role": "user", "content": "2 + 2?"}, {"role": "assistant", "reasoning_content": "Easy.", "content": "4"},
          {"role": "user", "content": "And 3 + 3?"}),
@@ -168,43 +168,43 @@ _THINKING = [
 ]  # fmt: skip
 
 _TOOLS = [
-    Conversation("one tool", (_ASKED,), (_WEATHER,)),
-    Conversation("several tools, system", ({"role": "system", "content": "Be brief."}, _ASKED), (_WEATHER, _LIGHT)),
-    Conversation("a call and its result", (_ASKED, _call("weather", town="Oslo"), _RESULT), (_WEATHER,)),
-    Conversation(
+    Case("one tool", (_ASKED,), (_WEATHER,)),
+    Case("several tools, system", ({"role": "system", "content": "Be brief."}, _ASKED), (_WEATHER, _LIGHT)),
+    Case("a call and its result", (_ASKED, _call("weather", town="Oslo"), _RESULT), (_WEATHER,)),
+    Case(
         "a call, its result, another turn",
         (_ASKED, _call("weather", town="Oslo"), _RESULT, {"role": "assistant", "content": "Yes."},
          {"role": "user", "content": "And gloves?"}),
         (_WEATHER, _LIGHT),
     ),
-    Conversation(
+    Case(
         "a call with several arguments",
         ({"role": "user", "content": "Light!"}, _call("switch_light", room="hall", on=True),
          {"role": "tool", "name": "switch_light", "tool_call_id": "call00001", "content": "ok"}),
         (_LIGHT,),
     ),
-    Conversation(
+    Case(
         "reasoning, a call, its result",
         (_ASKED, {**_call("weather", town="Oslo"), "reasoning_content": "I have to look."}, _RESULT),
         (_WEATHER,),
     ),
-    Conversation(
+    Case(
         "a result, no tools on offer",
         (_ASKED, {"role": "assistant", "content": "Let me see."}, _RESULT),
     ),
-    Conversation(
+    Case(
         "two results, no tools on offer, another turn",
         (_ASKED, {"role": "assistant", "content": "Let me see."}, _RESULT, {**_RESULT, "content": " snow "},
          {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "And gloves?"}),
     ),
 ]  # fmt: skip
 
-CONVERSATIONS: tuple[Conversation, ...] = (
+CONVERSATIONS: tuple[Case, ...] = (
     *_TURNS, *_SYSTEM, *_ORDER, *_SPACE, *_SCRIPTS, *_SYNTAX, *_SPECIAL, *_LONG, *_THINKING, *_TOOLS,
 )  # fmt: skip
 
 
-def conversations(special_tokens: Iterable[str] = ()) -> tuple[Conversation, ...]:
+def conversations(special_tokens: Iterable[str] = ()) -> tuple[Case, ...]:
     """The suite for one model: CONVERSATIONS, and texts that spell the model's own special tokens, the first 64."""
     tokens = [token for token in dict.fromkeys(special_tokens) if token][:64]
     if not tokens:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import PipelineError
-from pipeline.prompt.cases import Conversation
+from pipeline.prompt.cases import Case
 from pipeline.prompt.message_text import WHITE_SPACE
 from pipeline.prompt.template import ChatTemplate, TemplateRefused
 
@@ -39,7 +39,7 @@ NAMED = (JOINED, REORDERED, UNTRIMMED, DROPPED, UNREASONED, NOT_SAID)
 COMPARED = (EXACT, *NAMED)
 HARMLESS = (*COMPARED, NOT_TRAINED, NOT_SERVED)
 
-Render = Callable[[Conversation], str]
+Render = Callable[[Case], str]
 
 
 class RenderRefused(PipelineError):
@@ -96,7 +96,7 @@ class Report:
 
 def judge(
     template: ChatTemplate,
-    suite: Iterable[Conversation],
+    suite: Iterable[Case],
     render: Render,
     *,
     joins: bool,
@@ -114,9 +114,7 @@ def judge(
     return Report(tuple(_outcome(template, conversation, render, joins, default_system) for conversation in suite))
 
 
-def _outcome(
-    template: ChatTemplate, conversation: Conversation, render: Render, joins: bool, default_system: str
-) -> Outcome:
+def _outcome(template: ChatTemplate, conversation: Case, render: Render, joins: bool, default_system: str) -> Outcome:
     messages = with_system(conversation.messages, default_system)
 
     def trained(turns: Sequence[Mapping[str, Any]]) -> str:
@@ -142,14 +140,14 @@ def _outcome(
     return Outcome(conversation.name, DIFFERS, expected, served)
 
 
-def _unsupported(words: str, conversation: Conversation) -> bool:
+def _unsupported(words: str, conversation: Case) -> bool:
     """Whether Ollama itself, and no template, refuses what this conversation asks of the model."""
     match = re.fullmatch(r"\S+ does not support (tools|thinking)", words)
     return match is not None and bool(conversation.tools if match[1] == "tools" else conversation.think)
 
 
 def _explanations(
-    template: ChatTemplate, conversation: Conversation, messages: Sequence[Mapping[str, Any]], joins: bool
+    template: ChatTemplate, conversation: Case, messages: Sequence[Mapping[str, Any]], joins: bool
 ) -> Iterator[tuple[str, Callable[[], str]]]:
     """What a server is known to do, and the prompt that it then has to send."""
 

@@ -89,16 +89,16 @@ class Observation:
     piece: Piece
 
 
-# A tree is a piece, or a question with the subtree for each answer.
+# A tree is a piece, or a fork with the subtree for each answer.
 @dataclass(frozen=True)
-class Question:
+class Fork:
     """An inner node of a decision tree."""
 
     fact: str
     answers: tuple[tuple[tuple[str, ...], Tree], ...]
 
 
-Tree = Piece | Question
+Tree = Piece | Fork
 
 
 def derive(template: ChatTemplate) -> Derivation:
@@ -337,12 +337,12 @@ def _grow(seen: Sequence[Observation], facts: Sequence[str]) -> Tree:
                 merged.append(((answer,), subtree))
         if len(merged) == 1:
             return merged[0][1]
-        return Question(fact, tuple(sorted(merged, key=lambda entry: (len(entry[0]), entry[0]))))
+        return Fork(fact, tuple(sorted(merged, key=lambda entry: (len(entry[0]), entry[0]))))
     raise NotDerivable("what it writes between two messages depends on more than their order")
 
 
 def _size(tree: Tree) -> int:
-    return 1 if not isinstance(tree, Question) else 1 + sum(_size(subtree) for _, subtree in tree.answers)
+    return 1 if not isinstance(tree, Fork) else 1 + sum(_size(subtree) for _, subtree in tree.answers)
 
 
 # Writing Go.
@@ -445,7 +445,7 @@ class _Writer:
         """Go text for a tree; `then` follows every piece that is followed by a message."""
         if tree is None:
             return ""
-        if not isinstance(tree, Question):
+        if not isinstance(tree, Fork):
             return self._literal(tree) + then
         *firsts, (_, otherwise) = tree.answers
         text = ""
@@ -482,14 +482,14 @@ def _date(form: str) -> str:
 
 
 def _facts(tree: Tree) -> Iterable[str]:
-    if isinstance(tree, Question):
+    if isinstance(tree, Fork):
         yield tree.fact
         for _, subtree in tree.answers:
             yield from _facts(subtree)
 
 
 def _pieces(tree: Tree) -> Iterable[str]:
-    if isinstance(tree, Question):
+    if isinstance(tree, Fork):
         for _, subtree in tree.answers:
             yield from _pieces(subtree)
     elif tree is not None:

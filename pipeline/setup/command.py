@@ -37,7 +37,7 @@ def setup(torch: str, dev: bool) -> None:
 
     started = time.monotonic()
     machine.require_virtual_environment()
-    parts, warnings = plan(dev)
+    parts, warnings = wanted_parts(dev)
     if not libraries.up_to_date(torch):
         # What would stop set-up afterwards is asked before the long download.
         _ask_machine(parts)
@@ -75,7 +75,7 @@ class Part:
         return all(path.exists() for path in self.results)
 
 
-def plan(dev: bool, *, say_own: bool = True) -> tuple[list[Part], list[str]]:
+def wanted_parts(dev: bool, *, say_own: bool = True) -> tuple[list[Part], list[str]]:
     """What this machine is to have beside the libraries, the main job's needs first.
 
     Args:

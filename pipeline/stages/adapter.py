@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.console import progress
-from pipeline.model.adapter import fit_to, read_adapter, write_taken
+from pipeline.model.adapter import fit_to, read_given_adapter, write_taken
 from pipeline.model.base import base_folder
 from pipeline.model.facts import base_files
 from pipeline.model.four_bit import is_4bit
@@ -24,7 +24,7 @@ def main(task: Task) -> dict[str, Any]:
     assert folder is not None
     base = base_folder(model)
     with progress("judging the adapter", None):
-        adapter = read_adapter(folder)
+        adapter = read_given_adapter(folder)
         if task.config.export.as_ == "adapter":
             refuse_for_gguf(folder, adapter.settings, list(adapter.weights.shapes))
         in_4bit = task.config.train.load_in_4bit and not is_4bit(base)

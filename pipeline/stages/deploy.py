@@ -85,7 +85,7 @@ def unfinished(figures: dict[str, Any]) -> str | None:
     return None if figures["deployed"] else "there was no Ollama"
 
 
-def plan(config: Config, run: Path) -> list[str]:
+def preview(config: Config, run: Path) -> list[str]:
     """What a deployment would do, one line each; nothing is created (`--dry-run`)."""
     from pipeline.ollama.client import Client
     from pipeline.ollama.deployment import planned

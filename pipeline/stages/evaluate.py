@@ -68,7 +68,7 @@ def main(task: Task) -> dict[str, Any]:
         return _table(task)
     questions = _questions(task)
     started = time.monotonic()
-    with rung(task, questions) as answer_all:
+    with answerer_at_rung(task, questions) as answer_all:
         if answer_all is None:
             return {"asked": 0, "why": "not deployed"}
         with progress(f"asking {task.variant}", len(questions), "questions") as update:
@@ -101,7 +101,7 @@ Messages = list[dict[str, Any]]
 
 
 @contextmanager
-def rung(task: Task, questions: Sequence[Question]) -> Iterator[Answerer | None]:
+def answerer_at_rung(task: Task, questions: Sequence[Question]) -> Iterator[Answerer | None]:
     """What answers the questions at this rung; None where the model is not there to be asked."""
     conversations, limit = [question.messages for question in questions], task.config.eval.max_new_tokens
     if task.variant in (BASE, ADAPTER, ADAPTER_16BIT, MERGED):

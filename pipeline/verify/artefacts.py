@@ -138,12 +138,12 @@ class Artefacts:
         Raises:
             UserError: it is no adapter, or there is no such base.
         """
-        from pipeline.model.adapter import base_of, fit_to, read_adapter, write_taken
+        from pipeline.model.adapter import base_of, fit_to, read_given_adapter, write_taken
         from pipeline.model.base import resolve_base
         from pipeline.model.four_bit import in_16bit
         from pipeline.model.trained_tokenizer import tokenizer_source
 
-        found = read_adapter(folder)
+        found = read_given_adapter(folder)
         named = named or base_of(found)
         self.given, self.base = folder, in_16bit(resolve_base(named), self.scratch / "base")
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pipeline.errors import UserError
-from pipeline.model.adapter import WEIGHTS, fit_to, read_adapter
+from pipeline.model.adapter import WEIGHTS, fit_to, read_given_adapter
 from pipeline.resources import sha256_of
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import Claim, Result
@@ -25,7 +25,7 @@ def check(artefacts: Artefacts) -> Iterator[Result]:
     if given is None or base is None:
         return
     try:
-        found = read_adapter(adapter or given)
+        found = read_given_adapter(adapter or given)
         fit = fit_to(found, base)
     except UserError as error:
         yield _FITS.holds(False, str(error))

@@ -19,7 +19,7 @@ from pipeline.llamacpp.tokenizer_differences import known_habit
 from pipeline.ollama.deployment import deployed, deployed_plan, differences, template_in_force
 from pipeline.ollama.parameters import stop_strings
 from pipeline.ollama.rendering import Engine, ask_llama_server, explain
-from pipeline.prompt.cases import Conversation, conversations
+from pipeline.prompt.cases import Case, conversations
 from pipeline.prompt.conformance import Report, for_ollama, judge
 from pipeline.prompt.guard import FOREIGN, guarded
 from pipeline.prompt.template import ChatTemplate, TemplateRefused, token_ids
@@ -50,7 +50,7 @@ def check_files(artefacts: Artefacts) -> Iterator[Result]:
 
 
 def check_file(
-    template: ChatTemplate, tokenizer: Any, rung: str, path: Path, suite: Sequence[Conversation]
+    template: ChatTemplate, tokenizer: Any, rung: str, path: Path, suite: Sequence[Case]
 ) -> Iterator[Result]:
     """Judge the chat template of one GGUF file.
 
@@ -81,7 +81,7 @@ def check_file(
         yield rendered.holds(False, f"llama-server cannot use it: {error}")
 
 
-def _bare(template: ChatTemplate, path: Path, suite: Sequence[Conversation]) -> str:
+def _bare(template: ChatTemplate, path: Path, suite: Sequence[Case]) -> str:
     """What a llama-server makes of the file by itself, where it gives a template what transformers does not give it."""
     if not any(name in template.source for name in (*FOREIGN, "enable_thinking")):
         return ""
@@ -106,7 +106,7 @@ def _judged(claim: Claim, report: Report, summary: str = "") -> Result:
 
 
 def _same_tokens(
-    claim: Claim, template: ChatTemplate, tokenizer: Any, server: LlamaServer, suite: Sequence[Conversation]
+    claim: Claim, template: ChatTemplate, tokenizer: Any, server: LlamaServer, suite: Sequence[Case]
 ) -> Result:
     differing, compared, words = 0, 0, ""
     for case in suite:
@@ -125,7 +125,7 @@ def _same_tokens(
     return claim.at_most(differing, 0, words + more)
 
 
-def _modelfiles(artefacts: Artefacts, suite: Sequence[Conversation]) -> Iterator[Result]:
+def _modelfiles(artefacts: Artefacts, suite: Sequence[Case]) -> Iterator[Result]:
     rendered = Claim("prompt.modelfile", "modelfile", "what the Modelfile says renders the trained prompt in Ollama")
     if artefacts.run is None:
         yield rendered.not_run("this export has no Modelfile of this program")
@@ -153,7 +153,7 @@ def _modelfiles(artefacts: Artefacts, suite: Sequence[Conversation]) -> Iterator
 
 
 def _rendered(
-    claim: Claim, engine: Engine, template: ChatTemplate, go_template: str, folder: Path, suite: Sequence[Conversation]
+    claim: Claim, engine: Engine, template: ChatTemplate, go_template: str, folder: Path, suite: Sequence[Case]
 ) -> Result:
     try:
         if not go_template:
@@ -186,7 +186,7 @@ def _system(artefacts: Artefacts, rung: str, body: dict[str, Any]) -> Result:
     return claim.holds(served == meant, f"it is {served!r} instead of {meant!r}")
 
 
-def _deployed(artefacts: Artefacts, suite: Sequence[Conversation]) -> Iterator[Result]:
+def _deployed(artefacts: Artefacts, suite: Sequence[Case]) -> Iterator[Result]:
     claim = Claim("prompt.ollama", "deploy", "the deployed model is sent the trained prompt")
     told = Claim("prompt.deployed", "deploy", "Ollama says of the deployed model what it was told")
     if artefacts.run is None or not Layout(artefacts.run).deployment.is_file():

@@ -17,7 +17,7 @@ from pipeline.config import Config
 from pipeline.console import progress
 from pipeline.errors import PipelineError
 from pipeline.llamacpp.quantizer import quantize
-from pipeline.model.adapter import fit_to, read_adapter
+from pipeline.model.adapter import fit_to, read_given_adapter
 from pipeline.model.base import as_trained, base_folder
 from pipeline.model.four_bit import in_16bit
 from pipeline.model.plain_adapter import refuse_for_gguf
@@ -58,7 +58,7 @@ def preflight(config: Config, run_folder: Path, scratch: Path, rungs: Sequence[s
     """
     base = base_folder(config.model)
     if config.adapter.path is not None:  # what is wrong with it ends the run before anything long begins
-        given = read_adapter(config.adapter.path)
+        given = read_given_adapter(config.adapter.path)
         if config.export.as_ == "adapter":
             refuse_for_gguf(given.folder, given.settings, list(given.weights.shapes))
         fit_to(given, base, trust_remote_code=config.model.trust_remote_code)

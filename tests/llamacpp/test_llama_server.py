@@ -16,7 +16,7 @@ from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.llama_server import LlamaServer
 from pipeline.ollama.scratch_model import write_scratch_model
 from pipeline.ollama.serving import llama_server
-from pipeline.prompt.cases import Conversation
+from pipeline.prompt.cases import Case
 from pipeline.prompt.guard import guarded
 from pipeline.prompt.template import ChatTemplate
 from pipeline.prompt.tokenizer import saved_tokenizer
@@ -89,7 +89,7 @@ def test_chat_and_verify_ask_with_the_guarded_template(tmp_path: Path) -> None:
     path = write_scratch_model(tmp_path / "dated.gguf", template)
     with llama_server(path) as server:
         next(server.stream(MESSAGES))
-    suite = (Conversation("asked", tuple(MESSAGES)),)
+    suite = (Case("asked", tuple(MESSAGES)),)
     results = list(islice(check_file(template, saved_tokenizer(small_models.base_folder()), "q8_0", path, suite), 2))
     assert [(result.id, result.verdict) for result in results] == [("prompt.template", PASS), ("prompt.llamacpp", PASS)]
     assert str(results[1].figure).startswith("guarded as it is served: 1 exact; bare: refused: ")

@@ -13,8 +13,8 @@ from support.adapters import MODULES, TOKENIZER, peft_adapter, small_base
 from support.small_models import make_config, scratch
 
 from pipeline.errors import PipelineError, UserError
-from pipeline.model.adapter import CONFIG, WEIGHTS, base_of, fit_to, read_adapter
-from pipeline.model.adapter_file import read_adapter as read_file
+from pipeline.model.adapter import CONFIG, WEIGHTS, base_of, fit_to, read_given_adapter
+from pipeline.model.adapter_file import read_adapter
 from pipeline.model.merging import MergedWeights
 from pipeline.model.trained_tokenizer import adapter_files, trained_tokenizer
 from pipeline.model.weights_file import read_weights
@@ -169,7 +169,7 @@ BROKEN: dict[str, tuple[Damage, str]] = {
 
 
 def judged(folder: Path, base: Path) -> Any:
-    fit = fit_to(read_adapter(folder), base)
+    fit = fit_to(read_given_adapter(folder), base)
     trained_tokenizer(make_config(model={"base": str(base)}, adapter={"path": folder}))
     return fit
 
@@ -208,7 +208,7 @@ def test_another_base(good: Path) -> None:
 def test_what_is_taken_names_its_modules(tmp_path: Path, lora: dict[str, Any], modules: int) -> None:
     folder = peft_adapter(tmp_path, small_base(), **lora)
     settings(folder, from_the_future=None, unsloth_fixed=True)
-    adapter = read_adapter(folder)
+    adapter = read_given_adapter(folder)
     fit = fit_to(adapter, small_base())
     assert len(fit.modules) == modules
     assert not fit.settings.keys() & {"layers_to_transform", "exclude_modules", "from_the_future"}
@@ -231,7 +231,7 @@ def test_the_base_that_it_names(good: Path, tmp_path: Path) -> None:
     shutil.copytree(good, tmp_path / "adapter")
     for named, said in (("owner/name", ""), (None, "names no base"), ("/home/she/model", "not on this machine")):
         settings(tmp_path / "adapter", base_model_name_or_path=named)
-        adapter = read_adapter(tmp_path / "adapter")
+        adapter = read_given_adapter(tmp_path / "adapter")
         if not said:
             assert base_of(adapter) == named
             continue
@@ -273,11 +273,11 @@ def test_what_trained_a_tied_pair_as_one_is_taken(tmp_path: Path) -> None:
     for name, lora in (("tokens", {"trainable_token_indices": [5, 7]}), ("saved", one)):
         folder = peft_adapter(tmp_path / name, small_base(), **lora)
         assert len(judged(folder, small_base()).modules) == 14
-        merged = MergedWeights(read_weights(small_base()), read_file(folder))
+        merged = MergedWeights(read_weights(small_base()), read_adapter(folder))
         assert not torch.equal(
             merged["model.embed_tokens.weight"], read_weights(small_base())["model.embed_tokens.weight"]
         )
     head = "base_model.model.lm_head.weight"
     tensors(folder, lambda found: found.update({head: found[head] + 1}))
     with pytest.raises(PipelineError, match="lm_head.weight and .*embed_tokens.weight differ, and the base has one"):
-        MergedWeights(read_weights(small_base()), read_file(folder))
+        MergedWeights(read_weights(small_base()), read_adapter(folder))

@@ -139,7 +139,7 @@ def test_to_a_running_ollama(run: Path) -> None:
         deploy.main(task(run, host=servers.ollama().host, name="stranger"))
     assert client.names()[stranger] == digest
     assert "stranger:latest, which is there already" in "".join(
-        deploy.plan(task(run, host=servers.ollama().host, name="library/stranger").config, run)
+        deploy.preview(task(run, host=servers.ollama().host, name="library/stranger").config, run)
     )
     made = task(run, host=servers.ollama().host, name="stranger", replace=True)
     deploy.main(made)
@@ -329,14 +329,14 @@ def test_a_host_that_is_down_or_none(run: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(UserError, match=r"ollama\.host = 'ftp://x': not an address"):
         deploy.main(task(run, host="ftp://x"))
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:1")  # and no other is taken instead
-    for ask in (lambda: deploy.main(task(run)), lambda: deploy.plan(task(run).config, run)):
+    for ask in (lambda: deploy.main(task(run)), lambda: deploy.preview(task(run).config, run)):
         with pytest.raises(UserError, match=r"no Ollama answers at http://127\.0\.0\.1:1 "):
             ask()
     monkeypatch.setenv("OLLAMA_HOST", "ftp://x")
     with pytest.raises(UserError, match="OLLAMA_HOST = 'ftp://x': not an address"):
         deploy.main(task(run))
     with pytest.raises(UserError, match="OLLAMA_HOST = 'ftp://x': not an address"):
-        deploy.plan(task(run).config, run)
+        deploy.preview(task(run).config, run)
 
 
 def test_through_a_proxy_with_a_password_and_nothing_of_it_is_kept(

@@ -7,7 +7,7 @@ from support import small_models
 from pipeline.data.questions import Question
 from pipeline.ollama.scratch_model import write_scratch_model
 from pipeline.prompt.template import ChatTemplate
-from pipeline.stages.evaluate import context_for, rung
+from pipeline.stages.evaluate import answerer_at_rung, context_for
 
 
 def question(words: int) -> list[dict[str, str]]:
@@ -34,6 +34,6 @@ def test_a_gguf_file_is_asked_without_what_llamacpp_adds(tmp_path: Path) -> None
     added = "date_string is defined or (enable_thinking is defined and enable_thinking)"
     source = f"{{% if {added} %}}{{{{ raise_exception('added') }}}}{{% endif %}}{{{{ messages[0].content }}}}"
     write_scratch_model(tmp_path / "quantize" / "q4_k_m" / "model-q4_k_m.gguf", ChatTemplate(source))
-    with rung(made, [Question(question(1), "hi")]) as answer_all:
+    with answerer_at_rung(made, [Question(question(1), "hi")]) as answer_all:
         assert answer_all is not None
         assert len(answer_all(lambda done: None)) == 1

@@ -19,8 +19,8 @@ from support.adapters import merged_by_peft
 from pipeline.config import Config, Verify
 from pipeline.data.token_file import read_tokens
 from pipeline.errors import PipelineError
-from pipeline.model.adapter import fit_to, read_adapter
-from pipeline.model.adapter_file import read_adapter as read_file
+from pipeline.model.adapter import fit_to, read_given_adapter
+from pipeline.model.adapter_file import read_adapter
 from pipeline.model.base import base_folder, resolve_base
 from pipeline.model.merging import MergedWeights
 from pipeline.model.weights_file import read_weights
@@ -132,7 +132,7 @@ def test_the_adapter_learns_in_float32_and_says_what_it_is(trained: Path) -> Non
 
 
 def test_what_unsloth_saves_is_taken_as_an_adapter_from_elsewhere(project: Path, trained: Path) -> None:
-    fit = fit_to(read_adapter(trained / "train" / "adapter"), project / "base")
+    fit = fit_to(read_given_adapter(trained / "train" / "adapter"), project / "base")
     assert len(fit.modules) == 2 * 7
 
 
@@ -337,7 +337,7 @@ def test_added_tokens_and_whole_matrices_are_trained_and_merged(project: Path) -
     for run, more in (("tokens", token), ("pair", pair)):
         finish(train(project, run, "--set", "train.steps=2", *more))
         config = Config.model_validate_json((project / run / "config.json").read_text())
-        adapter = read_file(project / run / "train" / "adapter")
+        adapter = read_adapter(project / run / "train" / "adapter")
         base = read_weights(base_folder(config.model))
         merged = MergedWeights(base, adapter)
         before, after = base["model.embed_tokens.weight"].float(), merged["model.embed_tokens.weight"]
