@@ -10,6 +10,11 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
+# Processes that each keep every core busy spend most of their time waiting for each other's threads.
+if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 
 class OneOllama(LoadFileScheduling):
     """Tests of one file run in one process, and all tests that ask the one Ollama (support/servers.py) in the same."""
