@@ -107,7 +107,7 @@ def create_from_file(folder: Path, model: ServedModel, name: str) -> dict[str, A
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return shown_and_deleted(name, model)
+    return shown_and_deleted(name, model, folder / model.adapter if model.adapter else None)
 
 
 def create_from_json(folder: Path, model: ServedModel, name: str) -> dict[str, Any]:
@@ -116,9 +116,9 @@ def create_from_json(folder: Path, model: ServedModel, name: str) -> dict[str, A
     return shown_and_deleted(name, model)
 
 
-def shown_and_deleted(name: str, model: ServedModel) -> dict[str, Any]:
+def shown_and_deleted(name: str, model: ServedModel, adapter: Path | None = None) -> dict[str, Any]:
     try:
-        read_back(servers.client(), name, model, model.template)
+        read_back(servers.client(), name, model, model.template, adapter)
         return servers.client().show(name)
     finally:
         servers.client().delete(name)
@@ -311,7 +311,7 @@ def test_an_adapter_goes_both_ways_whatever_its_name(name: str, folder: Path) ->
     from_file = create_from_file(folder, model, "adapted:latest")
     files = {"files": {"m.gguf": client.upload(folder / model.gguf)}, "adapters": {"a": client.upload(folder / name)}}
     client.create("adapted:latest", {**model.body(), **files})
-    for shown in (from_file, shown_and_deleted("adapted:latest", model)):
+    for shown in (from_file, shown_and_deleted("adapted:latest", model, folder / name)):
         assert re.findall(r"^ADAPTER .*/sha256-(.*)$", shown["modelfile"], re.MULTILINE) == [sha256_of(folder / name)]
         assert (shown["messages"], shown["license"]) == (list(messages), "MIT")
 
