@@ -64,7 +64,8 @@ def test_of_pips_own_configuration_only_where_from_and_how_is_left(
     monkeypatch.setenv("PIP_CONFIG_FILE", str(pip))
     monkeypatch.setenv("PIP_INDEX_URL", "https://nearer.example/simple")
     monkeypatch.setenv("PIP_DRY_RUN", "1")
-    assert pip_environment() == {
+    found = pip_environment()
+    expected = {
         "PIP_CONFIG_FILE": os.devnull,
         "PIP_DRY_RUN": None,
         "PIP_INDEX_URL": "https://nearer.example/simple",  # a variable wins over a file, as with pip
@@ -72,6 +73,8 @@ def test_of_pips_own_configuration_only_where_from_and_how_is_left(
         "PIP_FIND_LINKS": "/wheels /more",
         "PIP_TIMEOUT": "90",
     }
+    assert expected.items() <= found.items()  # this machine's own files may name a certificate
+    assert not found.keys() & {"PIP_TARGET", "PIP_USER", "PIP_PLATFORM"}
     assert told()["UV_DEFAULT_INDEX"] == "https://nearer.example/simple"
     assert told()["UV_NO_INDEX"] == "1"
 
