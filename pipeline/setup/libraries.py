@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 from collections import Counter
@@ -224,6 +225,7 @@ def bring_up_to_date(choice: str = AUTO) -> bool:
         if wrong:
             say(f"Python libraries: {len(wrong)} of {len(applicable(locked()))} are to be installed")
             install(resource("requirements.lock"), environment, torch)
+            _compile(environment)
         if _program_is_missing(environment):
             _install_program(environment)
         left = differences(locked(), environment, torch)
@@ -234,6 +236,15 @@ def bring_up_to_date(choice: str = AUTO) -> bool:
             "and set up in that"
         )
     return True
+
+
+def _compile(environment: Environment) -> None:
+    """Compile the libraries once: else the first start of each stage does, or every start where it may not write."""
+    say("compiling the Python libraries")
+    folders = {package.folder.parent for package in environment.installed()}
+    # Some packages hold files of other Pythons, which do not compile: that is no fault.
+    command: list[str | Path] = [environment.python, "-m", "compileall", "-q", "-j", "0", *sorted(folders)]
+    subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
 
 
 def _bootstrap(environment: Environment) -> bool:
@@ -308,17 +319,7 @@ def _forget_halves(environment: Environment, names: Iterable[str]) -> list[str]:
 def _uv_install(what: list[str], environment: Environment, variables: dict[str, str | None]) -> None:
     run(
         # Hashes and local versions say which file is right, whichever index has it.
-        [
-            _uv(),
-            "pip",
-            "install",
-            "--python",
-            environment.python,
-            "--no-deps",
-            "--compile-bytecode",
-            *_ANY_INDEX,
-            *what,
-        ],
+        [_uv(), "pip", "install", "--python", environment.python, "--no-deps", *_ANY_INDEX, *what],
         "installing the Python libraries",
         env=variables,
         on_line=_Downloads(),
