@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,24 @@ if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
+@cache
+def asks_ollama(file: Path) -> bool:
+    """Whether a file's tests ask the one Ollama (support/servers.py)."""
+    return bool(re.search(r"^from support import .*\bservers\b", file.read_text("utf-8"), re.MULTILINE))
+
+
 class OneOllama(LoadFileScheduling):
-    """Tests of one file run in one process, and all tests that ask the one Ollama (support/servers.py) in the same."""
+    """Tests of one file run in one process, and all tests that ask the one Ollama in the same."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
-        asks = re.search(r"^from support import .*\bservers\b", (self.config.rootpath / file).read_text("utf-8"), re.M)
-        return "servers" if asks else file
+        return "servers" if asks_ollama(self.config.rootpath / file) else file
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files come first, so that at the end no process works alone."""
-    items.sort(key=lambda item: item.path.name not in ("test_end_to_end.py", "test_whole_way.py"))
+    """What takes longest comes first, so that at the end no process works alone: those tests, then the whole ways."""
+    long = ("test_end_to_end.py", "test_whole_way.py")
+    items.sort(key=lambda item: (not asks_ollama(item.path), item.path.name not in long))
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneOllama:
