@@ -38,6 +38,7 @@ def main(parent: int) -> int:
     """
     end_with_parent(parent)
     own = os.getpid()
+    interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells the stage as well, which ends
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     for line in sys.stdin:
@@ -47,12 +48,11 @@ def main(parent: int) -> int:
         child = os.fork()
         if child == 0:
             end_with_parent(own)
+            signal.signal(signal.SIGINT, interrupted)
             answers.close()
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what comes there next is not for the stage
             return worker.main(Path(run), packages, module, name, variant)
-        interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells the stage as well, which ends
         _, status, usage = os.wait4(child, 0)
-        signal.signal(signal.SIGINT, interrupted)
         answer = {
             "status": os.waitstatus_to_exitcode(status),
             "cpu_seconds": usage.ru_utime + usage.ru_stime,
@@ -79,7 +79,4 @@ def _import(libraries: Iterable[str], log: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(int(sys.argv[1])))
-    except KeyboardInterrupt:  # between stages, or while something is imported
-        sys.exit(128 + signal.SIGINT)
+    sys.exit(main(int(sys.argv[1])))
