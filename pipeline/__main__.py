@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 
 def main() -> None:
@@ -21,11 +22,13 @@ def main() -> None:
             words = f"the libraries of the command line cannot be loaded ({type(error).__name__}: {error})"
             print(f"error: {words}: run `pipeline setup`", file=sys.stderr)
             sys.exit(1)
-        mend = [sys.executable, "-m", "pipeline.setup.libraries"]
-        if status := subprocess.run(mend, check=False).returncode:
+        # By its own folder: a folder called pipeline where the user is would hide it, and it may not be installed yet.
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "PIPELINE_MENDED": "1"}
+        mend = [sys.executable, "-P", "-m", "pipeline.setup.libraries"]
+        if status := subprocess.run(mend, env=environment, check=False).returncode:
             sys.exit(status)
-        environment = {**os.environ, "PIPELINE_MENDED": "1"}
-        os.execve(sys.executable, [sys.executable, "-m", "pipeline", *sys.argv[1:]], environment)  # noqa: S606
+        again = [sys.executable, "-P", "-m", "pipeline", *sys.argv[1:]]
+        os.execve(sys.executable, again, environment)  # noqa: S606
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from pipeline.config import Config
     from pipeline.setup.findings import Finding
 
 
@@ -66,9 +67,13 @@ def examine(config: Path | None) -> Iterator[Finding]:
     Raises:
         UserError: a configuration that was named cannot be read.
     """
+    from pipeline.config import load_config
     from pipeline.setup import gpu, libraries, machine, places
     from pipeline.setup.pins import load_pins
 
+    path = config or Path("pipeline.toml")
+    path = path / "pipeline.toml" if path.is_dir() else path
+    settings = load_config(path)[0] if config is not None or path.is_file() else None
     programs = places.llamacpp_folder()
     yield machine.python()
     yield libraries.look()
@@ -76,8 +81,8 @@ def examine(config: Path | None) -> Iterator[Finding]:
     yield _llama_cpp(programs)
     yield _packaged_base()
     yield machine.go(needed=places.ollama_program() is None)
-    yield _ollama()
-    yield from _disks(config)
+    yield _ollama(settings.ollama.host if settings else None)
+    yield from _disks(settings)
     yield machine.memory()
     torch = {package.name: package.version for package in libraries.this_environment().installed()}.get("torch")
     yield from gpu.look(gpu.gpus(), libraries.locked_cuda(), torch)
@@ -116,36 +121,31 @@ def _packaged_base() -> Finding:
     return Finding("packaged model", OK, str(wheel))
 
 
-def _ollama() -> Finding:
+def _ollama(host: str | None) -> Finding:
     """The Ollama that `deploy` would take, by its own rule."""
     from pipeline.errors import UserError
-    from pipeline.ollama.address import given_host, usual_host
-    from pipeline.ollama.client import Client
-    from pipeline.ollama.ollama_server import find_ollama
+    from pipeline.ollama.target import find
     from pipeline.setup.findings import FAILURE, OK, WARNING, Finding
     from pipeline.setup.ollama_version import program_version
 
     try:
-        with Client(usual_host()) as client:
-            return Finding("Ollama", OK, f"{client.version}, running at {client.host}")
-    except UserError as error:
-        if given := given_host():
-            return Finding("Ollama", FAILURE, f"OLLAMA_HOST={given}: {error}", "or unset it: one is started for a run")
-    try:
-        program = find_ollama()
+        found = find(host)
     except UserError as error:
         return Finding("Ollama", FAILURE, str(error))
-    if program is None:
+    if found.running is not None:
+        with found.running as client:
+            return Finding("Ollama", OK, f"{client.version}, running at {client.host}")
+    if found.program is None:
         return Finding(
             "Ollama",
             WARNING,
             "none: all the rest works, and `deploy` says what to type elsewhere",
             "install Go and run `pipeline setup`, or install Ollama",
         )
-    return Finding("Ollama", OK, f"{program_version(program)}, {program}, started for the run")
+    return Finding("Ollama", OK, f"{program_version(found.program)}, {found.program}, started for the run")
 
 
-def _disks(config: Path | None) -> Iterator[Finding]:
+def _disks(settings: Config | None) -> Iterator[Finding]:
     import os
 
     from pipeline.resources import cache_folder
@@ -162,12 +162,7 @@ def _disks(config: Path | None) -> Iterator[Finding]:
         hub.expanduser(): 0,
     }
     roles = dict(zip(needs, ("the cache", "the libraries", "the hub"), strict=True))
-    path = config or Path("pipeline.toml")
-    path = path / "pipeline.toml" if path.is_dir() else path
-    if config is not None or path.is_file():
-        from pipeline.config import load_config
-
-        settings, _ = load_config(path)
+    if settings is not None:
         needs[settings.run_folder] = machine.LEAST_FOR_A_RUN
         roles[settings.run_folder] = "the run"
     yield from machine.space(needs, "a run with its set-up", roles)

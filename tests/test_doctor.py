@@ -110,7 +110,7 @@ def test_ollama_that_is_named_and_is_none_is_a_failure(tmp_path: Path) -> None:
 
 def test_gpu_that_cannot_be_trained_on_is_a_failure(tmp_path: Path) -> None:
     program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\necho 'GPU-1, Tesla P100-PCIE-16GB, 16280, 470.57.02, 6.0'\n")
+    program.write_text("#!/bin/sh\necho 'GPU-1, Tesla P100-PCIE-16GB, 16280, 470.57.02, [N/A], 6.0'\n")
     program.chmod(0o755)
     status, found = doctor(PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     assert status == 1

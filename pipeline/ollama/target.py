@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,44 @@ def names_of(name: str | None, types: Sequence[str]) -> dict[str, str]:
     return {kind: first if number == 0 else check_name(f"{stem}{kind}") for number, kind in enumerate(types)}
 
 
+@dataclass(frozen=True)
+class Found:
+    """The Ollama that a run would be deployed to.
+
+    Attributes:
+        running: a server that answers; whoever asked closes it.
+        program: what is started for the run where none answers; None: there is no Ollama.
+        why: why no running one is taken.
+    """
+
+    running: Client | None = None
+    program: Path | None = None
+    why: str = ""
+
+
+def find(host: str | None) -> Found:
+    """The configured Ollama, else the one of OLLAMA_HOST, else a running one, else a program that can be started.
+
+    Args:
+        host: the configured address.
+
+    Raises:
+        UserError: a configuration or OLLAMA_HOST names one, which cannot be asked: then no other is taken.
+    """
+    address, given = host or usual_host(), given_host()
+    try:
+        return Found(running=Client(address))
+    except UserError as error:
+        if host:
+            raise UserError(f"{error}, or leave ollama.host out: then one is started for the run") from None
+        if given:
+            raise UserError(f"OLLAMA_HOST={given}: {error}, or unset it: then one is started for the run") from None
+        return Found(program=find_ollama(), why=str(error))
+
+
 @contextmanager
 def server(host: str | None, store: Path, log: Path) -> Iterator[tuple[Client, bool, Path | None] | str]:
-    """An Ollama to deploy to: the configured one, else the one of OLLAMA_HOST, else a running one, else one of our own.
-
-    One of our own is stopped at the end. Where a configuration or OLLAMA_HOST names one, no other is taken.
+    """The Ollama of `find`, to deploy to. One of our own is stopped at the end.
 
     Args:
         host: the configured address.
@@ -49,27 +83,18 @@ def server(host: str | None, store: Path, log: Path) -> Iterator[tuple[Client, b
     Raises:
         UserError: the one that is named cannot be asked.
     """
-    address, given = host or usual_host(), given_host()
-    try:
-        running = Client(address)
-    except UserError as error:
-        if host:
-            raise UserError(f"{error}, or leave ollama.host out: then one is started for the run") from None
-        if given:
-            raise UserError(f"OLLAMA_HOST={given}: {error}, or unset it: then one is started for the run") from None
-        why = str(error)
-    else:
-        with running:
-            yield running, False, None
+    found = find(host)
+    if found.running is not None:
+        with found.running:
+            yield found.running, False, None
         return
-    telling = "too old" in why  # that nothing answers at the usual address is nothing to tell
-    program = find_ollama()
-    if program is None:
-        yield why if telling else "no Ollama is running and none is installed"
+    telling = "too old" in found.why  # that nothing answers at the usual address is nothing to tell
+    if found.program is None:
+        yield found.why if telling else "no Ollama is running and none is installed"
         return
     if telling:
-        console.warn(f"{why}. Instead of it, one is started for the run")
-    with OllamaServer(store, program=program, log=log) as own, Client(own.host) as client:
+        console.warn(f"{found.why}. Instead of it, one is started for the run")
+    with OllamaServer(store, program=found.program, log=log) as own, Client(own.host) as client:
         yield client, True, own.log
 
 

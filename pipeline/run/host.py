@@ -10,6 +10,7 @@ goes to standard output: {"status": ..., "cpu_seconds": ..., "peak_memory_bytes"
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import json
 import os
@@ -17,6 +18,7 @@ import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NoReturn
 
 from pipeline.processes import end_with_parent
 from pipeline.run import worker
@@ -31,7 +33,7 @@ _SLOW = {
 
 
 def main(parent: int) -> int:
-    """Run stages until standard input ends; in a child, return the status of the one stage that it is for.
+    """Run stages until standard input ends.
 
     Args:
         parent: the process id of whoever started this.
@@ -44,14 +46,17 @@ def main(parent: int) -> int:
     for line in sys.stdin:
         request = json.loads(line)
         run, packages, module, name, variant = request["arguments"]
-        _import(request["libraries"], Layout(Path(run)).log(name, variant))
+        # Nothing is lost with this process while it only imports, so Ctrl-C ends it at once.
+        signal.signal(signal.SIGINT, signal.SIG_IGN if interrupted == signal.SIG_IGN else signal.SIG_DFL)
+        failure = _import(request["libraries"], Layout(Path(run)).log(name, variant))
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         child = os.fork()
         if child == 0:
             end_with_parent(own)
             signal.signal(signal.SIGINT, interrupted)
             answers.close()
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what comes there next is not for the stage
-            return worker.main(Path(run), packages, module, name, variant)
+            _leave(worker.main(Path(run), packages, module, name, variant, failure))
         _, status, usage = os.wait4(child, 0)
         answer = {
             "status": os.waitstatus_to_exitcode(status),
@@ -62,20 +67,37 @@ def main(parent: int) -> int:
     return 0
 
 
-def _import(libraries: Iterable[str], log: Path) -> None:
-    """Import what is slow of some libraries; what they print while they are imported goes to the stage's log."""
+def _import(libraries: Iterable[str], log: Path) -> Exception | None:
+    """Import what is slow of some libraries; what they print while they are imported goes to the stage's log.
+
+    Returns:
+        The error of one that cannot be imported, which is the stage's to tell.
+    """
     modules = [module for library in libraries for module in _SLOW.get(library, ()) if module not in sys.modules]
     if not modules:
-        return
+        return None
     terminal = os.dup(2)
     worker.print_to(log)
-    for module in modules:
-        importlib.import_module(module)
+    try:
+        for module in modules:
+            importlib.import_module(module)
+    except Exception as error:
+        return error
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(terminal, 1)
+        os.dup2(terminal, 2)
+        os.close(terminal)
+    return None
+
+
+def _leave(status: int) -> NoReturn:
+    """End a child without taking apart, piece by piece, what was imported: that takes longer than many stages do."""
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os.dup2(terminal, 1)
-    os.dup2(terminal, 2)
-    os.close(terminal)
+    os._exit(status)
 
 
 if __name__ == "__main__":

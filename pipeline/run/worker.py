@@ -22,7 +22,7 @@ from pipeline.run.layout import Layout
 from pipeline.run.stage import Stage, Task
 
 
-def main(run: Path, packages: str, module: str, name: str, variant: str) -> int:
+def main(run: Path, packages: str, module: str, name: str, variant: str, failure: Exception | None) -> int:
     """Run one stage and leave its result, or its error, in the partial folder.
 
     Args:
@@ -31,6 +31,7 @@ def main(run: Path, packages: str, module: str, name: str, variant: str) -> int:
         module: the module with the stage's declaration.
         name: the stage's name.
         variant: which of its variants.
+        failure: what came of importing the stage's libraries, if that went wrong.
     """
     node, layout = Node(name, variant), Layout(run)
     partial, log = layout.partial(name, variant), layout.log(name, variant)
@@ -39,6 +40,8 @@ def main(run: Path, packages: str, module: str, name: str, variant: str) -> int:
     stage = None
     try:
         stage = _declared(packages, module, name)
+        if failure is not None:
+            raise failure
         task = Task(stage, config, run, partial / "output", variant, partial / "scratch")
         figures = stage.run(task)
         result = {"figures": figures, "warnings": task.warnings, "commands": task.commands}

@@ -90,6 +90,7 @@ def wanted_parts(dev: bool, *, say_own: bool = True) -> tuple[list[Part], list[s
     from pipeline.setup import machine, places
     from pipeline.setup.build import build_programs
     from pipeline.setup.fetch import fetch_node, fetch_package
+    from pipeline.setup.findings import OK
     from pipeline.setup.ollama import build_ollama
     from pipeline.setup.ollama_version import program_version, system_ollama
     from pipeline.setup.pins import MINIMUM_OLLAMA, load_pins
@@ -126,13 +127,13 @@ def wanted_parts(dev: bool, *, say_own: bool = True) -> tuple[list[Part], list[s
     if own is not None:
         if say_own:
             say(f"Ollama: using this machine's own, {own} ({program_version(own)})")
-    elif ollama.done or find_program("go") is not None:
+    elif ollama.done or (go := machine.go()).state == OK:
         parts.append(ollama)
     else:
         warnings.append(
-            f"there is neither Go nor an Ollama {MINIMUM_OLLAMA} or newer here: nothing to deploy to. "
-            "All the rest works, and `deploy` says what to type elsewhere. "
-            "With Go installed, `pipeline setup` builds Ollama"
+            f"there is no Ollama {MINIMUM_OLLAMA} or newer here, and none can be built (Go: {go.found}): nothing to "
+            "deploy to. All the rest works, and `deploy` says what to type elsewhere. "
+            f"With Go {pins.ollama.go} or newer installed, `pipeline setup` builds Ollama"
         )
     parts.append(build(pins.llama_cpp.later))
     if dev and (families.done or find_program("npm") is not None):

@@ -6,12 +6,13 @@ a moment; torch takes seconds to import, and takes gigabytes to have.
 
 import csv
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sysconfig
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.processes import find_program
@@ -20,15 +21,15 @@ from pipeline.setup.findings import FAILURE, OK, WARNING, Finding
 # The first driver for Linux that runs programs of a CUDA release (NVIDIA's CUDA release notes, table "Toolkit driver
 # versions"); within one release an older driver runs programs of a newer minor version.
 FIRST_DRIVER = {12: (525, 60, 13), 13: (580, 65, 6)}
-# The compute capabilities that torch's wheels are compiled for (torch.cuda.get_arch_list of 2.14.1+cu130). Compiled
-# code runs on later cards of the same major version.
+# The compute capabilities that torch's wheels for x86-64 are compiled for (torch.cuda.get_arch_list of 2.14.1+cu130);
+# those for other processors have a list of their own. Compiled code runs on later cards of the same major version.
 COMPILED_FOR = ((7, 5), (8, 0), (8, 6), (9, 0), (10, 0), (12, 0))
 # bitsandbytes computes 4-bit weights from here on, and so does Triton, in which Unsloth's kernels are written.
 LEAST_CAPABILITY = (7, 5)
 # Counted for a card whose memory nvidia-smi does not tell, as where it is the machine's own: the smallest in use.
 UNKNOWN_MEMORY = 8 * 2**30
 
-_FIELDS = ("uuid", "name", "memory.total", "driver_version", "compute_cap")
+_FIELDS = ("uuid", "name", "memory.total", "driver_version", "mig.mode.current", "compute_cap")
 _HIDE = "to train on the processor instead, set CUDA_VISIBLE_DEVICES=-1"
 
 
@@ -39,7 +40,7 @@ class Card:
     Attributes:
         uuid: "GPU-...", which CUDA_VISIBLE_DEVICES may name.
         name: e.g. "NVIDIA GeForce RTX 4090".
-        memory: in bytes; None where nvidia-smi does not tell.
+        memory: in bytes; None where nvidia-smi does not tell, as for the parts of a card that is split (MIG).
         driver: its driver's version, e.g. "580.65.06".
         capability: compute capability, e.g. (8, 9); None where nvidia-smi is too old to know of it.
     """
@@ -57,13 +58,13 @@ class Gpus:
 
     Attributes:
         cards: those that programs may use, in their order.
-        hidden: how many CUDA_VISIBLE_DEVICES hides.
+        hidden: those that CUDA_VISIBLE_DEVICES hides.
         driver_there: there is an NVIDIA driver, whether or not it answers.
         problem: why nvidia-smi told of no card, in its own words; "" where it did, or there is none.
     """
 
     cards: tuple[Card, ...] = ()
-    hidden: int = 0
+    hidden: tuple[Card, ...] = ()
     driver_there: bool = False
     problem: str = ""
 
@@ -83,7 +84,8 @@ def gpus() -> Gpus:
         words = str(error).strip() or type(error).__name__
         return Gpus(driver_there=driver, problem="" if _hides_all(mask) else f"nvidia-smi: {words}")
     seen = visible(cards, mask)
-    return Gpus(seen, len(cards) - len(seen), driver_there=bool(cards) or driver)
+    used = {card.uuid for card in seen}
+    return Gpus(seen, tuple(card for card in cards if card.uuid not in used), driver_there=bool(cards) or driver)
 
 
 def _ask(program: str) -> tuple[Card, ...]:
@@ -93,7 +95,7 @@ def _ask(program: str) -> tuple[Card, ...]:
         ValueError: with its words, where it lists none.
     """
     answer = None
-    for fields in (_FIELDS, _FIELDS[:-1]):  # an old one knows no compute_cap, and then tells nothing at all
+    for fields in (_FIELDS, _FIELDS[:-1]):  # one before 2021 knows no compute_cap, and then tells nothing at all
         query = [program, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
         answer = subprocess.run(query, capture_output=True, text=True, errors="replace", timeout=30, check=False)
         if answer.returncode == 0:
@@ -111,13 +113,13 @@ def parse(text: str) -> tuple[Card, ...]:
     for row in csv.reader(text.splitlines(), skipinitialspace=True):
         if len(row) < len(_FIELDS) - 1:
             continue
-        uuid, name, memory, driver, *rest = (field.strip() for field in row)
+        uuid, name, memory, driver, split, *rest = (field.strip() for field in row)
         numbers = re.fullmatch(r"(\d+)\.(\d+)", rest[0]) if rest else None
         cards.append(
             Card(
                 uuid,
                 name,
-                int(memory) * 2**20 if memory.isdigit() else None,
+                int(memory) * 2**20 if memory.isdigit() and split != "Enabled" else None,
                 driver,
                 (int(numbers[1]), int(numbers[2])) if numbers else None,
             )
@@ -130,11 +132,13 @@ def visible(cards: Sequence[Card], mask: str | None) -> tuple[Card, ...]:
 
     Args:
         cards: all of them, in nvidia-smi's order.
-        mask: CUDA_VISIBLE_DEVICES: numbers, or beginnings of UUIDs; what follows one that is none is ignored. None:
-            not set, which hides nothing.
+        mask: CUDA_VISIBLE_DEVICES: numbers, or beginnings of UUIDs; what follows one that is none is ignored. A part
+            of a split card ("MIG-...") is the only one that a program sees. None: not set, which hides nothing.
     """
     if mask is None:
         return tuple(cards)
+    if mask.strip().startswith("MIG-"):
+        return _part(cards, mask.partition(",")[0].strip())
     seen: list[Card] = []
     for word in (word.strip() for word in mask.split(",")):
         named = [cards[int(word)]] if word.isdigit() and int(word) < len(cards) else []
@@ -143,6 +147,12 @@ def visible(cards: Sequence[Card], mask: str | None) -> tuple[Card, ...]:
             break
         seen += named
     return tuple(seen)
+
+
+def _part(cards: Sequence[Card], name: str) -> tuple[Card, ...]:
+    """The card of which a program sees a part: older drivers name it ("MIG-GPU-<its UUID>/1/0"), newer ones do not."""
+    card = next((card for card in cards if card.uuid in name), cards[0] if cards else None)
+    return () if card is None else (replace(card, memory=None),)
 
 
 def _hides_all(mask: str | None) -> bool:
@@ -174,7 +184,9 @@ def look(found: Gpus, cuda: int | None, torch_build: str | None) -> Iterator[Fin
         if found.problem:
             yield Finding("GPU", FAILURE, found.problem, f"mend the driver; {_HIDE}")
         elif found.hidden:
-            yield Finding("GPU", OK, f"{found.hidden} hidden by CUDA_VISIBLE_DEVICES: training runs on the processor")
+            yield Finding(
+                "GPU", OK, f"{len(found.hidden)} hidden by CUDA_VISIBLE_DEVICES: training runs on the processor"
+            )
         else:
             yield Finding("GPU", OK, "none: training runs on the processor")
         return
@@ -189,12 +201,14 @@ def look(found: Gpus, cuda: int | None, torch_build: str | None) -> Iterator[Fin
             f"nvidia-smi does not tell it; the defaults count on {UNKNOWN_MEMORY / 2**30:.0f} GiB",
             "give train.batch and train.gradient_checkpointing if there is more",
         )
-    if more and len({other.name for other in found.cards}) > 1 and "CUDA_DEVICE_ORDER" not in os.environ:
+    by_number = os.environ.get("CUDA_VISIBLE_DEVICES", "0")[:1].isdigit()
+    kinds = {other.name for other in (*found.cards, *found.hidden)}
+    if by_number and len(kinds) > 1 and "CUDA_DEVICE_ORDER" not in os.environ:
         yield Finding(
             "GPU order",
             WARNING,
             "the cards differ, and CUDA may count them in another order than nvidia-smi",
-            "set CUDA_DEVICE_ORDER=PCI_BUS_ID and choose one with CUDA_VISIBLE_DEVICES",
+            "set CUDA_DEVICE_ORDER=PCI_BUS_ID, and choose one with CUDA_VISIBLE_DEVICES",
         )
     yield _driver(card, cuda)
     yield _capability(card)
@@ -231,6 +245,8 @@ def _capability(card: Card) -> Finding:
     major, minor = card.capability
     words = f"{major}.{minor}"
     served = any(major == built[0] and minor >= built[1] for built in COMPILED_FOR)
+    if card.capability >= LEAST_CAPABILITY and not served and platform.machine() != "x86_64":
+        return Finding("compute capability", WARNING, f"{words}: not judged, torch's builds for this processor differ")
     if card.capability < LEAST_CAPABILITY or not served:
         known = ", ".join(f"{a}.{b}" for a, b in COMPILED_FOR)
         return Finding(

@@ -91,12 +91,24 @@ def applicable(lock: list[Requirement]) -> list[Requirement]:
 
 @dataclass(frozen=True)
 class Installed:
-    """A package in an environment: `finished` is whether its installation came to its end and its files are there."""
+    """A package in an environment.
+
+    Attributes:
+        name: normalized.
+        version: as installed.
+        folder: its dist-info.
+        finished: whether its installation came to its end and its files are there.
+    """
 
     name: str
     version: str
     folder: Path
     finished: bool
+
+    @property
+    def as_published(self) -> bool:
+        """Whether it is whole and an index or a folder of wheels gave it, not a URL or a source tree (PEP 610)."""
+        return self.finished and not (self.folder / "direct_url.json").exists()
 
 
 @dataclass(frozen=True)
@@ -150,7 +162,7 @@ def differences(lock: list[Requirement], environment: Environment, torch: str) -
     Returns:
         For each name the version that is there instead; None where there is none, or one that is broken.
     """
-    whole = {package.name: package.version for package in environment.installed() if package.finished}
+    whole = {package.name: package.version for package in environment.installed() if package.as_published}
     pins = applicable(lock)
     cpu_build = next((f"{pin.version}+cpu" for pin in pins if pin.name == "torch"), None)
     has_cpu_build = cpu_build is not None and whole.get("torch") == cpu_build
@@ -212,13 +224,17 @@ def bring_up_to_date(choice: str = AUTO) -> bool:
     """
     environment = this_environment()
     machine.require_virtual_environment()
-    changed = _bootstrap(environment)
-    if up_to_date(choice):
-        return changed
-    torch = wanted_torch(choice)
-    wrong = differences(locked(), environment, torch)
+    bootstrapped = _is_bootstrapped(environment)
+    if bootstrapped and up_to_date(choice):
+        return False
     if choice != CPU:
         require(gpu.look(gpu.gpus(), locked_cuda(), None), "this machine's GPU cannot be trained on")
+    if not bootstrapped:
+        _bootstrap(environment)
+        if up_to_date(choice):
+            return True
+    torch = wanted_torch(choice)
+    wrong = differences(locked(), environment, torch)
     machine.require_space({environment.prefix: space_for(wrong)})
     with exclusive(environment.prefix / ".pipeline-setup.lock"):
         wrong = differences(locked(), environment, torch)
@@ -247,14 +263,21 @@ def _compile(environment: Environment) -> None:
     subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
 
 
-def _bootstrap(environment: Environment) -> bool:
+def _bootstrap_lock() -> Path:
+    return resource("third_party/bootstrap.lock")
+
+
+def _is_bootstrapped(environment: Environment) -> bool:
+    """Whether what this module itself needs is there as locked."""
+    there = {(package.name, package.version) for package in environment.installed() if package.as_published}
+    pins = read_lock(_bootstrap_lock().read_text(encoding="utf-8"))
+    return all((_normal(pin.name), pin.version) in there for pin in pins)
+
+
+def _bootstrap(environment: Environment) -> None:
     """Have pip install what this module itself needs."""
-    lock_file = resource("third_party/bootstrap.lock")
-    pins = read_lock(lock_file.read_text(encoding="utf-8"))
-    there = {(package.name, package.version) for package in environment.installed() if package.finished}
-    if all((_normal(pin.name), pin.version) in there for pin in pins):
-        return False
-    _forget_halves(environment, [pin.name for pin in pins])
+    lock_file = _bootstrap_lock()
+    _forget_halves(environment, [pin.name for pin in read_lock(lock_file.read_text(encoding="utf-8"))])
     options = ["--disable-pip-version-check", "--no-input", "install", "--quiet", "--no-deps", "--force-reinstall"]
     options.append("--only-binary=:all:")
     run(
@@ -264,7 +287,6 @@ def _bootstrap(environment: Environment) -> bool:
         explain=((re.compile(r"do not match the hashes", re.I), _WRONG_HASH), (_NOT_OFFERED, _NO_INDEX)),
         logs=environment.prefix / "logs",
     )
-    return True
 
 
 def install(lock_file: Path, environment: Environment, torch: str) -> None:
@@ -303,13 +325,13 @@ def _install(text: str, environment: Environment, variables: dict[str, str | Non
 
 
 def _forget_halves(environment: Environment, names: Iterable[str]) -> list[str]:
-    """Remove what tells that these packages are there, where that is not so: then their files are written over.
+    """Remove what tells that these packages are there, where they are not as published: their files are written over.
 
     Returns:
-        The names of those that were broken.
+        The names of those.
     """
     wanted = {_normal(name) for name in names}
-    halves = [package for package in environment.installed() if not package.finished and package.name in wanted]
+    halves = [package for package in environment.installed() if not package.as_published and package.name in wanted]
     with disk_errors(environment.prefix):
         for package in halves:
             shutil.rmtree(package.folder)
@@ -319,7 +341,7 @@ def _forget_halves(environment: Environment, names: Iterable[str]) -> list[str]:
 def _uv_install(what: list[str], environment: Environment, variables: dict[str, str | None]) -> None:
     run(
         # Hashes and local versions say which file is right, whichever index has it.
-        [_uv(), "pip", "install", "--python", environment.python, "--no-deps", *_ANY_INDEX, *what],
+        [_uv(), "pip", "install", "--python", environment.python, "--no-deps", "--no-build", *_ANY_INDEX, *what],
         "installing the Python libraries",
         env=variables,
         on_line=_Downloads(),

@@ -5,17 +5,19 @@
 What the project asks for stands in pyproject.toml; [tool.uv] there says how it is resolved, and is read here alone.
 """
 
+import json
 import re
 import shutil
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 
 from pipeline.errors import PipelineError, UserError
 from pipeline.processes import run
 from pipeline.resources import checkout
 from pipeline.setup.indexes import uv_environment
-from pipeline.setup.libraries import read_lock
+from pipeline.setup.libraries import Requirement, read_lock
 
 _BOOTSTRAP = ("packaging", "uv")
 _HEADER = """\
@@ -39,13 +41,16 @@ def lock(root: Path) -> list[str]:
     before = target.read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(root / "pyproject.toml", folder)
+        # How it is resolved is said here alone: with a file that is named, uv reads none of the user or the machine.
+        asked = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8")).get("tool", {}).get("uv", {})
+        options = Path(folder, "uv.toml")
+        options.write_text("".join(f"{key} = {json.dumps(words)}\n" for key, words in asked.items()), encoding="utf-8")
         command = [
             *(find_uv_bin(), "pip", "compile", "pyproject.toml", "--quiet", "--upgrade", "--all-extras", "--universal"),
             *("--python-version", "3.11", "--generate-hashes", "--no-annotate", "--no-emit-index-url"),
             *("--no-emit-find-links", "--custom-compile-command", "make lock", "-o", "new.lock"),
         ]
-        # The configuration is read for once: the checkout's own, which is the one in this folder.
-        variables = {**uv_environment(), "UV_NO_CONFIG": None, "UV_CONFIG_FILE": None, "XDG_CONFIG_HOME": folder}
+        variables = {**uv_environment(), "UV_NO_CONFIG": None, "UV_CONFIG_FILE": str(options)}
         no_solution = (re.compile(r"cause: "), "no versions fit together; pyproject.toml says what is asked for")
         run(command, "resolving requirements.lock", cwd=Path(folder), env=variables, explain=[no_solution])
         after = (Path(folder) / "new.lock").read_text(encoding="utf-8")
@@ -57,19 +62,24 @@ def lock(root: Path) -> list[str]:
 
 
 def changes(before: str, after: str) -> list[str]:
-    """The packages whose versions differ between two locks, in words."""
-    versions: list[dict[str, list[str]]] = []
-    for text in (before, after):
-        found: dict[str, list[str]] = {}
-        for pin in read_lock(text):  # a package may have a version for older and one for newer Pythons
-            found.setdefault(pin.name, []).append(pin.version)
-        versions.append(found)
-    old, new = versions
-    return [
-        f"{name} {' and '.join(old.get(name, ['(new)']))} -> {' and '.join(new.get(name, ['(gone)']))}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-    ]
+    """The packages that differ between two locks, in words."""
+    old, new = _by_name(before), _by_name(after)
+    found = []
+    for name in sorted(old.keys() | new.keys()):
+        versions = [" and ".join(pin.version for pin in pins.get(name, ())) for pins in (old, new)]
+        if versions[0] != versions[1]:
+            found.append(f"{name} {versions[0] or '(new)'} -> {versions[1] or '(gone)'}")
+        elif old[name] != new[name]:
+            found.append(f"{name} {versions[0]}: other files, or for other systems")
+    return found
+
+
+def _by_name(text: str) -> dict[str, list[Requirement]]:
+    """The pins of each package: it may have a version for older and one for newer Pythons."""
+    found: dict[str, list[Requirement]] = {}
+    for pin in read_lock(text):
+        found.setdefault(pin.name, []).append(pin)
+    return found
 
 
 def main() -> int:

@@ -23,9 +23,16 @@ LEAST_FOR_A_RUN = 4 * GIB
 _PYTHONS = ((3, 11), (3, 14))  # the first and the last that requirements.lock serves
 
 
+def has_own_environment() -> bool:
+    """Whether no other programs share this Python: a virtual environment, or one of conda's but for its base."""
+    prefix = Path(sys.prefix)
+    of_conda = (prefix / "conda-meta").is_dir() and not (prefix / "condabin").is_dir()
+    return sys.prefix != sys.base_prefix or of_conda
+
+
 def require_virtual_environment() -> None:
     """Refuse to install into a Python that other programs share."""
-    if sys.prefix == sys.base_prefix:
+    if not has_own_environment():
         raise UserError(
             f"{sys.executable} is not in a virtual environment, and set-up installs into the Python "
             "that runs it: type `python3 -m venv .venv`, install this program there, and run "
@@ -39,7 +46,7 @@ def python() -> Finding:
     first, last = (".".join(map(str, version)) for version in _PYTHONS)
     if not (_PYTHONS[0] <= sys.version_info[:2] <= _PYTHONS[1]) or sys.platform != "linux":
         return Finding("Python", FAILURE, words, f"requirements.lock serves Linux with Python {first} to {last}")
-    if sys.prefix == sys.base_prefix:
+    if not has_own_environment():
         return Finding("Python", FAILURE, f"{words}: no virtual environment", "make one with `python3 -m venv .venv`")
     return Finding("Python", OK, words)
 
@@ -157,15 +164,29 @@ def memory(least: float = 6 * GIB) -> Finding:
 
 def go(*, needed: bool = True) -> Finding:
     """Go, which builds Ollama, if that is still to be built (`needed`)."""
+    from packaging.version import Version
+
+    from pipeline.setup.pins import load_pins
+
+    pin = load_pins().ollama
+    remedy = f"install Go {pin.go} or newer, or Ollama itself, if you want the last stage"
     found = find_program("go")
-    if found is None and not needed:
-        return Finding("Go", OK, "not on PATH; Ollama is built already")
     if found is None:
-        remedy = "install Go, or Ollama itself, if you want the last stage"
-        return Finding("Go", WARNING, "not on PATH: Ollama cannot be built here", remedy)
-    answer = subprocess.run([found, "version"], capture_output=True, text=True, check=False)
-    version = re.search(r"go(\d[\w.]*)", answer.stdout)
-    return Finding("Go", OK, f"{version[1] if version else 'version not told'}, {found}")
+        return Finding("Go", WARNING, "not on PATH", remedy) if needed else _go_is_not_needed("not on PATH")
+    # A Go of 1.21 or newer fetches the one that a module asks for, unless it is told not to.
+    asked = [found, "env", "GOVERSION", "GOTOOLCHAIN"]
+    answer = subprocess.run(asked, cwd="/", capture_output=True, text=True, check=False)
+    version, _, fetches = answer.stdout.partition("\n")
+    match = re.match(r"go(\d+(?:\.\d+)*)", version)
+    words = f"{match[1] if match else 'version not told'}, {found}"
+    if match and Version(match[1]) < Version(pin.go) and fetches.strip() in ("", "local"):
+        words += f", which is too old for Ollama {pin.version}"
+        return Finding("Go", WARNING, words, remedy) if needed else _go_is_not_needed(words)
+    return Finding("Go", OK, words)
+
+
+def _go_is_not_needed(words: str) -> Finding:
+    return Finding("Go", OK, f"{words}; Ollama is built already")
 
 
 def system_name() -> str:

@@ -45,12 +45,13 @@ class SourcePin(PackagePin):
 
 @dataclass(frozen=True)
 class ModulePin:
-    """A Go module: `sum` is what go.sum calls h1."""
+    """A Go module: `sum` is what go.sum calls h1, `go` the first Go that its go.mod takes."""
 
     module: str
     version: str
     sum: str
     commit: str
+    go: str
 
 
 @dataclass(frozen=True)

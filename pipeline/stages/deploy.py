@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 from pipeline import console
 from pipeline.data.questions import asked
 from pipeline.errors import PipelineError, UserError
-from pipeline.ollama.address import given_host, usual_host
 from pipeline.ollama.deployment import proof_name, remove
-from pipeline.ollama.target import local_store, names_of, refuse_taken, remember, server
+from pipeline.ollama.target import find, local_store, names_of, refuse_taken, remember, server
 from pipeline.run.layout import Layout
 from pipeline.run.stage import Stage, Task
 
@@ -87,25 +86,19 @@ def unfinished(figures: dict[str, Any]) -> str | None:
 
 def preview(config: Config, run: Path) -> list[str]:
     """What a deployment would do, one line each; nothing is created (`--dry-run`)."""
-    from pipeline.ollama.client import Client
     from pipeline.ollama.deployment import planned
     from pipeline.ollama.names import canonical
-    from pipeline.ollama.ollama_server import find_ollama
 
     lines, layout = [], Layout(run)
-    host = config.ollama.host or usual_host()
-    try:
-        with Client(host) as client:
+    found, there = find(config.ollama.host), set()
+    if found.running is not None:
+        with found.running as client:
             there = {canonical(name) for name in client.names()}
             lines.append(f"server: Ollama {client.version} at {client.host}")
-    except UserError as error:
-        if config.ollama.host or given_host():
-            raise
-        there = set()
-        program = find_ollama()
-        lines.append(
-            f"server: one of our own ({program}), models in {layout.ollama_models}" if program else f"none: {error}"
-        )
+    elif found.program is not None:
+        lines.append(f"server: one of our own ({found.program}), models in {layout.ollama_models}")
+    else:
+        lines.append(f"none: {found.why}")
     for kind, name in names_of(config.ollama.name, config.export.quant).items():
         request = layout.create_request(kind)
         if not request.is_file():

@@ -1,5 +1,11 @@
 """The processes of stages: what is slow is imported once for all, and no stage finds what another has touched."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -31,16 +37,67 @@ def test_a_stage_begins_with_what_it_declares_and_nothing_of_another(tmp_path: P
     assert all(record["cpu_seconds"] > 0 for record in stages.values())
 
 
-@pytest.mark.parametrize("gpu", [True, False])
-def test_where_there_is_a_gpu_nothing_is_imported_before(tmp_path: Path, gpu: bool) -> None:
-    layout = Layout(tmp_path)
-    config = Config.model_validate({"model": {"base": "x"}, "data": {"train": "x"}, "run": {"folder": tmp_path}})
-    layout.config.write_text(config.model_dump_json())
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """A run whose stage "heavy" is about to be started."""
+    layout = Layout(tmp_path / "run")
     work = layout.partial("heavy", "a")
     (work / "output").mkdir(parents=True)
     layout.log("heavy", "a").parent.mkdir()
+    config = Config.model_validate({"model": {"base": "x"}, "data": {"train": "x"}, "run": {"folder": layout.run}})
+    layout.config.write_text(config.model_dump_json())
+    return layout.run
+
+
+def result(run_folder: Path) -> str:
+    return (Layout(run_folder).partial("heavy", "a") / "result.json").read_text()
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_where_there_is_a_gpu_nothing_is_imported_before(run_folder: Path, gpu: bool) -> None:
     launcher = Launcher(gpu=gpu)
-    ended = launcher.run(tmp_path, HEAVY, "a")
+    ended = launcher.run(run_folder, HEAVY, "a")
     launcher.close()
     assert ended.status == 0
-    assert (f'"imported": {str(not gpu).lower()}') in (work / "result.json").read_text()
+    assert f'"imported": {str(not gpu).lower()}' in result(run_folder)
+
+
+def stand_in_for_torch(folder: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "first" / "torch").mkdir(parents=True)
+    (folder / "first" / "torch" / "__init__.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(folder / "first"), prepend=os.pathsep)
+
+
+def test_library_that_cannot_be_imported_is_named(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in_for_torch(tmp_path, "raise ImportError('libcudart.so.13: no such file')", monkeypatch)
+    launcher = Launcher(gpu=False)
+    ended = launcher.run(run_folder, HEAVY, "a")
+    launcher.close()
+    assert ended.status == 1
+    assert "heavy/a: ImportError: libcudart.so.13: no such file; the log is " in result(run_folder)
+
+
+def test_ctrl_c_while_libraries_are_imported_ends_it_at_once(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = f"import pathlib, time\npathlib.Path({str(tmp_path / 'importing')!r}).touch()\ntime.sleep(600)"
+    stand_in_for_torch(tmp_path, code, monkeypatch)
+    host = subprocess.Popen(
+        [sys.executable, "-P", "-m", "pipeline.run.host", str(os.getpid())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    module = HEAVY.run.__module__
+    request = {"arguments": [str(run_folder), "", module, "heavy", "a"], "libraries": ["torch"]}
+    assert host.stdin is not None
+    print(json.dumps(request), file=host.stdin, flush=True)
+    while not (tmp_path / "importing").exists():
+        time.sleep(0.05)
+        assert host.poll() is None
+    host.send_signal(signal.SIGINT)
+    assert host.communicate(timeout=30)[0] == ""
+    assert host.returncode == -signal.SIGINT

@@ -26,9 +26,15 @@ def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def answers(smi: Path, *cards: str, status: int = 0) -> None:
     """Have it print these cards: "name, memory, driver, capability" each, or any other line."""
-    lines = [f"{UUID.format(number)}, {card}" if "," in card else card for number, card in enumerate(cards)]
+    lines = [f"{UUID.format(number)}, {with_mode(card)}" if "," in card else card for number, card in enumerate(cards)]
     smi.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines) + f"exit {status}\n")
     smi.chmod(0o755)
+
+
+def with_mode(card: str, mode: str = "[N/A]") -> str:
+    """The line of a card that cannot be split, or is ("Enabled")."""
+    rest, _, capability = card.rpartition(", ")
+    return f"{rest}, {mode}, {capability}"
 
 
 def found(torch: str | None = None) -> dict[str, Finding]:
@@ -92,7 +98,7 @@ def test_nvidia_smi_that_knows_no_capability_is_asked_again_without(smi: Path) -
     smi.write_text(
         "#!/bin/sh\n"
         "case $1 in *compute_cap*) echo 'Field \"compute_cap\" is not a valid field to query.'; exit 2;; esac\n"
-        f"echo '{UUID.format(0)}, Tesla K80, 11441, 470.57.02'\n"
+        f"echo '{UUID.format(0)}, Tesla K80, 11441, 470.57.02, [N/A]'\n"
     )
     smi.chmod(0o755)
     assert found()["compute capability"].state == WARNING
@@ -112,6 +118,7 @@ def test_card_whose_memory_is_not_told_is_still_a_gpu(smi: Path) -> None:
     assert "8 GiB" in found()["GPU memory"].found
 
 
+SPLIT = "NVIDIA A100-SXM4-80GB, 81920, 580.82.07, 8.0"
 TWO = ("NVIDIA A, 8192, 580.82.07, 8.6", "NVIDIA B, 24576, 580.82.07, 8.6")
 
 
@@ -145,6 +152,37 @@ def test_cards_that_differ_may_be_counted_otherwise(smi: Path, monkeypatch: pyte
     assert "CUDA_DEVICE_ORDER=PCI_BUS_ID" in found()["GPU order"].remedy
     monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     assert "GPU order" not in found()
+
+
+@pytest.mark.parametrize(("mask", "told"), [("1", True), ("0,1", True), (UUID.format(1), False)])
+def test_order_matters_where_cards_are_named_by_number(
+    smi: Path, monkeypatch: pytest.MonkeyPatch, mask: str, told: bool
+) -> None:
+    answers(smi, *TWO)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
+    assert ("GPU order" in found()) == told
+
+
+@pytest.mark.parametrize("mask", [None, "0", "MIG-7c1e0a4e-1111-5222-8333-444455556666", f"MIG-{UUID.format(0)}/1/0"])
+def test_part_of_a_split_card_is_a_gpu_whose_memory_is_not_told(
+    smi: Path, monkeypatch: pytest.MonkeyPatch, mask: str | None
+) -> None:
+    smi.write_text(f"#!/bin/sh\necho '{UUID.format(0)}, {with_mode(SPLIT, 'Enabled')}'\n")
+    smi.chmod(0o755)
+    if mask is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
+    assert gpu.memory() == gpu.UNKNOWN_MEMORY
+    assert found()["GPU"].found == "NVIDIA A100-SXM4-80GB, memory not told"
+    assert found()["compute capability"].state == OK
+    assert libraries.wanted_torch("auto") == "cuda"
+
+
+def test_builds_for_other_processors_are_not_judged_by_this_list(smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    answers(smi, "NVIDIA Thor, 125772, 580.82.07, 11.0")
+    assert found()["compute capability"].state == WARNING
+    answers(smi, "NVIDIA Tegra X2, 8000, 580.82.07, 6.2")
+    assert found()["compute capability"].state == FAILURE
 
 
 def test_driver_that_does_not_answer_is_told_in_its_words(smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:

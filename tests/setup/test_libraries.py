@@ -137,7 +137,9 @@ def test_whatever_versions_are_there_it_ends_with_exactly_the_lock(
     ]
 
 
-@pytest.mark.parametrize("broken", ["no record", "no installer", "a file is gone", "two of one name"])
+@pytest.mark.parametrize(
+    "broken", ["no record", "no installer", "a file is gone", "two of one name", "somebody's own build"]
+)
 def test_half_of_an_installation_is_found_and_mended(
     wheels: Path, environment: libraries.Environment, tmp_path: Path, broken: str
 ) -> None:
@@ -151,6 +153,9 @@ def test_half_of_an_installation_is_found_and_mended(
         (info / "INSTALLER").unlink()
     elif broken == "a file is gone":
         (info.parent / "one.py").unlink()
+    elif broken == "somebody's own build":
+        (info / "direct_url.json").write_text('{"url": "file:///home/me/one", "dir_info": {"editable": true}}')
+        (info.parent / "one.py").write_text("VERSION = 'mine'\n")
     else:
         other = Path(shutil.copytree(info, info.with_name("one-0.5.dist-info")))
         (other / "METADATA").write_text("Metadata-Version: 2.1\nName: one\nVersion: 0.5\n")

@@ -12,10 +12,11 @@ import pytest
 from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from support.packages import make_wheel
 
 from pipeline.errors import PipelineError
 from pipeline.setup import libraries
-from pipeline.setup.lock import changes, lock
+from pipeline.setup.lock import changes, lock, main
 from pipeline.setup.pins import load_pins, pins
 
 ROOT = Path(__file__).parents[2]
@@ -116,6 +117,8 @@ def test_what_changed_is_told_by_package() -> None:
     after = "one==1.1 \\\n    --hash=sha256:1\nthree==3.0 \\\n    --hash=sha256:0\nsame==1 \\\n    --hash=sha256:0\n"
     assert changes(before, after) == ["one 1.0 -> 1.1", "three (new) -> 3.0", "two 2.0 -> (gone)"]
     assert changes(before, before) == []
+    # A wheel more, or another marker, is a change as well.
+    assert changes(before, before.replace("sha256:0", "sha256:2", 1)) == ["one 1.0: other files, or for other systems"]
 
 
 @pytest.mark.usefixtures("index")
@@ -136,6 +139,37 @@ def test_lock_is_made_anew_and_says_what_changed(tmp_path: Path) -> None:
     assert all("--hash=sha256:" in pin.text for pin in libraries.read_lock(text))
     for pin in libraries.read_lock((tmp_path / "third_party" / "bootstrap.lock").read_text()):
         assert pin.version == made[pin.name]
+
+
+def test_make_lock_tells_what_changed_and_what_to_do_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "third_party").mkdir()
+    for name in ("requirements.lock", "third_party/bootstrap.lock"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    project = '[project]\nname = "x"\nversion = "1"\ndependencies = ["one", "packaging", "uv"]\n'
+    project += '[tool.uv]\nexclude-dependencies = ["two"]\n'
+    (tmp_path / "pyproject.toml").write_text(project)
+    wheels = tmp_path / "wheels"
+    for name in ("one", "packaging", "uv"):
+        make_wheel(wheels, name, "1.0")
+    monkeypatch.setattr("pipeline.setup.lock.checkout", lambda: tmp_path)
+    monkeypatch.setenv("UV_FIND_LINKS", str(wheels))
+    monkeypatch.setenv("UV_NO_INDEX", "1")
+    # What the user has configured about versions counts for nothing.
+    (tmp_path / "config" / "uv").mkdir(parents=True)
+    (tmp_path / "config" / "uv" / "uv.toml").write_text('override-dependencies = ["one==7"]\n')
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    assert main() == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "one (new) -> 1.0" in said
+    assert any(line.startswith("torch ") and line.endswith("-> (gone)") for line in said)
+    assert said[-1].startswith("`make setup` installs it")
+    assert main() == 0
+    assert capsys.readouterr().out == "nothing changed\n"
+    (tmp_path / "pyproject.toml").write_text(project.replace('"one"', '"nowhere"'))
+    assert main() == 1
+    assert capsys.readouterr().err.startswith("error: resolving requirements.lock")
 
 
 def test_lock_that_cannot_be_resolved_changes_nothing(
