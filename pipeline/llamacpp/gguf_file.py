@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # Value types of the format, by number: struct's code for each number type.
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_LENGTH = struct.Struct("<Q")
 
 REQUIRED_KEYS = (
     "general.architecture",
@@ -225,12 +226,21 @@ class _Header:
         return value
 
     def string(self) -> str:
-        length = self.number("Q")
-        text = self.data[self.at : self.at + length]
-        if len(text) != length:
-            raise IndexError
-        self.at += length
-        return text.decode("utf-8")
+        (text,) = self.strings(1)
+        return text
+
+    def strings(self, count: int) -> list[str]:
+        """Many strings, as a vocabulary has: a call for each would take seconds."""
+        data, at, found = self.data, self.at, []
+        for _ in range(count):
+            (length,) = _LENGTH.unpack_from(data, at)
+            text = data[at + 8 : at + 8 + length]
+            if len(text) != length:
+                raise IndexError
+            found.append(str(text, "utf-8"))
+            at += 8 + length
+        self.at = at
+        return found
 
     def value(self) -> Any:
         return self._value(self.number("I"))
@@ -246,6 +256,8 @@ class _Header:
                 values = struct.unpack_from(f"<{length}{code}", self.data, self.at)
                 self.at += struct.calcsize(f"<{length}{code}")
                 return list(values)
+            if kind == _STRING:
+                return self.strings(length)
             return [self._value(kind) for _ in range(length)]
         if kind not in _NUMBERS:
             raise ValueError(f"a value of the unknown type {kind}")
