@@ -110,6 +110,11 @@ class Installed:
         """Whether it is whole and an index or a folder of wheels gave it, not a URL or a source tree (PEP 610)."""
         return self.finished and not (self.folder / "direct_url.json").exists()
 
+    @property
+    def described(self) -> str:
+        """The version, which is a lock's own only if the package is as published."""
+        return self.version if self.as_published else f"{self.version} of somebody's own"
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -162,7 +167,7 @@ def differences(lock: list[Requirement], environment: Environment, torch: str) -
     Returns:
         For each name the version that is there instead; None where there is none, or one that is broken.
     """
-    whole = {package.name: package.version for package in environment.installed() if package.as_published}
+    whole = {package.name: package.described for package in environment.installed() if package.finished}
     pins = applicable(lock)
     cpu_build = next((f"{pin.version}+cpu" for pin in pins if pin.name == "torch"), None)
     has_cpu_build = cpu_build is not None and whole.get("torch") == cpu_build

@@ -155,6 +155,7 @@ def test_half_of_an_installation_is_found_and_mended(
         (info.parent / "one.py").unlink()
     elif broken == "somebody's own build":
         (info / "direct_url.json").write_text('{"url": "file:///home/me/one", "dir_info": {"editable": true}}')
+        (info.parent / "one.py").unlink()  # uv's cache may have the same file
         (info.parent / "one.py").write_text("VERSION = 'mine'\n")
     else:
         other = Path(shutil.copytree(info, info.with_name("one-0.5.dist-info")))
