@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.cli import configured, resolved
+from pipeline.processes import cores
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -109,8 +110,6 @@ def plan(
 
 
 def _machine(settings: Config, gpu: int | None, memory: int | None, disk: int | None) -> Machine:
-    import os
-
     from pipeline.setup import gpu as cards
     from pipeline.setup.machine import existing, memory_bytes
 
@@ -121,7 +120,7 @@ def _machine(settings: Config, gpu: int | None, memory: int | None, disk: int | 
         memory or memory_bytes(),
         disk or shutil.disk_usage(existing(settings.run_folder)).free,
         named[0].name if named and gpu is None else "",
-        len(os.sched_getaffinity(0)),
+        cores(),
     )
 
 

@@ -175,6 +175,11 @@ def die_with_parent(by: signal.Signals = signal.SIGTERM) -> None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, by)
 
 
+def cores() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def end_with_parent(parent: int) -> None:
     """Have this process killed when its parent ends: a stage would go on writing into a folder that nobody has locked.
 

@@ -28,6 +28,9 @@ class RowError(UserError):
         super().__init__(words)
         self.kind = kind
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RowError, (self.kind, str(self))  # it comes from another process
+
 
 class MarkedRow(RowError):
     """A row whose own marks say that none of it is trained: no mistake, and no row to train on."""

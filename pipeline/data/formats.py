@@ -109,6 +109,12 @@ class Conversation:
         return " ".join(message["content"] for message in self.messages) if self.text is None else self.text
 
     @property
+    def size(self) -> int:
+        """About how many characters a template makes of it."""
+        calls = sum(len(str(message.get("tool_calls", ""))) for message in self.messages)
+        return len(self.whole) + calls + len(str(self.tools or ""))
+
+    @property
     def answer(self) -> str:
         """The last answer; "" for a whole text."""
         return str(self.messages[-1]["content"]) if self.text is None else ""

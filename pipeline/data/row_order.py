@@ -1,8 +1,8 @@
-"""The order in which padded rows are trained: rows of like lengths in one batch, the batches in random order.
+"""The order in which rows are trained: at random, and where they are padded, rows of like lengths in one batch.
 
-A batch is as long as its longest row. Of rows with 20, 900, 30 and 1000 tokens, batches of two have 1850 places of
-padding as [20, 900] and [30, 1000], and 110 as [20, 30] and [900, 1000]. The longest batch comes first: what does not
-fit into the memory fails at once.
+A padded batch is as long as its longest row. Of rows with 20, 900, 30 and 1000 tokens, batches of two have 1850 places
+of padding as [20, 900] and [30, 1000], and 110 as [20, 30] and [900, 1000]. The largest batch comes first: what does
+not fit into the memory fails at once.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ class RowOrder:
         lengths: of every row, in tokens.
         batch: rows in a batch.
         seed: of the order.
+        padded: whether the rows of a batch are padded to one length, or laid end to end.
     """
 
-    def __init__(self, lengths: NDArray[np.integer], batch: int, seed: int) -> None:
-        self.lengths, self.batch, self.seed = lengths, batch, seed
+    def __init__(self, lengths: NDArray[np.integer], batch: int, seed: int, *, padded: bool) -> None:
+        self.lengths, self.batch, self.seed, self.padded = lengths, batch, seed, padded
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -42,15 +43,18 @@ class RowOrder:
 
         generator = np.random.default_rng([self.seed, self.epoch])
         order = generator.permutation(len(self.lengths))
-        window = _WINDOW * self.batch
-        for start in range(0, len(order), window):
-            part = order[start : start + window]
-            order[start : start + window] = part[np.argsort(-self.lengths[part], kind="stable")]
-        whole = len(order) // self.batch * self.batch  # a smaller batch stays the last one: of short rows
+        if self.padded:
+            window = _WINDOW * self.batch
+            for start in range(0, len(order), window):
+                part = order[start : start + window]
+                order[start : start + window] = part[np.argsort(-self.lengths[part], kind="stable")]
+        whole = len(order) // self.batch * self.batch  # a smaller batch stays the last one
         batches = order[:whole].reshape(-1, self.batch)
         generator.shuffle(batches)
         if len(batches):
-            longest = int(self.lengths[batches].max(axis=1).argmax())
-            batches[[0, longest]] = batches[[longest, 0]]
+            lengths = self.lengths[batches]
+            sizes = lengths.max(axis=1) if self.padded else lengths.sum(axis=1)
+            largest = int(sizes.argmax())
+            batches[[0, largest]] = batches[[largest, 0]]
         yield from batches.ravel().tolist()
         yield from order[whole:].tolist()

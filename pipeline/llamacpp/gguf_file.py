@@ -9,7 +9,6 @@ and a file that ends too early can be told from one that is wrong.
 
 import math
 import mmap
-import os
 import struct
 from collections import Counter
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.ggml import TensorType, all_finite, dequantize, tensor_type
+from pipeline.processes import cores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -326,7 +326,7 @@ def _bad_vocabulary(info: GGUFInfo) -> Iterator[str]:
 
 
 def _bad_values(info: GGUFInfo) -> Iterator[str]:
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # the library computes without Python's lock
+    with ThreadPoolExecutor(cores()) as pool:  # the library computes without Python's lock
         yield from filter(None, pool.map(lambda tensor: _bad_value(info, tensor), info.tensors))
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.ggml import shared_library
+from pipeline.processes import cores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -202,7 +203,7 @@ class LlamaModel:
         self.adapter = adapter
         self.context = context
         self.exact = exact
-        self.threads = threads or len(os.sched_getaffinity(0))
+        self.threads = threads or cores()
         self.vocabulary_size = 0
         self._stack = contextlib.ExitStack()
 

@@ -6,7 +6,6 @@ shapes round differently), temperature 0.
 
 import contextlib
 import json
-import os
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 from pipeline.errors import PipelineError, UserError
 from pipeline.lines import lines
 from pipeline.llamacpp.programs import lora_arguments, program
-from pipeline.processes import failure, free_port, start, stop, wait_until
+from pipeline.processes import cores, failure, free_port, start, stop, wait_until
 
 if TYPE_CHECKING:
     import httpx
@@ -68,7 +67,7 @@ class LlamaServer:
         self.jinja = jinja
         self.template = template
         self.log = log
-        self.threads = threads or len(os.sched_getaffinity(0))
+        self.threads = threads or cores()
         self.url = ""
         self.command: list[str] = []
         self._stack = contextlib.ExitStack()

@@ -8,7 +8,6 @@ refused by name.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from pipeline.model.nf4 import Record, dequantized
 from pipeline.model.targets import OTHER_SENSES
 from pipeline.model.weights_file import Weights, torch_type
 from pipeline.model.weights_writer import TensorPlan, WeightsWriter
+from pipeline.processes import cores
 
 _PIECE = 1 << 18  # numbers that are added at once: they stay in a processor's cache
 _PART = re.compile(
@@ -360,7 +360,7 @@ def write_merged(merged: MergedWeights, folder: Path, update: Callable[[float], 
     threads = torch.get_num_threads()
     with WeightsWriter(folder, plans) as writer:
         # One thread for each of the processor's, each computing alone.
-        pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), initializer=torch.set_num_threads, initargs=(1,))
+        pool = ThreadPoolExecutor(cores(), initializer=torch.set_num_threads, initargs=(1,))
         try:
             results = pool.map(lambda name: _write_one(merged, name, writer), sorted(plans, key=merged.base.place))
             for done, (base, rounding) in enumerate(results, 1):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,10 +15,14 @@ from pipeline.data.findings import Findings
 from pipeline.data.formats import Conversation
 from pipeline.data.sources import file_of
 from pipeline.data.token_file import TokenFile, put_in_order
+from pipeline.prompt.encoder_pool import EncoderPool
 from pipeline.prompt.labels import IGNORED, Tokenized, decode, leading_bos, trained_parts
-from pipeline.prompt.sequences import Encoder, Outcome
+from pipeline.prompt.sequences import Outcome
 
-BATCH = 1000  # rows tokenized in one call: enough for the tokenizer's threads, little memory
+# Rows that are tokenized in one call, enough to be quick; fewer where they have so much text, which needs memory.
+BATCH, _CHARACTERS = 500, 2_000_000
+# Batches encoded while further rows are read: as many whoever encodes them, so that findings come in one order.
+_AHEAD = 8
 EXAMPLES = 3  # sequences shown in data.json
 _BARS = 20  # of the histogram of lengths
 
@@ -29,7 +34,7 @@ class TrainingSet:
         name: the set's.
         rows: the file of the conversations, JSON lines.
         tokens: the file of their sequences, Arrow.
-        encoder: makes the sequences.
+        encoders: make the sequences.
         findings: takes what is wrong with a row, or was done with it.
         leaks: held-out sets that every kept row is compared with.
         shuffle: the seed of the order in which the conversations stand in the end; None for the order in which they
@@ -42,7 +47,7 @@ class TrainingSet:
         name: str,
         rows: Path,
         tokens: Path,
-        encoder: Encoder,
+        encoders: EncoderPool,
         findings: Findings,
         leaks: Iterable[Leaks] = (),
         shuffle: int | None = None,
@@ -52,8 +57,10 @@ class TrainingSet:
         self._order: list[tuple[bytes, int]] = []  # of each conversation what draws its place, and its sequences
         self._rows = rows.open("w", encoding="utf-8", newline="\n")
         self._tokens = TokenFile(tokens)
-        self._encoder, self._findings, self._leaks = encoder, findings, tuple(leaks)
+        self._encoders, self._findings, self._leaks = encoders, findings, tuple(leaks)
         self._waiting: list[Conversation] = []
+        self._characters = 0  # in them
+        self._begun: deque[Future[list[Outcome]]] = deque()
         self._lengths: Counter[int] = Counter()
         self._ends: set[int] = set()
         self._leading_bos: set[int] = set()
@@ -70,13 +77,19 @@ class TrainingSet:
     def add(self, row: Conversation) -> None:
         """Take a row."""
         self._waiting.append(row)
-        if len(self._waiting) == BATCH:
-            self._flush()
+        self._characters += row.size
+        if len(self._waiting) == BATCH or self._characters > _CHARACTERS:
+            self._begin()
+            if len(self._begun) > _AHEAD:
+                self._write_first()
 
-    def _flush(self) -> None:
-        for outcome in self._encoder.encode(self._waiting):
+    def _begin(self) -> None:
+        self._begun.append(self._encoders.begin(self._waiting))
+        self._waiting, self._characters = [], 0
+
+    def _write_first(self) -> None:
+        for outcome in self._encoders.outcomes(self._begun.popleft()):
             self._write(outcome)
-        self._waiting = []
 
     def _write(self, outcome: Outcome) -> None:
         row = outcome.row
@@ -109,7 +122,7 @@ class TrainingSet:
                 self._ends.add(next(label for label in reversed(sequence.labels) if label != IGNORED))
 
     def _count(self, row: Conversation, sequence: Tokenized) -> None:
-        tokenizer = self._encoder.tokenizer
+        tokenizer = self._encoders.encoder.tokenizer
         length, trained = len(sequence.input_ids), sequence.trained
         self._lengths[length] += 1
         self._trained += trained
@@ -128,7 +141,9 @@ class TrainingSet:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
-            self._flush()
+            self._begin()
+            while self._begun:
+                self._write_first()
         self._rows.close()
         self._tokens.__exit__(kind, error, trace)
         if error is None and self._shuffle is not None:
@@ -162,7 +177,7 @@ class TrainingSet:
             "length_percentiles": {str(p): _at(self._lengths, (sequences - 1) * p // 100) for p in (50, 90, 99)}
             if sequences
             else {},
-            "end_of_turn": sorted(decode(self._encoder.tokenizer, [token]) for token in self._ends),
+            "end_of_turn": sorted(decode(self._encoders.encoder.tokenizer, [token]) for token in self._ends),
             "leading_bos": sorted(self._leading_bos),
         }
 

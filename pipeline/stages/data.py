@@ -33,6 +33,7 @@ from pipeline.model.facts import base_files, context_of
 from pipeline.model.trained_tokenizer import adapter_files, trained_tokenizer
 from pipeline.ollama.parameters import served_context
 from pipeline.prompt.chat_templates import DEFAULT, OF_TEXTS
+from pipeline.prompt.encoder_pool import EncoderPool
 from pipeline.prompt.lengths import check_room, question_lengths
 from pipeline.prompt.sequences import TOO_LONG_CUT, TOO_LONG_DROPPED, TOO_LONG_SPLIT, Encoder
 from pipeline.prompt.template import render
@@ -81,7 +82,10 @@ def main(task: Task) -> dict[str, Any]:
     base = base_folder(model)
     encoder = _encoder(task, base)
     figures: dict[str, Any] = {} if data.train is None else _adapter(task, base)
-    with task.new(task.layout.findings).open("w", encoding="utf-8", newline="\n") as file:
+    with (
+        EncoderPool(encoder) as encoders,
+        task.new(task.layout.findings).open("w", encoding="utf-8", newline="\n") as file,
+    ):
         found = {name: Findings(name, file) for name in ("test", "validation")}
         test = _asked(_read(data.test, reading, found["test"]), found["test"])
         _settle(task, found["test"])
@@ -91,9 +95,9 @@ def main(task: Task) -> dict[str, Any]:
         figures |= {"test_rows": len(test), "test_longest_question": max(lengths, default=0)}
         held_out = _read(data.validation, reading, found["validation"])
         leaks = {"validation": Leaks(held_out), "test": Leaks(test)}
-        found["train"], sets = _train_and_validation(task, reading, encoder, file, leaks)
+        found["train"], sets = _train_and_validation(task, reading, encoders, file, leaks)
         if data.validation is not None:
-            with _new_set(task, "validation", encoder, found["validation"]) as sets["validation"]:
+            with _new_set(task, "validation", encoders, found["validation"]) as sets["validation"]:
                 for row in held_out:
                     sets["validation"].add(row)
             _settle(task, found["validation"])
@@ -231,14 +235,18 @@ def _check_test(task: Task, test: Sequence[Conversation]) -> None:
         task.warn(f"{path.name}: {with_tools:,} of {len(test):,} rows have tools; they are not asked")
 
 
-def _new_set(task: Task, name: str, encoder: Encoder, findings: Findings, leaks: Sequence[Leaks] = ()) -> TrainingSet:
+def _new_set(
+    task: Task, name: str, encoders: EncoderPool, findings: Findings, leaks: Sequence[Leaks] = ()
+) -> TrainingSet:
     layout = task.layout
     seed = task.config.train.seed if task.config.data.shuffle else None
-    return TrainingSet(name, task.new(layout.rows(name)), task.new(layout.tokens(name)), encoder, findings, leaks, seed)
+    return TrainingSet(
+        name, task.new(layout.rows(name)), task.new(layout.tokens(name)), encoders, findings, leaks, seed
+    )
 
 
 def _train_and_validation(
-    task: Task, reading: Reading, encoder: Encoder, file: IO[str], leaks: dict[str, Leaks]
+    task: Task, reading: Reading, encoders: EncoderPool, file: IO[str], leaks: dict[str, Leaks]
 ) -> tuple[Findings, dict[str, TrainingSet]]:
     """Write the training set, and what is split off it; where there are two rows to split, one in each."""
     data = task.config.data
@@ -246,7 +254,7 @@ def _train_and_validation(
     start, again = file.tell(), False
     near = _nearly_repeated(task, reading) if data.duplicates == "near" else {}
     while True:
-        findings, sets, least, most = _one_pass(task, reading, encoder, file, leaks, near, share, again=again)
+        findings, sets, least, most = _one_pass(task, reading, encoders, file, leaks, near, share, again=again)
         train, validation = (sets[name].kept for name in ("train", "validation"))
         if not share or (train and (validation or again or least >= most)):
             return findings, sets
@@ -277,7 +285,7 @@ def _nearly(place: str, other: str, similarity: float) -> str:
 def _one_pass(
     task: Task,
     reading: Reading,
-    encoder: Encoder,
+    encoders: EncoderPool,
     file: IO[str],
     leaks: dict[str, Leaks],
     nearly_repeated: dict[str, str],
@@ -295,8 +303,8 @@ def _one_pass(
     least, most = 1.0, 0.0
     with ExitStack() as stack:
         sets = {
-            "train": stack.enter_context(_new_set(task, "train", encoder, findings, tuple(leaks.values()))),
-            "validation": stack.enter_context(_new_set(task, "validation", encoder, findings)),
+            "train": stack.enter_context(_new_set(task, "train", encoders, findings, tuple(leaks.values()))),
+            "validation": stack.enter_context(_new_set(task, "validation", encoders, findings)),
         }
         update = stack.enter_context(progress("data, split anew" if again else "data", None, "rows"))
         for row, weight in _training_rows(task, reading, findings):

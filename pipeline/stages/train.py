@@ -286,9 +286,10 @@ def make_trainer(
         """SFTTrainer that writes down every batch it trains on, and weights the validation loss by tokens."""
 
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            if end_to_end:  # nothing is padded
+            if packing:  # into sequences of one length
                 return super()._get_train_sampler(train_dataset)
-            return RowOrder(lengths_of(self.train_dataset), self.args.train_batch_size, settings.seed)
+            lengths = lengths_of(self.train_dataset)
+            return RowOrder(lengths, self.args.train_batch_size, settings.seed, padded=not end_to_end)
 
         def _get_eval_sampler(self, eval_dataset: Any) -> Any:
             return lengths_of(eval_dataset).argsort(kind="stable").tolist()  # the least padding

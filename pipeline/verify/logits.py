@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from pipeline.model.merging import MergedWeights
 from pipeline.model.nf4 import Record
 from pipeline.model.predict import predict
 from pipeline.model.weights_file import read_weights
-from pipeline.processes import require_space
+from pipeline.processes import cores, require_space
 from pipeline.setup import machine
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.reconvert import unquantized_type
@@ -271,7 +270,7 @@ def _measure(artefacts: Artefacts) -> Callable[[Path], DivergenceStatistics]:
         progress("logits of the 16-bit file", chunks, "chunks") as update,
     ):
         write_reference(model, ids, reference, context, update)
-    threads = len(os.sched_getaffinity(0))
+    threads = cores()
 
     def by_llama_perplexity(path: Path) -> DivergenceStatistics:
         with progress(f"logits of {path.name}", chunks, "chunks") as update:
