@@ -295,6 +295,9 @@ class Eval(Section):
 
     metric: Literal["json", "text", "none"] = Field("text", description="json: equal objects; text: equal strings")
     limit: int | None = Field(None, ge=1, description="how many test questions are asked, the first ones")
+    minutes: float | None = Field(
+        None, gt=0, description="most minutes that each rung is asked: as many of the first questions as that allows"
+    )
     max_new_tokens: int = Field(256, ge=1, description="longest answer, in tokens")
 
 

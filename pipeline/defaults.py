@@ -48,6 +48,7 @@ RULES = {
     "ollama.host": "OLLAMA_HOST; without it the usual address if an Ollama answers there, else one of the run's own",
     "ollama.license": "none",
     "eval.limit": "all for a base of less than a billion parameters, else 100",
+    "eval.minutes": "none: every question of eval.limit is asked",
     "verify.quantized_divergence": "by the bits of the type",
     "verify.quantization_error": "by the bits of the type",
 }

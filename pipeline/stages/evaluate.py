@@ -25,6 +25,7 @@ from pipeline.verify.rungs import ADAPTER, ADAPTER_16BIT, BASE, GGUF_16BIT, MERG
 from pipeline.verify.statistics import wilson_interval
 
 TABLE = "table"
+_TIMED = 8  # questions that tell how long one takes
 _ON_THE_BASE = (BASE, ADAPTER, ADAPTER_16BIT)
 
 
@@ -68,12 +69,15 @@ def main(task: Task) -> dict[str, Any]:
         return _table(task)
     questions = _questions(task)
     started = time.monotonic()
-    with answerer_at_rung(task, questions) as answer_all:
-        if answer_all is None:
+    with answerer_at_rung(task, questions) as answer:
+        if answer is None:
             return {"asked": 0, "why": "not deployed"}
         with progress(f"asking {task.variant}", len(questions), "questions") as update:
-            answers = answer_all(update)
+            answers = _within(task.config.eval.minutes, answer, questions, update)
     seconds = time.monotonic() - started
+    if len(answers) < len(questions):
+        task.warn(f"{task.variant}: eval.minutes allowed {len(answers):,} of {len(questions):,} questions")
+        questions = questions[: len(answers)]
     results = [
         {
             "expected": question.expected,
@@ -96,16 +100,35 @@ def _questions(task: Task) -> list[Question]:
     return asked(task.layout.data, task.config.eval.limit, ("test",))
 
 
-Answerer = Callable[[Callable[[float], None]], list[str]]
+def _within(
+    minutes: float | None, answer: Answerer, questions: Sequence[Question], update: Callable[[float], None]
+) -> list[str]:
+    """The answers to as many of the first questions as the time allows, by what the first few of them take."""
+    first = questions if minutes is None else questions[:_TIMED]
+    started = time.monotonic()
+    answers = answer(first, update)
+    if minutes is None:
+        return answers
+    allowed = int(60 * minutes * len(first) / (time.monotonic() - started))
+    further = questions[len(first) : allowed]
+    return [*answers, *(answer(further, lambda done: update(len(first) + done)) if further else ())]
+
+
+Answerer = Callable[[Sequence[Question], Callable[[float], None]], list[str]]
 Messages = list[dict[str, Any]]
 
 
 @contextmanager
 def answerer_at_rung(task: Task, questions: Sequence[Question]) -> Iterator[Answerer | None]:
-    """What answers the questions at this rung; None where the model is not there to be asked."""
-    conversations, limit = [question.messages for question in questions], task.config.eval.max_new_tokens
+    """What answers questions at this rung; None where the model is not there to be asked.
+
+    Args:
+        task: the rung.
+        questions: all that may be asked: the longest of them has to fit.
+    """
+    limit = task.config.eval.max_new_tokens
     if task.variant in (BASE, ADAPTER, ADAPTER_16BIT, MERGED):
-        yield _transformers(task, questions)
+        yield _transformers(task)
     elif task.variant == OLLAMA:
         from pipeline.ollama.deployment import deployed
         from pipeline.prompt.conformance import for_ollama
@@ -120,18 +143,18 @@ def answerer_at_rung(task: Task, questions: Sequence[Question]) -> Iterator[Answ
             def ask(messages: Messages) -> str:
                 return str(client.chat(name, for_ollama(messages), options=options)["content"])
 
-            yield partial(_one_by_one, ask, conversations)
+            yield partial(_one_by_one, ask)
     else:
         from pipeline.ollama.serving import llama_server
 
         layout = task.layout
         model = layout.gguf_16bit() if task.variant == GGUF_16BIT else layout.quantized(task.variant)
-        context = context_for(layout.merged_model, conversations, limit)
+        context = context_for(layout.merged_model, [question.messages for question in questions], limit)
         with llama_server(model, context, layout.server_log(task.variant), layout.served_adapters) as server:
             task.command(server.command)
             # As Ollama asks: what a question shares with the last one is not computed again. Computed again it would
             # be rounded otherwise, and near ties would fall to another side than in Ollama.
-            yield partial(_one_by_one, lambda messages: server.chat(messages, limit, cache_prompt=True), conversations)
+            yield partial(_one_by_one, lambda messages: server.chat(messages, limit, cache_prompt=True))
 
 
 def context_for(model: Path, questions: Sequence[Messages], max_new_tokens: int) -> int:
@@ -152,29 +175,35 @@ def context_for(model: Path, questions: Sequence[Messages], max_new_tokens: int)
 
 
 def _one_by_one(
-    ask: Callable[[Messages], str], questions: list[Messages], update: Callable[[float], None]
+    ask: Callable[[Messages], str], questions: Sequence[Question], update: Callable[[float], None]
 ) -> list[str]:
     answers = []
     for question in questions:
-        answers.append(ask(question))
+        answers.append(ask(question.messages))
         update(len(answers))
     return answers
 
 
-def _transformers(task: Task, asked: Sequence[Question]) -> Answerer:
+def _transformers(task: Task) -> Answerer:
     from pipeline.model.generate import answer_in_batches, answers
     from pipeline.model.load import load_adapter, load_base, load_merged
 
     settings, limit = task.config.model, task.config.eval.max_new_tokens
-    questions, expected = [question.messages for question in asked], [question.expected for question in asked]
-    if task.variant == BASE:  # it knows none of the expected answers
-        return partial(answer_in_batches, *load_base(settings), questions, limit)
-    if task.variant == MERGED:
+    if task.variant == BASE:
+        model, tokenizer = load_base(settings)
+    elif task.variant == MERGED:
         model, tokenizer = load_merged(task.layout.merged_model)
     else:
         in_4bit = task.variant == ADAPTER and task.config.train.load_in_4bit
         model, tokenizer = load_adapter(settings, task.layout.adapter, in_4bit=in_4bit)
-    return partial(answers, model, tokenizer, questions, expected, limit)
+
+    def answer(questions: Sequence[Question], update: Callable[[float], None]) -> list[str]:
+        asked = [question.messages for question in questions]
+        if task.variant == BASE:  # it knows none of the expected answers
+            return answer_in_batches(model, tokenizer, asked, limit, update)
+        return answers(model, tokenizer, asked, [question.expected for question in questions], limit, update)
+
+    return answer
 
 
 def _correct(config: Config, answer: str, expected: str) -> bool | None:
@@ -191,11 +220,13 @@ def _table(task: Task) -> dict[str, Any]:
         {
             "messages": question.messages,
             "expected": question.expected,
-            "answers": {rung: results[place]["answer"] for rung, results in answered.items()},
-            "correct": {rung: results[place]["correct"] for rung, results in answered.items()},
+            "answers": {rung: results[place]["answer"] for rung, results in answered.items() if place < len(results)},
+            "correct": {rung: results[place]["correct"] for rung, results in answered.items() if place < len(results)},
         }
         for place, question in enumerate(_questions(task))
     ]
+    # With eval.minutes a slow rung has fewer of the first questions.
+    rows = [row for row in rows if row["answers"]]
     scores: dict[str, Any] = {}
     if task.config.eval.metric != "none":
         for rung, results in answered.items():
