@@ -432,7 +432,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict
         raise UserError(f"{path}: {_TOO_MUCH}") from None
 
     for override in overrides:
-        key, value = _parse_override(override)
+        key, value = parse_override(override)
         _assign(values, key, value, override)
         places |= dict.fromkeys(_dotted(value, key) if isinstance(value, dict) else [key], f"--set {override}")
 
@@ -593,7 +593,12 @@ def _dotted(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield name
 
 
-def _parse_override(override: str) -> tuple[str, Any]:
+def parse_override(override: str) -> tuple[str, Any]:
+    """The key and the value of --set KEY=VALUE: TOML, or a bare word, which is a string.
+
+    Raises:
+        UserError: it has no key, or a value beyond all measure.
+    """
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+){1,3}", key):

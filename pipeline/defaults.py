@@ -20,6 +20,7 @@ from pipeline.prompt.chat_templates import OF_TEXTS
 
 # What stands in for each key whose default is None: in words, for docs/configuration.md and for `pipeline config`.
 # What depends on the base and the machine is worked out by `resolve`; the same page shows that for some of both.
+LONGEST_ROW = 2048  # tokens that a row is held to, and a text cut into
 RULES = {
     "model.revision": "the hub's main branch",
     "model.chat_template": "the base's own; for a base without one zephyr, whose turns end with EOS; for data.format = "
@@ -41,7 +42,7 @@ RULES = {
     "train.eval_interval": "a tenth of the steps, or more where validating would take over an eighth of the time",
     "train.save_interval": "a tenth of the steps, or more so that every validation has one",
     "train.early_stopping": "all steps are trained",
-    "train.max_length": "the smaller of 2048 and the base's context",
+    "train.max_length": f"the smaller of {LONGEST_ROW} and the base's context",
     "train.gradient_checkpointing": "true on a GPU for a base of more than a billion parameters, else false",
     "ollama.name": "the name of the folder of pipeline.toml",
     "ollama.system": "data.system",
@@ -114,7 +115,7 @@ def resolve(config: Config, given: dict[str, str], facts: Facts) -> tuple[Config
     accumulation = max(1, 16 // (config.train.batch or batch)) if gpu else 1
     choose("train.accumulation", accumulation, machine)
     choose("train.optimizer", "adamw_8bit" if gpu else "adamw_torch", machine)
-    context = min(2048, facts.context or 2048)
+    context = min(LONGEST_ROW, facts.context or LONGEST_ROW)
     choose("train.max_length", context)
     longest = config.train.max_length or context
     choose("data.window", longest)

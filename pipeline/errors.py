@@ -19,6 +19,10 @@ class NotInstalled(UserError):
     """A program or a file that set-up brings is not there."""
 
 
+class NoSpace(PipelineError):
+    """A disk has too little room: no fault of what was to be written or read."""
+
+
 def full_disk(error: BaseException) -> bool:
     """Whether an error says that there is no space left, or no more of it for this user or this process."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

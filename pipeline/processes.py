@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from pipeline.console import say
-from pipeline.errors import PipelineError, full_disk
+from pipeline.errors import NoSpace, PipelineError, full_disk
 from pipeline.lines import lines
 from pipeline.resources import cache_folder
 
@@ -201,11 +201,11 @@ def require_space(folder: Path, needed: int, what: str) -> None:
         what: what is to be written, for the message.
 
     Raises:
-        PipelineError: there is less free.
+        NoSpace: there is less free.
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise PipelineError(
+        raise NoSpace(
             f"the disk of {folder} is too full for {what}: it needs about {needed / 1e9:.1f} GB and "
             f"{free / 1e9:.1f} GB are free; free some space and run the same command again"
         )
@@ -223,7 +223,7 @@ def failure(what: str, status: int, output: Sequence[str], folder: Path | None =
     said = [line.strip() for line in output if line.strip()]
     full = folder is not None and shutil.disk_usage(folder).free < _FULL
     if full or any(NO_SPACE.search(line) or "iostream error" in line for line in said):
-        return PipelineError(
+        return NoSpace(
             f"{what}: the output cannot be written, most likely because the disk is full: free some space and "
             "run the same command again" + _last(said[-2:])
         )
@@ -318,7 +318,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if full_disk(error):
-            raise PipelineError(f"{folder}: {_NO_SPACE}") from error
+            raise NoSpace(f"{folder}: {_NO_SPACE}") from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             raise PipelineError(
                 f"{error.filename or folder}: cannot be written ({error.strerror}); "

@@ -6,8 +6,6 @@ import json
 from decimal import Decimal
 from typing import Any
 
-METRICS = ("json", "text", "none")
-
 
 def score(metric: str, answer: str, expected: str) -> bool:
     """Compare an answer with the expected one.

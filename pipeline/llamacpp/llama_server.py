@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 START_SECONDS = 600
 
 
+class Refused(PipelineError):
+    """llama-server runs and does not do what it is asked: it cannot read a file, or render a template so."""
+
+
 class LlamaServer:
     """A GGUF file, served.
 
@@ -122,8 +126,9 @@ class LlamaServer:
             status = self.process.poll()
             if status is not None and status < 0:
                 raise failure(f"llama-server, loading {self.model}", status, self._said())
-            what = "cannot load" if status is not None else f"has not loaded in {START_SECONDS} s"
-            raise PipelineError(f"llama-server {what} {self.model}{self._reason()}")
+            if status is not None:
+                raise Refused(f"llama-server cannot load {self.model}{self._reason()}")
+            raise PipelineError(f"llama-server has not loaded {self.model} in {START_SECONDS} s{self._reason()}")
 
     def _ready(self) -> bool:
         import httpx
@@ -151,7 +156,7 @@ class LlamaServer:
             state = f" (llama-server ended with {ended}){self._reason()}" if ended is not None else ""
             raise PipelineError(f"llama-server, {path}: {error or type(error).__name__}{state}") from error
         if response.is_error:
-            raise PipelineError(f"llama-server, {path}: {_words(response.content)}")
+            raise Refused(f"llama-server, {path}: {_words(response.content)}")
         answer: dict[str, Any] = response.json()
         return answer
 
@@ -232,11 +237,6 @@ class LlamaServer:
             PipelineError: the server refuses, breaks off or ends; with its words.
         """
         yield from stream_chat(self.client, {"messages": list(messages), "temperature": 0})
-
-    def props(self) -> dict[str, Any]:
-        """What the server says of itself: "chat_template", "default_generation_settings", "build_info"..."""
-        properties: dict[str, Any] = self.client.get("/props").raise_for_status().json()
-        return properties
 
 
 def stream_chat(client: "httpx.Client", body: Mapping[str, Any]) -> Iterator[str]:

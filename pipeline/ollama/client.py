@@ -7,6 +7,7 @@ neither REQUIRES, nor the debug rendering of a prompt, nor an upload with progre
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,11 +146,13 @@ class Client:
 
         Raises:
             RenderRefused: the template refused them.
+            PipelineError: nothing was rendered, for another reason.
         """
         body = _chat_body(name, messages, tools, think) | {"_debug_render_only": True, "truncate": False}
         answer = self._send("POST", "/api/chat", json=body)
-        if not answer.is_success:
+        if answer.status_code in (400, 500) and not _NO_RUNNER.search(_words(answer)):
             raise RenderRefused(_words(answer))
+        self._check(answer, f"{name} was not rendered by Ollama at {self.host}")
         return str(answer.json()["_debug_info"]["rendered_template"])
 
     def chat(
@@ -260,7 +263,13 @@ def _chat_body(
     return body
 
 
+# What Ollama says with status 500 where it is not the template that failed.
+_NO_RUNNER = re.compile(r"terminated|not responding|no longer running|connection refused|EOF|timed out", re.I)
 # What a status means that does not come from Ollama, whose own refusals are JSON, but from a proxy in front of it.
+# What Ollama says with status 500 where it is not the template that failed.
+_NO_RUNNER = re.compile(
+    r"terminated|not responding|no longer running|connection refused|unexpected EOF|timed out", re.I
+)
 _STATUSES = {
     401: "a user name and a password are wanted, or these are wrong: set the variable OLLAMA_HOST to the address with "
     "them, as in http://user:password@host:port",

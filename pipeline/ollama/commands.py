@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.ollama.rendering import Choice
     from pipeline.prompt.template import ChatTemplate
+    from pipeline.run.layout import Layout
 
 Stream = Callable[[list[dict[str, Any]]], Iterator[str]]
 
@@ -291,7 +292,8 @@ def _rung(path: Path, gguf: str | None, *, adapter: bool) -> Iterator[tuple[Stre
     layout = Layout(run)
     if gguf == "":
         file = layout.quantized(config.export.quant[0])
-        with llama_server(_made(file, "quantize"), adapters=layout.served_adapters) as server:
+        context = _remembered(layout, config.export.quant[0])
+        with llama_server(_made(file, "quantize"), context, adapters=layout.served_adapters) as server:
             yield server.stream, config.served_system
     elif adapter:
         yield _adapter(config, _made(layout.adapter, "train")), config.served_system
@@ -304,6 +306,14 @@ def _rung(path: Path, gguf: str | None, *, adapter: bool) -> Iterator[tuple[Stre
                 raise UserError(f"{run}: the model is not in Ollama; `pipeline chat --gguf` asks its file")
             client, name = served
             yield lambda messages: client.stream(name, messages), ""
+
+
+def _remembered(layout: Layout, kind: str) -> int | None:
+    """The context that Ollama gives the run's model; None where that is not decided yet."""
+    from pipeline.ollama.deployment import planned
+
+    request = layout.create_request(kind)
+    return int(planned(request.parent)[0].parameters["num_ctx"]) if request.is_file() else None
 
 
 def _made(path: Path, stage: str) -> Path:

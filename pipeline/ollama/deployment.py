@@ -24,6 +24,7 @@ from pipeline.ollama.client import Client
 from pipeline.ollama.modelfile_text import ServedModel
 from pipeline.ollama.ollama_server import OllamaServer
 from pipeline.resources import sha256_of
+from pipeline.run.layout import Layout
 
 
 def planned(folder: Path) -> tuple[ServedModel, Path, Path | None]:
@@ -145,7 +146,7 @@ def deployed(run: Path, log: Path | None = None) -> Iterator[tuple[Client, str] 
     Raises:
         PipelineError: the model that was deployed is not there any more, or is another one.
     """
-    record = json.loads((run / "deploy" / "deploy.json").read_text(encoding="utf-8"))
+    record = json.loads(Layout(run).deployment.read_text(encoding="utf-8"))
     if not record["deployed"]:
         yield None
         return
@@ -162,8 +163,9 @@ def deployed(run: Path, log: Path | None = None) -> Iterator[tuple[Client, str] 
 
 def deployed_plan(run: Path) -> tuple[ServedModel, Path, Path | None]:
     """`planned` of the run's first model, the one that `deployed` opens."""
-    record = json.loads((run / "deploy" / "deploy.json").read_text(encoding="utf-8"))
-    return planned(run / "modelfile" / record["models"][0]["variant"])
+    layout = Layout(run)
+    record = json.loads(layout.deployment.read_text(encoding="utf-8"))
+    return planned(layout.create_request(record["models"][0]["variant"]).parent)
 
 
 def _check(client: Client, name: str, digest: str) -> None:

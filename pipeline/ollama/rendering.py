@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from pipeline.errors import PipelineError, UserError
-from pipeline.llamacpp.llama_server import LlamaServer
+from pipeline.llamacpp.llama_server import LlamaServer, Refused
 from pipeline.ollama.client import Client
 from pipeline.ollama.ollama_server import OllamaServer, find_ollama
 from pipeline.ollama.scratch_model import write_scratch_model
@@ -123,6 +123,8 @@ class Engine:
         try:
             client.create(name, {"from": base, "template": go_template})
         except PipelineError as error:
+            if "template" not in str(error):  # a full disk, a server that has ended
+                raise
             raise UserError(f"the Go template is not valid: {error}") from None
         try:
             return judge(template, suite, lambda case: self._ask(name, case), joins=True)
@@ -184,7 +186,7 @@ def ask_llama_server(server: LlamaServer, template: ChatTemplate, conversation: 
         fields["chat_template_kwargs"] = {"enable_thinking": think}
     try:
         return server.apply_template(conversation.messages, **fields)
-    except PipelineError as error:
+    except Refused as error:
         raise RenderRefused(str(error)) from None
 
 
@@ -284,7 +286,7 @@ def _try_native(
         if report.thinking_switched_on:
             jinja = guarded(template.source, thinking_not_said=True)
             reports["native"] = report = engine.judge_native(template, jinja, suite)
-    except PipelineError as error:
+    except Refused as error:
         return jinja, f"llama.cpp cannot use the template: {error}"
     return jinja, "" if report.exact else f"llama.cpp renders it differently ({report.summary})"
 

@@ -51,12 +51,14 @@ def put_on(tokenizer: Any, name: str) -> list[str]:
     Raises:
         UserError: the file cannot be read, or the template needs tokens that the tokenizer does not have.
     """
+    from pipeline.prompt.template import adds_bos  # which stands on this file
+
     where, file = f"model.chat_template: {name}", template_file(name)
     try:
         source = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{where}: cannot be read as text: {error}") from None
-    if name in chat_templates() and _adds_bos(tokenizer):
+    if name in chat_templates() and adds_bos(tokenizer):
         source = "{{- bos_token }}\n" + source  # as the tokenizer does, where a template is rendered to ids at once
     if tokenizer.eos_token is None and "eos_token" in source:
         raise UserError(f"{where}: it ends a turn with EOS, and the base's tokenizer names none (eos_token)")
@@ -89,10 +91,6 @@ def put_on(tokenizer: Any, name: str) -> list[str]:
     if missing:
         words.append(f"ordinary text to this tokenizer: {', '.join(missing)}")
     return words
-
-
-def _adds_bos(tokenizer: Any) -> bool:
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def _simple() -> str:

@@ -59,13 +59,11 @@ class Gpus:
     Attributes:
         cards: those that programs may use, in their order.
         hidden: those that CUDA_VISIBLE_DEVICES hides.
-        driver_there: there is an NVIDIA driver, whether or not it answers.
         problem: why nvidia-smi told of no card, in its own words; "" where it did, or there is none.
     """
 
     cards: tuple[Card, ...] = ()
     hidden: tuple[Card, ...] = ()
-    driver_there: bool = False
     problem: str = ""
 
 
@@ -76,16 +74,16 @@ def gpus() -> Gpus:
     mask = os.environ.get("CUDA_VISIBLE_DEVICES")
     if program is None:
         if driver and not _hides_all(mask):
-            return Gpus(driver_there=True, problem="there is an NVIDIA driver and no nvidia-smi")
-        return Gpus(driver_there=driver)
+            return Gpus(problem="there is an NVIDIA driver and no nvidia-smi")
+        return Gpus()
     try:
         cards = _ask(program)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         words = str(error).strip() or type(error).__name__
-        return Gpus(driver_there=driver, problem="" if _hides_all(mask) else f"nvidia-smi: {words}")
+        return Gpus(problem="" if _hides_all(mask) else f"nvidia-smi: {words}")
     seen = visible(cards, mask)
     used = {card.uuid for card in seen}
-    return Gpus(seen, tuple(card for card in cards if card.uuid not in used), driver_there=bool(cards) or driver)
+    return Gpus(seen, tuple(card for card in cards if card.uuid not in used))
 
 
 def _ask(program: str) -> tuple[Card, ...]:

@@ -145,33 +145,19 @@ def answerer_at_rung(task: Task, questions: Sequence[Question]) -> Iterator[Answ
 
             yield partial(_one_by_one, ask)
     else:
-        from pipeline.ollama.serving import llama_server
+        from pipeline.model.facts import context_of
+        from pipeline.ollama.serving import context_for, llama_server
+        from pipeline.prompt.tokenizer import saved_tokenizer
 
         layout = task.layout
         model = layout.gguf_16bit() if task.variant == GGUF_16BIT else layout.quantized(task.variant)
-        context = context_for(layout.merged_model, [question.messages for question in questions], limit)
+        merged = layout.merged_model
+        context = context_for(saved_tokenizer(merged), questions, limit, context_of(merged))
         with llama_server(model, context, layout.server_log(task.variant), layout.served_adapters) as server:
             task.command(server.command)
             # As Ollama asks: what a question shares with the last one is not computed again. Computed again it would
             # be rounded otherwise, and near ties would fall to another side than in Ollama.
             yield partial(_one_by_one, lambda messages: server.chat(messages, limit, cache_prompt=True))
-
-
-def context_for(model: Path, questions: Sequence[Messages], max_new_tokens: int) -> int:
-    """The tokens that hold the longest question and its answer, or as many as the model was made for.
-
-    Args:
-        model: the merged model's folder.
-        questions: conversations that end where the assistant speaks.
-        max_new_tokens: longest answer.
-    """
-    from pipeline.model.facts import context_of
-    from pipeline.prompt.labels import tokenize_prompt
-    from pipeline.prompt.tokenizer import saved_tokenizer
-
-    tokenizer = saved_tokenizer(model)
-    longest = max(len(tokenize_prompt(tokenizer, question)) for question in questions)
-    return min(longest + max_new_tokens, context_of(model) or longest + max_new_tokens)
 
 
 def _one_by_one(

@@ -14,8 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import Verify
+from pipeline.config import Eval, Verify
 from pipeline.data.questions import Question, asked
+from pipeline.defaults import LONGEST_ROW
 from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.gguf_file import GGUFInfo, inspect
 from pipeline.model.base import as_trained
@@ -204,12 +205,17 @@ class Artefacts:
         """The merged model as a 16-bit file, whose predictions are the measure for the quantized ones."""
         return self.reference if self.gguf_adapter is None else self._converted(self.model, "again").path
 
+    @property
+    def longest_answer(self) -> int:
+        """Tokens that an answer is waited for."""
+        return (self.config.eval if self.config is not None else Eval()).max_new_tokens
+
     @cached_property
     def held_out(self) -> tuple[str, list[tuple[list[int], list[int]]]]:
         """The first rows of (ids, labels) that the model was not trained on, as many as a check asks for, and where
         they are from; labels may be empty.
         """
-        limit = self.config.train.max_length if self.config is not None else 2048
+        limit = self.config.train.max_length if self.config is not None else LONGEST_ROW
         if self.run is not None:
             where, held_out = read_held_out(Layout(self.run), limit)
             rows = list(itertools.islice(held_out, ROWS))

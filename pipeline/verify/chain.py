@@ -1,7 +1,7 @@
 """All checks, one after the other, over the files of one chain.
 
 A check that breaks on what it judges has found it: its error is a failure. Only what a check itself says it cannot do,
-or what set-up has not brought, counts as not run.
+what set-up has not brought, or what the disk has no room for, counts as not run.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from pipeline.errors import NotInstalled, PipelineError
+from pipeline.errors import NoSpace, NotInstalled, PipelineError, full_disk
 from pipeline.verify import (
     answers,
     given_adapter,
@@ -66,13 +66,16 @@ def run_check(name: str, rung: str, check: Callable[[], Iterator[Result]]) -> li
     results: list[Result] = []
     try:
         results.extend(check())
-    except NotInstalled as error:
+    except (NotInstalled, NoSpace) as error:
         results.append(Claim(name, rung, "the check can be run").not_run(str(error)))
     except PipelineError as error:
         results.append(Claim(name, rung, "the files can be read").holds(False, str(error)))
     except Exception as error:
         words = f"{type(error).__name__}: {str(error).strip()[:300]}"
-        results.append(Claim(name, rung, "the files can be read").holds(False, words))
+        if full_disk(error):
+            results.append(Claim(name, rung, "the check can be run").not_run(words))
+        else:
+            results.append(Claim(name, rung, "the files can be read").holds(False, words))
     return results
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,19 +91,16 @@ def _settings(values: dict[str, Any], overrides: Sequence[str]) -> Any:
     """[verify] alone, with --set verify.key=value."""
     from pydantic import ValidationError
 
-    from pipeline.config import Verify
+    from pipeline.config import Verify, parse_override
 
     given = dict(values)
     for override in overrides:
-        key, _, text = override.partition("=")
-        section, _, name = key.strip().partition(".")
+        key, value = parse_override(override)
+        section, _, name = key.partition(".")
         if section != "verify" or name not in Verify.model_fields:
             known = ", ".join(f"verify.{field}" for field in Verify.model_fields)
             raise UserError(f"--set {override}: here only thresholds can be set: {known}")
-        try:
-            given[name] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            given[name] = text.strip()
+        given[name] = value
     try:
         return Verify.model_validate(given)
     except ValidationError as error:

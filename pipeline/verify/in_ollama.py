@@ -58,7 +58,7 @@ def check(artefacts: Artefacts) -> Iterator[Result]:
         words = f"the stop strings lack {', '.join(map(repr, missing))}"
         yield _STOPS.holds(not missing, words, len(missing), "at most 0")
         questions = askable(artefacts.questions, shown.get("capabilities", ()))
-        options = {"temperature": 0, "num_predict": 256}
+        options = {"temperature": 0, "num_predict": artefacts.longest_answer}
         ended = 0
         for question in questions:
             answer = client.chat(name, for_ollama(question.messages), tools=question.tools or (), options=options)

@@ -10,8 +10,10 @@ from pipeline.console import progress
 from pipeline.data.questions import Question
 from pipeline.errors import PipelineError
 from pipeline.llamacpp.llama_server import LlamaServer
+from pipeline.model.facts import context_of
 from pipeline.ollama.client import Client
 from pipeline.ollama.deployment import askable, deployed
+from pipeline.ollama.serving import context_for
 from pipeline.prompt.conformance import for_ollama
 from pipeline.prompt.template import TemplateRefused
 from pipeline.run.layout import Layout
@@ -23,8 +25,9 @@ _SENTENCE = "answers end by themselves"
 
 def check(artefacts: Artefacts) -> Iterator[Result]:
     """Ask every GGUF file through llama-server, and the deployed model through Ollama."""
-    limit = artefacts.config.eval.max_new_tokens if artefacts.config is not None else 256
+    limit = artefacts.longest_answer
     taken, refused = _taken(artefacts)
+    context = context_for(artefacts.tokenizer, taken, limit, context_of(artefacts.model))
     adapters = [artefacts.gguf_adapter] if artefacts.gguf_adapter else []
     for rung, path in artefacts.files:
         claim = Claim("stopping.llamacpp", rung, f"{_SENTENCE} in llama-server")
@@ -33,7 +36,7 @@ def check(artefacts: Artefacts) -> Iterator[Result]:
             continue
         try:
             # It is sent token ids.
-            with LlamaServer(path, adapters=adapters, context=4096, jinja=False) as server:
+            with LlamaServer(path, adapters=adapters, context=context, jinja=False) as server:
                 yield _ask(artefacts, claim, taken, partial(_ended, server, artefacts, limit), refused)
         except PipelineError as error:
             yield claim.holds(False, f"llama-server cannot use it: {error}")

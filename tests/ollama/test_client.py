@@ -21,6 +21,7 @@ from pipeline.ollama.client import Client
 from pipeline.ollama.deployment import remove
 from pipeline.ollama.ollama_server import OllamaServer
 from pipeline.ollama.scratch_model import write_scratch_model
+from pipeline.prompt.conformance import RenderRefused
 from pipeline.resources import sha256_of
 
 ODD = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei"  # str.splitlines takes each of them for a line's end
@@ -123,6 +124,21 @@ def test_a_proxy_that_takes_no_large_file(tmp_path: Path) -> None:
         with pytest.raises(PipelineError, match=r"blob was not taken .* status 413 .*client_max_body_size") as error:
             client.upload(tmp_path / "blob")
         assert "html" not in str(error.value)
+
+
+def test_only_a_template_refuses_to_render(tmp_path: Path) -> None:
+    """What stands in front of Ollama, or has ended behind it, says nothing about a template."""
+    with proxy(servers.ollama().host, limit=20_000) as host, Client(host) as client:
+        digest = servers.client().upload(write_scratch_model(tmp_path / "scratch.gguf"))
+        servers.client().create(
+            "picky:latest", {"files": {"scratch.gguf": digest}, "template": "{{ slice .Model 99 }}"}
+        )
+        with pytest.raises(RenderRefused):
+            client.render("picky:latest", HELLO)
+        with pytest.raises(PipelineError, match="status 413") as error:
+            client.render("picky:latest", [{"role": "user", "content": "long " * 10_000}])
+        assert not isinstance(error.value, RenderRefused)
+        client.delete("picky:latest")
 
 
 def test_a_proxy_without_an_ollama() -> None:

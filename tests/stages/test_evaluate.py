@@ -11,23 +11,12 @@ from pipeline.ollama.scratch_model import write_scratch_model
 from pipeline.prompt.template import ChatTemplate
 from pipeline.run.layout import Layout
 from pipeline.stages import evaluate
-from pipeline.stages.evaluate import TABLE, answerer_at_rung, context_for
+from pipeline.stages.evaluate import TABLE, answerer_at_rung
 from pipeline.verify.rungs import GGUF_16BIT
 
 
 def question(words: int) -> list[dict[str, str]]:
     return [{"role": "user", "content": "hello " * words}]
-
-
-def test_the_longest_question_and_its_answer_fit() -> None:
-    folder = small_models.base_folder()  # its context is 8,192 tokens
-    short, longer = (context_for(folder, [question(5), question(words)], 100) for words in (5, 3000))
-    assert 100 < short < 200
-    assert longer == short + 2995
-
-
-def test_the_context_is_never_longer_than_the_model_s() -> None:
-    assert context_for(small_models.base_folder(), [question(8000)], 4000) == 8192
 
 
 def test_a_gguf_file_is_asked_without_what_llamacpp_adds(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Every mutant is a good run with one link broken; the check that should catch it does, by its name."""
 
+import errno
 import itertools
 import json
 import shutil
@@ -11,7 +12,7 @@ import pytest
 from support.good_run import MODULES, artefacts, config_of, copy_run, good_run, read_rows, rewrite_gguf, write_rows
 from support.small_models import RECORD
 
-from pipeline.errors import NotInstalled, PipelineError, UserError
+from pipeline.errors import NoSpace, NotInstalled, PipelineError, UserError
 from pipeline.verify.chain import CHECKS, run_check
 from pipeline.verify.result import FAIL, NOT_RUN, PASS, Result
 
@@ -640,8 +641,10 @@ def test_a_check_that_breaks_is_a_failure_and_one_without_its_programs_did_not_r
         (result,) = run_check("prompt", "convert", breaks(error))
         assert result.verdict == FAIL
         assert str(error) in result.words
-    (result,) = run_check("prompt", "convert", breaks(NotInstalled("run `pipeline setup`")))
-    assert (result.verdict, result.words) == (NOT_RUN, "run `pipeline setup`")
+    for error in (NotInstalled("run `pipeline setup`"), NoSpace("full"), OSError(errno.ENOSPC, "no space left")):
+        (result,) = run_check("prompt", "convert", breaks(error))
+        assert result.verdict == NOT_RUN
+        assert str(error) in result.words
 
 
 def test_the_good_run_passes() -> None:
