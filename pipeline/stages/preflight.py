@@ -45,7 +45,7 @@ STAGE = Stage(
     run=main,
     settings=("model", "train.load_in_4bit", "ollama.name", "ollama.host", "ollama.template"),
     # A type or a threshold that is asked for later is judged by quantize and verify; replacing is a permission.
-    indifferent_to=("export.quant", "export.as", "merge", "verify", "ollama.replace", "adapter.path"),
+    indifferent_to=("export.quant", "export.as", "merge", "verify", "ollama.replace", "adapter", "adapters"),
     files=files,
     libraries=("torch", "transformers", "tokenizers", "safetensors", "jinja2"),
     programs=("llama.cpp", "ollama"),

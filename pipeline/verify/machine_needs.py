@@ -56,7 +56,7 @@ def check(config: Config, run_folder: Path, base: Weights, gpu_bytes: int | None
             f"{float32 / 1e9:.0f} GB would be needed, {there / 1e9:.0f} GB are there: the logits of the merged model "
             "will be computed layer by layer, and those of the 16-bit GGUF file in its own type"
         )
-    if config.adapter.path is not None:  # nothing is trained
+    if config.given_adapters:  # nothing is trained
         yield _judged(_VERSIONS, libraries.look())
         return
     if gpu_bytes is not None:

@@ -17,8 +17,9 @@ from pipeline.config import Config
 from pipeline.console import progress
 from pipeline.errors import PipelineError
 from pipeline.llamacpp.quantizer import quantize
-from pipeline.model.adapter import fit_to, read_given_adapter
+from pipeline.model.adapter import fit_to
 from pipeline.model.base import as_trained, base_folder
+from pipeline.model.combined_adapter import read_given_adapters
 from pipeline.model.four_bit import in_16bit
 from pipeline.model.plain_adapter import refuse_for_gguf
 from pipeline.model.trained_tokenizer import trained_tokenizer
@@ -54,13 +55,12 @@ def preflight(config: Config, run_folder: Path, scratch: Path, rungs: Sequence[s
         rungs: the stages whose outputs are judged, in the order of the work.
 
     Raises:
-        UserError: there is no such base, or the adapter from elsewhere is not one of it.
+        UserError: there is no such base, or an adapter from elsewhere is not one of it.
     """
     base = base_folder(config.model)
-    if config.adapter.path is not None:  # what is wrong with it ends the run before anything long begins
-        given = read_given_adapter(config.adapter.path)
+    for given in read_given_adapters(config):  # what is wrong with one ends the run before anything long begins
         if config.export.as_ == "adapter":
-            refuse_for_gguf(given.folder, given.settings, list(given.weights.shapes))
+            refuse_for_gguf(given.folder, given.settings, given.weights.shapes)
         fit_to(given, base, trust_remote_code=config.model.trust_remote_code)
     trained, _ = trained_tokenizer(config)
     base = as_trained(in_16bit(base, scratch / "base-16bit"), trained, scratch / "base")

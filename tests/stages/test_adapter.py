@@ -97,6 +97,22 @@ def test_4_bits_that_it_was_trained_on_are_measured_where_that_is_said(bare: Pat
     assert verdicts["weights.merged"] == verdicts["weights.untouched"] == verdicts["merge_base.better"] == PASS
 
 
+def test_several_in_one(tmp_path: Path) -> None:
+    """What every later stage takes for one adapter; verify combines them again."""
+    tables = [{"path": peft_adapter(tmp_path / "a", small_base(), r=4)}, {"path": trl_checkpoint(), "weight": 0.5}]
+    settings = sections(Path(), adapters=tables, adapter={"combine": "svd"})
+    run = tmp_path / "run"
+    figures = run_stage(adapter, run, **settings)
+    assert (figures["combined"], figures["rank"], figures["modules"]) == ("svd", 8, 14)
+    run_stage(merge, run, **settings)
+    verdicts = judged(run, settings, tmp_path)
+    assert FAIL not in verdicts.values()
+    assert verdicts["weights.merged"] == verdicts["adapter.fits"] == verdicts["adapter.same"] == PASS
+    assert (
+        judged(run, settings | {"adapters": [tables[0] | {"weight": 2.0}, tables[1]]}, tmp_path)["adapter.same"] == FAIL
+    )
+
+
 def project(folder: Path, text: str) -> Path:
     path = folder / "pipeline.toml"
     path.write_text(text)
@@ -120,12 +136,35 @@ def test_a_configuration_with_an_adapter_has_no_training(bare: Path, tmp_path: P
     assert [str(node) for node in graph.nodes(config)][:3] == ["preflight", "data", "train"]
 
 
+ALONE, OTHER = '[[adapters]]\npath = "."\n', '[[adapters]]\npath = ".."\n'
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ('[adapter]\npath = "nowhere"\n', "pipeline.toml:4: adapter.path: .*nowhere: no such folder"),
         ('[adapter]\npath = "."\n[data]\ntrain = "x.jsonl"\n', "pipeline.toml:6: data.train: nothing is trained with"),
         ("[adapter]\npath = 3\n", "adapter.path = 3"),
+        ('[[adapters]]\npath = "nowhere"\n', "pipeline.toml:3: adapters: .*nowhere: no such folder"),
+        (
+            '[[adapters]]\npath = "."\nweight = "much"\n',
+            "pipeline.toml:3: adapters: weight = 'much': input should be a",
+        ),
+        ('[[adapters]]\npath = "."\nweight = nan\n', "pipeline.toml:3: adapters: weight = nan: input should be"),
+        ('[[adapters]]\npath = "."\nweight = 0.0\n', "pipeline.toml:3: adapters: .*: weight = 0 leaves nothing of it"),
+        ('[[adapters]]\npath = "."\nwieght = 1.0\n', "adapters: wieght: unknown key; known are: path, weight, name"),
+        ("[[adapters]]\nweight = 1.0\n", "adapters: path: must be given"),
+        ('[[adapters]]\npath = "."\n[adapter]\npath = "."\n', "adapter.path and .* exclude each other"),
+        (
+            f"{ALONE}[adapter]\ncombine = 'ties'\n",
+            'pipeline.toml:6: adapter.combine = "ties" needs two .* there is one',
+        ),
+        (f"{ALONE}{OTHER}[adapter]\ncombine = 'ties'\n", "needs adapter.density"),
+        (f"{ALONE}{OTHER}[adapter]\ndensity = 0.5\n", '"cat" knows no density'),
+        (f"{ALONE}{OTHER}[adapter]\nrank = 4\n", 'adapter.rank is for "svd"'),
+        (f"{ALONE}{ALONE}", "two of them have the path"),
+        (f'{ALONE}name = "x"\n{OTHER}name = "x"\n', "two of them have the name x: give each a name of its own"),
+        ('[data]\ntrain = "x.jsonl"\n[adapter]\ncombine = "svd"\n', "adapter.combine says how .* there are none"),
         ("[adapter]\n", "data: must be given"),
     ],
 )
@@ -151,6 +190,23 @@ def test_the_command_writes_a_configuration(
     assert (config.export.quant, config.ollama.name) == (("q8_0",), "bare")
     (tmp_path / "bare-export" / "pipeline.toml").write_text("# mine\n")
     assert "was not written by this command" in CliRunner().invoke(main, command).stderr
+    several = [
+        "export",
+        "--adapter",
+        str(bare),
+        "--adapter",
+        str(trl_checkpoint()),
+        "--weight",
+        "0.5",
+        "--weight",
+        "-1",
+    ]
+    told = CliRunner().invoke(main, [*several, "--combine", "ties", "--density", "0.4"])
+    assert told.exit_code == 0, told.output
+    config, _ = load_config(tmp_path / "bare-trl-checkpoint-2-export" / "pipeline.toml")
+    assert [(given.path, given.weight) for given in config.adapters] == [(bare, 0.5), (trl_checkpoint(), -1.0)]
+    assert (config.adapter.combine, config.adapter.density) == ("ties", 0.4)
+    assert "one for each" in CliRunner().invoke(main, [*several, "--weight", "1"]).stderr
     assert "belong to --adapter" in CliRunner().invoke(main, ["export", "--base", "x"]).stderr
     assert "in the place of CONFIG" in CliRunner().invoke(main, ["export", "x.toml", "--adapter", str(bare)]).stderr
     assert "no such folder" in CliRunner().invoke(main, ["export", "--adapter", "nowhere"]).stderr
