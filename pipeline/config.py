@@ -229,6 +229,9 @@ class Adapter(Section):
 class Train(Section):
     """How it is trained."""
 
+    from_adapter: File | None = Field(
+        None, description="the folder of an adapter that training goes on from; [lora] must be what it was trained with"
+    )
     epochs: float | None = Field(None, gt=0, description="passes over the data; excludes steps")
     steps: int | None = Field(None, ge=1, description="optimizer steps; excludes epochs")
     batch: int | None = Field(None, ge=1, description="rows per forward pass")
@@ -379,6 +382,8 @@ class Config(Section):
         if self.export.as_ == "adapter":
             self._fits_an_adapter()
         self._can_be_combined()
+        if self.train.from_adapter is not None and self.given_adapters:
+            raise ValueError("train.from_adapter: nothing is trained with an adapter that is given: remove one of them")
         if self.train.early_stopping and self.data.validation is None and not self.data.validation_fraction:
             raise ValueError(
                 "train.early_stopping needs validation data: give data.validation or data.validation_fraction"
@@ -462,7 +467,14 @@ _TOO_MUCH = "holds a number with thousands of digits, or lists or tables nested 
 
 # Paths that are taken from the folder of pipeline.toml, not from where the command was typed.
 HUB = "hf:"  # begins the name of a data set of a hub; see pipeline.data.hub_files
-_PATHS = (("data", "train"), ("data", "validation"), ("data", "test"), ("adapter", "path"), ("run", "folder"))
+_PATHS = (
+    ("data", "train"),
+    ("data", "validation"),
+    ("data", "test"),
+    ("adapter", "path"),
+    ("train", "from_adapter"),
+    ("run", "folder"),
+)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, str]]:
@@ -543,6 +555,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict
         file = getattr(config.data, key)
         if file is not None and (problem := _unreadable(file, many=True)):
             raise UserError(f"{places.get(f'data.{key}', path)}: data.{key}: {file}: {problem}")
+    if (folder := config.train.from_adapter) is not None and not folder.is_dir():
+        where = f"{places.get('train.from_adapter', path)}: train.from_adapter"
+        raise UserError(f"{where}: {folder}: no such folder; give the one with adapter_config.json")
     for source in config.data.sources:
         if problem := _unreadable(source.path, many=True):
             raise UserError(f"{places.get('data.sources', path)}: data.sources: {source.path}: {problem}")

@@ -34,6 +34,7 @@ RULES = {
     "data.system": "none is added",
     "data.window": "train.max_length",
     "lora.alpha": "equal to lora.r: a scaling of 1",
+    "train.from_adapter": "none: a new adapter is trained",
     "train.epochs": "3, where train.steps is not given",
     "train.steps": "as many as train.epochs takes",
     "train.batch": "8 without a GPU; on one, by the memory that the weights leave",

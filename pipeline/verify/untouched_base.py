@@ -20,6 +20,7 @@ from pipeline.llamacpp.quantizer import quantize
 from pipeline.model.adapter import fit_to
 from pipeline.model.base import as_trained, base_folder
 from pipeline.model.combined_adapter import read_given_adapters
+from pipeline.model.continued_adapter import read_continued_adapter
 from pipeline.model.four_bit import in_16bit
 from pipeline.model.plain_adapter import refuse_for_gguf
 from pipeline.model.trained_tokenizer import trained_tokenizer
@@ -62,6 +63,8 @@ def preflight(config: Config, run_folder: Path, scratch: Path, rungs: Sequence[s
         if config.export.as_ == "adapter":
             refuse_for_gguf(given.folder, given.settings, given.weights.shapes)
         fit_to(given, base, trust_remote_code=config.model.trust_remote_code)
+    if config.train.from_adapter is not None:
+        read_continued_adapter(config)
     trained, _ = trained_tokenizer(config)
     base = as_trained(in_16bit(base, scratch / "base-16bit"), trained, scratch / "base")
     stored = read_weights(base)

@@ -165,6 +165,11 @@ ALONE, OTHER = '[[adapters]]\npath = "."\n', '[[adapters]]\npath = ".."\n'
         (f"{ALONE}{ALONE}", "two of them have the path"),
         (f'{ALONE}name = "x"\n{OTHER}name = "x"\n', "two of them have the name x: give each a name of its own"),
         ('[data]\ntrain = "x.jsonl"\n[adapter]\ncombine = "svd"\n', "adapter.combine says how .* there are none"),
+        (
+            '[data]\ntrain = "."\n[train]\nfrom_adapter = "x"\n',
+            "toml:6: train.from_adapter: .*/x: no such folder",
+        ),
+        ('[adapter]\npath = "."\n[train]\nfrom_adapter = "."\n', "train.from_adapter: nothing is trained with"),
         ("[adapter]\n", "data: must be given"),
     ],
 )
