@@ -74,7 +74,8 @@ def disk_needs(config: Config, parameters: int) -> dict[str, int]:
     """Bytes that each stage will write and keep, and the most that one of them needs on the way."""
     quantized = [memory.quantized_file(parameters, _promised_bits(kind)) for kind in config.export.quant]
     host = config.ollama.host
-    return memory.disk(parameters, quantized, served_here=host is None or is_here(normal_host(host)))
+    here, apart = host is None or is_here(normal_host(host)), config.export.as_ == "adapter"
+    return memory.disk(parameters, quantized, served_here=here, apart=apart)
 
 
 def _promised_bits(kind: str) -> float | None:
