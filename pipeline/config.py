@@ -204,8 +204,8 @@ class GivenAdapter(Section):
 
     @property
     def called(self) -> str:
-        """Its name."""
-        return self.name or self.path.name
+        """Its name, as a folder's name can be."""
+        return re.sub(r"[^\w.-]+", "-", self.name or self.path.name)
 
 
 class Adapter(Section):

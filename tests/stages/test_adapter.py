@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.run.basis import settings_of
 from pipeline.run.graph import Graph
 from pipeline.run.stage import Task
-from pipeline.stages import adapter, all_stages, data, merge
+from pipeline.stages import adapter, all_stages, data, evaluate, merge
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.chain import verify
 from pipeline.verify.result import FAIL, PASS
@@ -111,6 +111,37 @@ def test_several_in_one(tmp_path: Path) -> None:
     assert (
         judged(run, settings | {"adapters": [tables[0] | {"weight": 2.0}, tables[1]]}, tmp_path)["adapter.same"] == FAIL
     )
+
+
+def test_each_adapter_is_asked_alone_beside_the_combination(questions: Path, tmp_path: Path) -> None:
+    """What was lost of one is seen: the rows that it answers rightly alone, here all, and the combination does not."""
+    tables = [{"path": peft_adapter(tmp_path / "one", small_base())}, {"path": trl_checkpoint(), "name": "the other"}]
+    tables[0]["weight"] = -3.0
+    settings = sections(Path(), adapters=tables, adapter={}, data={"train": None, "test": questions})
+    settings |= {"eval": {"metric": "text", "max_new_tokens": 4}}
+    run, asked = tmp_path / "run", ("alone-one", "alone-the-other", "adapter", "table")
+    rungs = evaluate.STAGE.variants(make_config(**settings))
+    assert rungs[:4] == ("base", *asked[:3])
+
+    def ask(rung: str) -> dict[str, Any]:
+        output = run / "evaluate" / rung
+        output.mkdir(parents=True, exist_ok=True)
+        task = Task(evaluate.STAGE, make_config(**settings), run, output, rung, run / "scratch")
+        return dict(evaluate.main(task))
+
+    run_stage(data, run, **settings)
+    run_stage(adapter, run, **settings)
+    ask("alone-one")
+    answers = [json.loads(line)["answer"] for line in (run / "evaluate/alone-one/answers.jsonl").open()]
+    rows = [json.loads(line) for line in (run / "data" / "test.jsonl").open()]
+    for row, answer in zip(rows, answers, strict=True):
+        row["messages"][-1]["content"] = answer
+    (run / "data" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figures = {rung: ask(rung) for rung in asked}
+    assert [figures[rung].get("correct") for rung in asked[:3]] == [3, 0, 0]
+    assert (figures["table"]["lost of one"], figures["table"]["lost of the-other"]) == (3, 0)
+    assert figures["table"]["alone-one"] == 1.0
+    assert json.loads((run / "evaluate/table/evaluation.json").read_text())["lost"]["one"] == [0, 1, 2]
 
 
 def project(folder: Path, text: str) -> Path:
