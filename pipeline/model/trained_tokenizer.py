@@ -37,7 +37,8 @@ def trained_tokenizer(config: Config) -> tuple[Any, list[str]]:
     base = base_folder(model)
     trusted, chosen = model.trust_remote_code, model.chat_template
     sources = [tokenizer_source(adapter, base, chosen) for adapter in given] or [(base, [])]
-    loaded = [load_tokenizer(folder, trust_remote_code=trusted, chat_template=chosen) for folder, _ in sources]
+    once = {folder: load_tokenizer(folder, trust_remote_code=trusted, chat_template=chosen) for folder in dict(sources)}
+    loaded = [once[folder] for folder, _ in sources]
     tokenizer = loaded[0][0]
     for (other, _), folder in zip(loaded[1:], given[1:], strict=True):
         if other.chat_template != tokenizer.chat_template:

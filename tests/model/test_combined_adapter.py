@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from support.adapters import TOKENIZER, peft_adapter, random_adapter, random_base, small_base
-from support.small_models import make_config
+from support.small_models import make_config, scratch
 from transformers import AutoModelForCausalLM
 
 from pipeline.config import Config
@@ -109,6 +110,11 @@ def test_what_dare_leaves_out_is_drawn_with_the_seed(way: str, tmp_path: Path) -
     assert difference(written[0], written[2]) > 0.1
 
 
+@cache
+def right() -> Path:
+    return peft_adapter(scratch() / "combined-right", small_base())
+
+
 def of_another_base(folder: Path) -> None:
     peft_adapter(folder, small_base(tied=False))
 
@@ -134,7 +140,7 @@ def of_another_rank(folder: Path) -> None:
 
 
 def with_another_template(folder: Path) -> None:
-    peft_adapter(folder, small_base())
+    shutil.copytree(right(), folder)
     for name in TOKENIZER:
         shutil.copy(small_base() / name, folder / name)
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
@@ -154,7 +160,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_combined_is_said(name: str, tmp_path: Path) -> None:
     make, adapter, said = REFUSED[name]
-    peft_adapter(tmp_path / "a", small_base())
+    shutil.copytree(right(), tmp_path / "a")
     make(tmp_path / "b")
     config = config_of(small_base(), [{"path": tmp_path / "a"}, {"path": tmp_path / "b"}], **adapter)
     with pytest.raises(UserError, match=said) as refused:
