@@ -38,8 +38,8 @@ def main(task: Task) -> dict[str, Any]:
     if config.adapters:
         combined = task.scratch / "combined"
         shutil.rmtree(combined, ignore_errors=True)
-        with progress("combining the adapters", 1) as update:
-            adapter = write_combined(config, given, combined, update)
+        with progress("combining the adapters", 100, "%") as update:
+            adapter = write_combined(config, given, combined, lambda share: update(100 * share))
         fit = fit_to(adapter, base, in_4bit=in_4bit, trust_remote_code=model.trust_remote_code)
     write_taken(adapter, fit, tokenizer, task.new(task.layout.adapter), model.base)
     return {

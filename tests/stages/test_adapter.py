@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.run.basis import settings_of
 from pipeline.run.graph import Graph
 from pipeline.run.stage import Task
-from pipeline.stages import adapter, all_stages, data, evaluate, merge
+from pipeline.stages import adapter, all_stages, data, declared, evaluate, merge
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.chain import verify
 from pipeline.verify.result import FAIL, PASS
@@ -53,7 +53,8 @@ def run_stage(stage: Any, run: Path, **settings: Any) -> dict[str, Any]:
 
 
 def judged(run: Path, settings: dict[str, Any], scratch: Path) -> dict[str, str]:
-    artefacts = Artefacts.of_run(run, make_config(**settings), scratch)
+    seen = Task(declared("verify"), make_config(**settings), run, scratch).config  # no more than the stage declares
+    artefacts = Artefacts.of_run(run, seen, scratch)
     content = verify(artefacts, ("train", "merge"), ("adapter", "labels", "weights", "merge_base"))
     assert {check["verdict"] for check in content["checks"]} > {PASS}
     return {check["id"]: check["verdict"] for check in content["checks"]}
