@@ -71,11 +71,11 @@ def _compare_modules(adapter: Adapter, config: Config, base: Path, where: str) -
 
 
 def _remarks(adapter: Adapter, config: Config, base: Path) -> list[str]:
-    """Another chat template is none that a training could not go over to, but it may not be meant."""
+    """Tokens that are not trained any more, or another chat template: possible, but maybe not meant."""
     folder, chosen = adapter.folder, config.model.chat_template
     said = list(adapter.remarks)
     if any((folder / name).is_file() for name in TOKENIZER_FILES):
-        tokenizer_source(folder, base, chosen)  # refuses another vocabulary
+        said += tokenizer_source(folder, base, chosen)[1]  # refuses another vocabulary
         old: Any = saved_tokenizer(folder).chat_template
         if not chosen and old and old != saved_tokenizer(base).chat_template:
             said.append(

@@ -21,7 +21,7 @@ from pipeline.verify.untouched_base import failures, preflight
 
 
 def files(config: Config, _: str) -> list[Path]:
-    """The base's files, those of an adapter from elsewhere, and the user's own Go template, if there is one."""
+    """The base's files, those of adapters that are given, and the user's own Go template, if there is one."""
     own = [] if config.ollama.template in ("auto", "go", "native") else [Path(config.ollama.template)]
     return [*base_files(config.model), *adapter_files(config), *continued_files(config), *own]
 
@@ -47,15 +47,8 @@ STAGE = Stage(
     settings=("model", "train.load_in_4bit", "ollama.name", "ollama.host", "ollama.template"),
     # A type or a threshold that is asked for later is judged by quantize and verify; replacing is a permission.
     indifferent_to=(
-        "export.quant",
-        "export.as",
-        "merge",
-        "verify",
-        "ollama.replace",
-        "adapter",
-        "adapters",
-        "lora",
-        "train.from_adapter",
+        *("export.quant", "export.as", "merge", "verify", "ollama.replace", "adapter", "adapters"),
+        *("lora", "train.from_adapter"),
     ),
     files=files,
     libraries=("torch", "transformers", "tokenizers", "safetensors", "jinja2"),
