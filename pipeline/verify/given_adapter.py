@@ -37,11 +37,12 @@ def check(artefacts: Artefacts) -> Iterator[Result]:
         yield _FITS.holds(False, str(error))
         return
     yield _FITS.holds(True, figure=f"{len(fit.modules)} modules, rank {found.settings['r']}")
-    if gone := [folder for folder in given if not (folder / WEIGHTS).is_file()]:
-        yield _SAME.not_run(f"{gone[0]} is not there any more")
-    elif adapter is not None and artefacts.config is not None and artefacts.config.adapters:
+    gone = [folder for folder in given if not (folder / WEIGHTS).is_file()]
+    if adapter is None or gone:
+        yield _SAME.not_run(f"{(gone or given)[0]} is not there any more")
+    elif artefacts.config is not None and artefacts.config.adapters:
         yield _combined_again(artefacts, artefacts.config, adapter)
-    elif adapter is not None:
+    else:
         same = sha256_of(given[0] / WEIGHTS) == sha256_of(adapter / WEIGHTS)
         yield _SAME.holds(same, f"{given[0] / WEIGHTS} is another file now")
     yield _DATA.not_run("an adapter does not say; with questions of your own (--data, data.test) every rung is asked")
