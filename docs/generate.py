@@ -18,7 +18,7 @@ import click
 from pydantic.fields import FieldInfo
 
 from pipeline.cli import main
-from pipeline.config import Config, Data, Model, Source, fields
+from pipeline.config import Config, Data, GivenAdapter, Model, Source, fields
 from pipeline.defaults import RULES, Facts, resolve
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -95,20 +95,23 @@ def configuration_page() -> str:
     """Every key: meaning, type, default, and where the default comes from."""
     parts = [
         "# Configuration",
-        "Every key of `pipeline.toml`. Only `model.base` and `data.train`, or `adapter.path` in its place, must be "
-        "given. A path is taken from the folder of the file. "
+        "Every key of `pipeline.toml`. Only `model.base` and `data.train`, or `adapter.path` or "
+        "`[[adapters]]` in its place, must be given. A path is taken from the folder of the file. "
         "`pipeline config` prints the same keys with the values that a run would have, and where "
         "each came from; `--set section.key=value` overrides one for one command. Written by `docs/generate.py`.",
     ]
     sections: dict[str, list[str]] = {}
-    for key, field in fields():
+    keys = [(key, field) for key, field in fields() if "." in key]
+    keys += [(f"adapters.{name}", field) for name, field in GivenAdapter.model_fields.items()]
+    for key, field in keys:
         section, name = key.split(".")
         cells = (f"`{name}`", field.description or "", type_of(field), default_of(key, field))
         sections.setdefault(section, []).append(_row(*cells))
     for section, rows in sections.items():
-        table = Config.model_fields[section].annotation
+        several = section == "adapters"  # a list of tables
+        table = GivenAdapter if several else Config.model_fields[section].annotation
         assert table is not None
-        parts += [f"## [{section}]", table.__doc__ or ""]
+        parts += [f"## [[{section}]]" if several else f"## [{section}]", table.__doc__ or ""]
         parts.append("\n".join([_row("key", "meaning", "type", "default"), "|---|---|---|---|", *rows]))
     parts += [
         "## Defaults that depend on the base and the machine",

@@ -23,39 +23,48 @@ _MARK = "# Written by `pipeline export --adapter`, which replaces it. Every othe
 
 
 def write_project(
-    adapter: Path,
+    adapters: Sequence[Path],
     base: str | None,
     template: str | None,
     data: Path | None,
     quant: Sequence[str],
     form: str | None = None,
+    *,
+    weights: Sequence[float] = (),
+    combine: str | None = None,
+    density: float | None = None,
 ) -> Path:
     """Write the configuration into a folder in the current one.
 
     Args:
-        adapter: its folder.
-        base: the base; without it the one that the adapter names.
-        template: the chat template that it was trained with.
+        adapters: their folders; several are combined.
+        base: the base; without it the one that the first names.
+        template: the chat template that they were trained with.
         data: test questions.
         quant: quantization types; none for the default.
         form: "merged" or "adapter", as export.as; None for the default.
+        weights: what each of several counts, in their order; none for 1 each.
+        combine, density: as in [adapter]; None for the default.
 
     Returns:
         The pipeline.toml.
 
     Raises:
-        UserError: the folder is no adapter that can be merged, or a pipeline.toml of somebody's own is in the way.
+        UserError: a folder is no adapter that can be merged, or a pipeline.toml of somebody's own is in the way.
     """
-    adapter = expanded(adapter, "--adapter").resolve()
-    base = base or base_of(read_given_adapter(adapter))
-    name, path = _name(adapter), project_of(adapter)
+    folders = [expanded(adapter, "--adapter").resolve() for adapter in adapters]
+    base = base or base_of(read_given_adapter(folders[0]))
+    if weights and len(weights) != len(folders):
+        raise UserError(f"--weight: {len(weights)} of them for {len(folders)} --adapter: give one for each, or none")
+    several = len(folders) > 1 or bool(weights)
+    name, path = _name(*folders), project_of(*folders)
     if path.is_file() and not path.read_text(encoding="utf-8", errors="replace").startswith(_MARK):
         raise UserError(
             f"{path}: is there already, and was not written by this command: move it away, or work elsewhere"
         )
     sections: dict[str, dict[str, Any]] = {
         "model": {"base": _in_full(base), "chat_template": template and _in_full(template)},
-        "adapter": {"path": str(adapter)},
+        "adapter": {"path": None if several else str(folders[0]), "combine": combine, "density": density},
         "data": {"test": data and str(expanded(data, "--data").absolute())},
         "export": {"quant": list(quant), "as": form},
         "ollama": {"name": name},
@@ -64,18 +73,21 @@ def write_project(
     for section, values in sections.items():
         given = [f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items() if value]
         lines += [f"\n[{section}]\n", *given] if given else []
+    for folder, weight in zip(folders, weights or [1.0] * len(folders), strict=True) if several else ():
+        lines.append(f"\n[[adapters]]\npath = {json.dumps(str(folder), ensure_ascii=False)}\nweight = {weight}\n")
     path.parent.mkdir(exist_ok=True)
     write_whole(path, "".join(lines))
     return path
 
 
-def project_of(adapter: Path) -> Path:
-    """Where the configuration of an adapter's folder is written."""
-    return Path.cwd() / f"{_name(adapter.resolve())}-export" / "pipeline.toml"
+def project_of(*adapters: Path) -> Path:
+    """Where the configuration of an adapter's folder, or of several, is written."""
+    return Path.cwd() / f"{_name(*(adapter.resolve() for adapter in adapters))}-export" / "pipeline.toml"
 
 
-def _name(adapter: Path) -> str:
-    name = f"{adapter.parent.name}-{adapter.name}" if adapter.name.startswith("checkpoint-") else adapter.name
+def _name(*adapters: Path) -> str:
+    names = (f"{a.parent.name}-{a.name}" if a.name.startswith("checkpoint-") else a.name for a in adapters)
+    name = "-".join(names)[:80]
     return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._") or "adapter"
 
 

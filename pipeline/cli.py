@@ -221,10 +221,22 @@ def _say_where(config: Config) -> None:
 )
 @click.option(
     "--adapter",
+    "adapters",
+    multiple=True,
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="A LoRA adapter that was trained elsewhere, instead of CONFIG.",
+    help="A LoRA adapter that was trained elsewhere, instead of CONFIG. Several are combined.",
 )
+@click.option(
+    "--weight",
+    "weights",
+    multiple=True,
+    type=float,
+    metavar="NUMBER",
+    help="With several --adapter: what each counts, in their order.",
+)
+@click.option("--combine", metavar="WAY", help="With several --adapter: how, as adapter.combine.")
+@click.option("--density", type=float, metavar="NUMBER", help="With --combine: the share of the values that is kept.")
 @click.option("--base", metavar="MODEL", help="With --adapter: its base; without it, the one that it names.")
 @click.option("--template", metavar="TEMPLATE", help="With --adapter: the chat template that it was trained with.")
 @click.option("--data", type=click.Path(path_type=Path), metavar="FILE", help="With --adapter: test questions.")
@@ -233,7 +245,10 @@ def export(
     overrides: tuple[str, ...],
     quant: tuple[str, ...],
     form: str | None,
-    adapter: Path | None,
+    adapters: tuple[Path, ...],
+    weights: tuple[float, ...],
+    combine: str | None,
+    density: float | None,
     base: str | None,
     template: str | None,
     data: Path | None,
@@ -245,14 +260,18 @@ def export(
     """
     from pipeline.errors import UserError
 
-    if adapter is not None:
+    if adapters:
         from pipeline.adapter_project import write_project
 
         if click.get_current_context().get_parameter_source("config") is not click.core.ParameterSource.DEFAULT:
             raise UserError(f"--adapter stands in the place of CONFIG: give it without {config}")
-        config = write_project(adapter, base, template, data, quant, form)
-    elif base or template or data:
-        raise UserError("--base, --template and --data belong to --adapter, the folder of an adapter")
+        config = write_project(
+            adapters, base, template, data, quant, form, weights=weights, combine=combine, density=density
+        )
+    elif base or template or data or weights or combine or density:
+        raise UserError(
+            "--base, --template, --data, --weight, --combine and --density belong to --adapter, an adapter's folder"
+        )
     if quant:
         overrides = (*overrides, f"export.quant={json.dumps(list(quant))}")
     if form:
@@ -327,11 +346,11 @@ def show_config(config: Path, overrides: tuple[str, ...], as_json: bool) -> None
         return
     section = ""
     for key, place in sources.items():
-        table, name = key.split(".")
+        table, _, name = key.rpartition(".")
         if table != section:
-            click.echo(f"{'' if not section else chr(10)}[{table}]")
+            click.echo(f"\n[{table}]")
             section = table
-        value = values[table][name]
+        value = values[table][name] if table else values[name]
         line = f"# {name} = (not set)" if value is None else f"{name} = {_toml(value)}"
         click.echo(f"{line:<40} # {meaning[key]} [{place}]")
 

@@ -195,15 +195,43 @@ class Lora(Section):
         return value
 
 
+class GivenAdapter(Section):
+    """One of the adapters that were trained elsewhere, each on the same base, and are combined into one."""
+
+    path: File = Field(description="its folder, as adapter.path is")
+    weight: float = Field(1.0, ge=-100, le=100, description="what it counts; below 0 it is taken away")
+    name: str = Field("", description="what it is called; without it, as its folder is")
+
+    @property
+    def called(self) -> str:
+        """Its name, as a folder's name can be."""
+        return re.sub(r"[^\w.-]+", "-", self.name or self.path.name)
+
+
 class Adapter(Section):
-    """An adapter that was trained elsewhere: it is taken as it is, and nothing is trained."""
+    """An adapter that was trained elsewhere, or several in one: taken as it is, and nothing is trained."""
 
     path: File | None = Field(None, description="its folder, as PEFT saves it: adapter_config.json and safetensors")
+    combine: Literal[
+        "cat", "svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune",
+        "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd",
+    ] = Field(
+        "cat",
+        description="how [[adapters]] become one, by PEFT's names: cat is their weighted sum, with the sum of their "
+        "ranks; svd the nearest to it with a lower rank; the others mix matrices, and need one rank",
+    )  # fmt: skip
+    density: float | None = Field(
+        None, gt=0, le=1, description="share of the values that ties, dare_... and magnitude_prune keep"
+    )
+    rank: int | None = Field(None, ge=1, le=1024, description="rank of what svd and ..._svd give")
 
 
 class Train(Section):
     """How it is trained."""
 
+    from_adapter: File | None = Field(
+        None, description="the folder of an adapter that training goes on from; [lora] must be what it was trained with"
+    )
     epochs: float | None = Field(None, gt=0, description="passes over the data; excludes steps")
     steps: int | None = Field(None, ge=1, description="optimizer steps; excludes epochs")
     batch: int | None = Field(None, ge=1, description="rows per forward pass")
@@ -331,6 +359,10 @@ class Run(Section):
 class Config(Section):
     """All of pipeline.toml. Paths are absolute."""
 
+    # Before the tables: as a value TOML has it only there, and `pipeline config` prints a pipeline.toml.
+    adapters: Annotated[tuple[GivenAdapter, ...], Field(strict=False)] = Field(
+        (), description="adapters that were trained elsewhere and are combined (adapter.combine), each a table"
+    )
     model: Model
     data: Data
     adapter: Adapter = Adapter()
@@ -352,6 +384,9 @@ class Config(Section):
             )
         if self.export.as_ == "adapter":
             self._fits_an_adapter()
+        self._can_be_combined()
+        if self.train.from_adapter is not None and self.given_adapters:
+            raise ValueError("train.from_adapter: nothing is trained with an adapter that is given: remove one of them")
         if self.train.early_stopping and self.data.validation is None and not self.data.validation_fraction:
             raise ValueError(
                 "train.early_stopping needs validation data: give data.validation or data.validation_fraction"
@@ -371,6 +406,47 @@ class Config(Section):
                     f'{key} does not go with export.as = "adapter": a GGUF adapter holds two matrices for each '
                     "module, which are added to the base as it is stored: remove one of the two"
                 )
+
+    def _can_be_combined(self) -> None:
+        """What can be said of [[adapters]] before they are looked at."""
+        way, adapters = self.adapter.combine, self.adapters
+        if not adapters:
+            for key, given in (
+                ("combine", way != "cat"),
+                ("density", self.adapter.density),
+                ("rank", self.adapter.rank),
+            ):
+                if given:
+                    raise ValueError(f"adapter.{key} says how [[adapters]] are combined, and there are none: remove it")
+            return
+        if self.adapter.path is not None:
+            raise ValueError("adapter.path and [[adapters]] exclude each other: keep one")
+        if zero := next((adapter for adapter in adapters if not adapter.weight), None):
+            raise ValueError(f"adapters: {zero.path}: weight = 0 leaves nothing of it: take it out, or give another")
+        for what, values in (("path", [str(a.path) for a in adapters]), ("name", [a.called for a in adapters])):
+            if twice := next((value for value in values if values.count(value) > 1), None):
+                raise ValueError(f"adapters: two of them have the {what} {twice}: give each a {what} of its own")
+        if len(adapters) == 1 and way not in ("cat", "linear"):
+            raise ValueError(
+                f'adapter.combine = "{way}" needs two [[adapters]], and there is one: add one, or remove it'
+            )
+        prunes = way.startswith(("ties", "dare", "magnitude"))
+        if prunes != (self.adapter.density is not None):
+            do = (
+                "needs adapter.density, the share of the values that it keeps, e.g. 0.5"
+                if prunes
+                else "knows no density"
+            )
+            raise ValueError(f'adapter.combine = "{way}" {do}')
+        if self.adapter.rank is not None and not way.endswith("svd"):
+            raise ValueError(f'adapter.rank is for "svd" and "..._svd", and adapter.combine = "{way}": remove it')
+
+    @property
+    def given_adapters(self) -> tuple[Path, ...]:
+        """The folders of the adapters that were trained elsewhere; none where one is trained."""
+        if self.adapter.path is not None:
+            return (self.adapter.path,)
+        return tuple(adapter.path for adapter in self.adapters)
 
     @property
     def run_folder(self) -> Path:
@@ -394,7 +470,14 @@ _TOO_MUCH = "holds a number with thousands of digits, or lists or tables nested 
 
 # Paths that are taken from the folder of pipeline.toml, not from where the command was typed.
 HUB = "hf:"  # begins the name of a data set of a hub; see pipeline.data.hub_files
-_PATHS = (("data", "train"), ("data", "validation"), ("data", "test"), ("adapter", "path"), ("run", "folder"))
+_PATHS = (
+    ("data", "train"),
+    ("data", "validation"),
+    ("data", "test"),
+    ("adapter", "path"),
+    ("train", "from_adapter"),
+    ("run", "folder"),
+)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, str]]:
@@ -442,11 +525,15 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict
         if isinstance(given, str):
             where = places.get(f"{section}.{key}")
             values[section][key] = _source(given, path.parent, f"{where}: {section}.{key}")
-    _from_elsewhere(values, places)
     of_data = values.get("data")
-    for source in of_data["sources"] if isinstance(of_data, dict) and isinstance(of_data.get("sources"), list) else ():
-        if isinstance(source, dict) and isinstance(source.get("path"), str):
-            source["path"] = _source(source["path"], path.parent, f"{places.get('data.sources')}: data.sources")
+    for key, tables in (
+        ("data.sources", of_data.get("sources") if isinstance(of_data, dict) else None),
+        ("adapters", values.get("adapters")),
+    ):
+        for table in tables if isinstance(tables, list) else ():
+            if isinstance(table, dict) and isinstance(table.get("path"), str):
+                table["path"] = _source(table["path"], path.parent, f"{places.get(key)}: {key}")
+    _from_elsewhere(values, places)
     template = values.get("ollama", {}).get("template") if isinstance(values.get("ollama"), dict) else None
     if isinstance(template, str) and template not in ("auto", "go", "native"):
         values["ollama"]["template"] = str(
@@ -471,6 +558,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict
         file = getattr(config.data, key)
         if file is not None and (problem := _unreadable(file, many=True)):
             raise UserError(f"{places.get(f'data.{key}', path)}: data.{key}: {file}: {problem}")
+    if (folder := config.train.from_adapter) is not None and not folder.is_dir():
+        where = f"{places.get('train.from_adapter', path)}: train.from_adapter"
+        raise UserError(f"{where}: {folder}: no such folder; give the one with adapter_config.json")
     for source in config.data.sources:
         if problem := _unreadable(source.path, many=True):
             raise UserError(f"{places.get('data.sources', path)}: data.sources: {source.path}: {problem}")
@@ -504,24 +594,30 @@ def _source(given: str, folder: Path, where: str) -> Path:
 
 
 def _from_elsewhere(values: dict[str, Any], places: dict[str, str]) -> None:
-    """With an adapter that was trained elsewhere no data is needed, and how the base was loaded is not known.
+    """With adapters that were trained elsewhere no data is needed, and how the base was loaded is not known.
 
     Raises:
         UserError: there is no such folder, or data to train on.
     """
-    adapter = values.get("adapter")
-    if not (isinstance(adapter, dict) and isinstance(adapter.get("path"), str | Path)):
+    one, several = values.get("adapter"), values.get("adapters")
+    given = [("adapter.path", one.get("path"))] if isinstance(one, dict) else []
+    if isinstance(several, list):
+        given += [("adapters", table.get("path")) for table in several if isinstance(table, dict)]
+    given = [(key, path) for key, path in given if path is not None]
+    for key, path in given:
+        if isinstance(path, str | Path) and not Path(path).is_dir():
+            raise UserError(f"{places.get(key)}: {key}: {path}: no such folder; give the one with adapter_config.json")
+    if not given:
         return
-    where = f"{places.get('adapter.path')}: adapter.path"
-    if not Path(adapter["path"]).is_dir():
-        raise UserError(f"{where}: {adapter['path']}: no such folder; give the one with adapter_config.json")
-    for section, key, default in (("data", "train", None), ("train", "load_in_4bit", False)):
+    key, _ = given[0]
+    said = f"default with {key}"
+    for section, name, default in (("data", "train", None), ("train", "load_in_4bit", False)):
         table = values.setdefault(section, {})
-        if isinstance(table, dict) and key not in table:
-            table[key] = default
-            places[f"{section}.{key}"] = "default with adapter.path"
-    if places["data.train"] != "default with adapter.path":
-        raise UserError(f"{places['data.train']}: data.train: nothing is trained with adapter.path: remove one of them")
+        if isinstance(table, dict) and name not in table:
+            table[name] = default
+            places[f"{section}.{name}"] = said
+    if places.get("data.train", said) != said:
+        raise UserError(f"{places['data.train']}: data.train: nothing is trained with {key}: remove one of them")
 
 
 def _base(base: str, folder: Path, where: str) -> str:
@@ -574,7 +670,9 @@ def _anchored(config: Config, path: Path) -> Config:
 def fields() -> Iterator[tuple[str, FieldInfo]]:
     """Every key of the configuration, dotted; a default of None is explained in `pipeline.defaults.RULES`."""
     for section, table in Config.model_fields.items():
-        if isinstance(table.annotation, type) and issubclass(table.annotation, Section):
+        if section == "adapters":  # a list of tables
+            yield section, table
+        elif isinstance(table.annotation, type) and issubclass(table.annotation, Section):
             for key, field in table.annotation.model_fields.items():
                 yield f"{section}.{field.alias or key}", field
 
@@ -625,7 +723,9 @@ def _place(path: Path, text: str, dotted: str) -> str:
     *tables, key = dotted.split(".")
     table: list[str] = []
     for number, line in enumerate(text.splitlines(), 1):
-        if header := re.match(r"\s*\[\s*([^\[\]]+?)\s*\]", line):
+        if header := re.match(r"\s*\[\[?\s*([^\[\]]+?)\s*\]", line):
+            if header[1] == dotted:  # a list of tables, of which this is the first
+                return f"{path}:{number}"
             table = [part.strip().strip("\"'") for part in header[1].split(".")]
         elif assignment := re.match(r"\s*([\w\"'.-]+)\s*=", line):
             name = [part.strip().strip("\"'") for part in assignment[1].split(".")]
@@ -666,6 +766,8 @@ def _nearest(name: str) -> str:
     return f"known are: {', '.join(candidate.removeprefix(f'{section}.') for candidate in own or candidates)}"
 
 
+# Keys whose value is a list of tables.
+_TABLES: dict[str, type[Section]] = {"data.sources": Source, "adapters": GivenAdapter}
 _EXAMPLES = {
     "model": 'base = "smollm2-135m-instruct" (the packaged model), a hub id or a local folder',
     "model.base": '"smollm2-135m-instruct" (the packaged model), a hub id or a local folder',
@@ -679,7 +781,10 @@ def _explain(error: ValidationError, places: dict[str, str], path: Path) -> Iter
     meaning = meanings()
     seen = set()
     for detail in error.errors(include_url=False):
-        key = ".".join(str(part) for part in detail["loc"][:2])
+        parts = detail["loc"]
+        key = "adapters" if parts[:1] == ("adapters",) else ".".join(map(str, parts[:2]))
+        inner = [part for part in parts[key.count(".") + 1 :] if isinstance(part, str)] if key in _TABLES else []
+        name = f"{key}: {inner[0]}" if inner else key
         if key in seen:  # each arm of a union complains
             continue
         seen.add(key)
@@ -690,7 +795,9 @@ def _explain(error: ValidationError, places: dict[str, str], path: Path) -> Iter
                 where = next((places[word] for word in re.findall(r"[\w.]+", message) if word in places), where)
                 yield f"{where}: {message}"
             case "missing":
-                yield f"{where}: {key}: must be given: {_EXAMPLES.get(key, meaning.get(key))}"
+                yield f"{where}: {name}: must be given: {_EXAMPLES.get(key, meaning.get(key))}"
+            case "extra_forbidden" if inner:
+                yield f"{where}: {name}: unknown key; known are: {', '.join(_TABLES[key].model_fields)}"
             case "extra_forbidden" if "." in key:
                 yield f"{where}: {key}: unknown key; {_nearest(key)}"
             case "extra_forbidden":
@@ -699,7 +806,7 @@ def _explain(error: ValidationError, places: dict[str, str], path: Path) -> Iter
                 yield f"{where}: {key}: must be a table; write [{key}] and its keys below it"
             case _:
                 given, words = detail.get("input"), detail["msg"]
-                yield f"{where}: {key} = {given!r}: {words[0].lower()}{words[1:]} ({meaning[key]})"
+                yield f"{where}: {name} = {given!r}: {words[0].lower()}{words[1:]} ({meaning[key]})"
 
 
 def read_run(folder: Path) -> Config:

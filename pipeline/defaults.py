@@ -26,6 +26,8 @@ RULES = {
     "model.chat_template": "the base's own; for a base without one zephyr, whose turns end with EOS; for data.format = "
     '"text" completion, which goes on with a text',
     "adapter.path": "none: one is trained",
+    "adapter.density": "none: nothing is left out",
+    "adapter.rank": "the largest rank among the adapters",
     "data.validation": "the rows that data.validation_fraction splits off",
     "data.test": "none: no rung is asked",
     "data.group": "rows of one question stay together",
@@ -33,6 +35,7 @@ RULES = {
     "data.system": "none is added",
     "data.window": "train.max_length",
     "lora.alpha": "equal to lora.r: a scaling of 1",
+    "train.from_adapter": "none: a new adapter is trained",
     "train.epochs": "3, where train.steps is not given",
     "train.steps": "as many as train.epochs takes",
     "train.batch": "8 without a GPU; on one, by the memory that the weights leave",
@@ -124,7 +127,7 @@ def resolve(config: Config, given: dict[str, str], facts: Facts) -> tuple[Config
             f"{given.get('data.window', '')}: data.window = {config.data.window:,} is longer than train.max_length = "
             f"{longest:,}: make it shorter, or raise train.max_length"
         )
-    if config.data.format == "text" and config.adapter.path is None:
+    if config.data.format == "text" and not config.given_adapters:
         choose("model.chat_template", OF_TEXTS)
     choose("train.gradient_checkpointing", bool(gpu) and training_memory.checkpoints_gradients(size), machine)
     # The GGUF files are asked on the CPU, in llama-server and in Ollama, where a large model takes long to answer.

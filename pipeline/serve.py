@@ -137,7 +137,7 @@ def _config(given: Path, quant: str | None) -> Config:
         from pipeline.cli import bring_up_to_date, resolved
 
         if not (project := project_of(path)).is_file():  # it may say of the adapter what its folder does not
-            write_project(path, None, None, None, (quant,) if quant else (), "adapter")
+            write_project([path], None, None, None, (quant,) if quant else (), "adapter")
         settings, sources = resolved(project, ())
         if settings.export.as_ == "adapter":
             bring_up_to_date(settings, sources, ["modelfile"])

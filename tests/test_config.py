@@ -61,7 +61,10 @@ def test_only_base_and_data_must_be_given(tmp_path: Path) -> None:
                 "data: must be given",
             ],
         ),
-        (MINIMAL + "[nothing.like.it]\nx = 1\n", ["pipeline.toml:7: [nothing]: unknown section; known are: model, "]),
+        (
+            MINIMAL + "[nothing.like.it]\nx = 1\n",
+            ["pipeline.toml:7: [nothing]: unknown section; known are: adapters, "],
+        ),
         (
             MINIMAL + "[lora]\nnothing_like_it = 1\n",
             ["pipeline.toml:7: lora.nothing_like_it: unknown key; known are: r, alpha, dropout"],

@@ -126,7 +126,8 @@ def test_every_configuration_loads(tmp_path: Path) -> None:
     }
     for name in ("train", "validation", "test"):
         (tmp_path / f"{name}.jsonl").touch()
-    (tmp_path / "their-adapter").mkdir()
+    for name in ("their", "sql", "tone"):
+        (tmp_path / f"{name}-adapter").mkdir()
     for place, text in shown:
         file = tmp_path / f"{place.replace('/', '-')}.toml"
         file.write_text(text, encoding="utf-8")

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipeline.errors import PipelineError
+from pipeline.llamacpp.gguf_file import GGUFInfo, inspect
 from pipeline.llamacpp.programs import source_tree
 from pipeline.processes import failure, follow
 
@@ -68,3 +69,46 @@ def convert(arguments: Sequence[str | Path], folder: Path, on_line: Callable[[st
         explained = [text for sign, text in _EXPLANATIONS.items() if any(sign in line for line in output)]
         error = failure("llama.cpp's converter", status, output, folder)
         raise PipelineError(f"{explained[0]}\n{error}") if explained else error
+
+
+def convert_adapter(
+    arguments: Sequence[str | Path], target: Path, numbers: int, on_line: Callable[[str], None] = lambda line: None
+) -> GGUFInfo:
+    """Convert an adapter whole: the converter leaves out in silence what it does not know.
+
+    Args:
+        arguments: of `adapter_command`.
+        target: the file that it writes.
+        numbers: how many the adapter's B matrices hold.
+        on_line: called with every line that it prints.
+
+    Raises:
+        PipelineError: it refuses the adapter, or left something out.
+    """
+    convert(arguments, target.parent, on_line)
+    info = inspect(target)
+    written = sum(tensor.elements for tensor in info.tensors if tensor.name.endswith(".lora_b"))
+    if written != numbers:
+        raise PipelineError(
+            f"{target.name} holds {written:,} numbers of the adapter's B matrices, which have {numbers:,}: llama.cpp's "
+            'converter has no place for some of its modules; take export.as = "merged"'
+        )
+    return info
+
+
+def check_places(adapter: GGUFInfo, base: GGUFInfo) -> None:
+    """Every matrix of an adapter has its tensor in the base's file.
+
+    Raises:
+        PipelineError: one has none, or one of another shape.
+    """
+    for tensor in adapter.tensors:
+        name, _, which = tensor.name.rpartition(".lora_")
+        place = base.names.get(name)
+        side, own = (0, tensor.shape[0]) if which == "a" else (1, tensor.shape[1])
+        if place is None or len(place.shape) < 2 or place.shape[side] != own:
+            shape = "is not there" if place is None else f"is {place.shape}"
+            raise PipelineError(
+                f"{adapter.path.name}: {tensor.name} is {tensor.shape}, and {name} {shape} in {base.path.name}: "
+                'llama.cpp\'s converter misplaced it; take export.as = "merged"'
+            )

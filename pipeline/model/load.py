@@ -116,7 +116,7 @@ def load_merged(folder: Path) -> tuple[Any, Any]:
     return _load_16bit(folder), saved_tokenizer(folder)
 
 
-def load_adapter(settings: Model, adapter: Path, *, in_4bit: bool) -> tuple[Any, Any]:
+def load_adapter(settings: Model, adapter: Path, *, in_4bit: bool, tokenizer: Any = None) -> tuple[Any, Any]:
     """The adapter on the base that it was trained on, and the trained tokenizer.
 
     Args:
@@ -124,10 +124,11 @@ def load_adapter(settings: Model, adapter: Path, *, in_4bit: bool) -> tuple[Any,
         adapter: a PEFT adapter's folder.
         in_4bit: on the base in 4-bit NF4, as it was trained. A CPU gets these weights dequantized once, which is what
             it would otherwise compute again for every token.
+        tokenizer: the trained one, for a folder that has none; None for its own.
     """
     from peft import PeftModel
 
-    tokenizer = saved_tokenizer(adapter)
+    tokenizer = tokenizer or saved_tokenizer(adapter)
     model = _load_4bit(settings) if in_4bit else load_base(settings)[0]
     return PeftModel.from_pretrained(model, adapter).eval(), tokenizer
 

@@ -109,13 +109,14 @@ def quantized_file(parameters: float, bits: float | None) -> int:
     return int(parameters * (max(bits or 16.0, 4.5) + 0.5) / 8)
 
 
-def disk(parameters: float, quantized: Sequence[int], *, served_here: bool) -> dict[str, int]:
+def disk(parameters: float, quantized: Sequence[int], *, served_here: bool, apart: bool = False) -> dict[str, int]:
     """What each stage writes and keeps, and the most that one of them needs on the way.
 
     Args:
         parameters: of the model.
         quantized: the sizes of the quantized files.
         served_here: Ollama keeps its models on this disk.
+        apart: the adapter is served beside its base: both the base and the merged model are converted again.
     """
     sixteen_bit = sixteen_bit_file(parameters)
     # A native template is put into a copy of the file; Ollama keeps one of its own, and a second while it is proven.
@@ -126,6 +127,7 @@ def disk(parameters: float, quantized: Sequence[int], *, served_here: bool) -> d
         "quantize": sum(quantized),
         "modelfile": sum(quantized),
         "deploy": sum(quantized) + max(quantized) if served_here else 0,
-        # The merged model converted again, the 16-bit file in float32, and llama-perplexity's reference.
-        "verify": sixteen_bit + 2 * sixteen_bit + GIB,
+        # The model converted again, the 16-bit file in float32, and llama-perplexity's reference. With an adapter apart
+        # the last file comes after the one in float32, but an interrupted verification finds it there.
+        "verify": (1 + apart) * sixteen_bit + 2 * sixteen_bit + GIB,
     }

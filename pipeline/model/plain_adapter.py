@@ -12,6 +12,7 @@ hold a matrix transposed, as GPT-2's do, the adapter's transposes change places:
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,30 @@ from pipeline.model.adapter_file import AdapterFile, plain_name, renaming
 from pipeline.model.nf4 import Record
 from pipeline.model.weights_file import Weights
 
-_A, _B = ".lora_A.weight", ".lora_B.weight"
+A, B = ".lora_A.weight", ".lora_B.weight"
 
 
-def refuse_for_gguf(folder: Path, settings: dict[str, Any], names: list[str]) -> None:
-    """Refuse an adapter that does more than add a product of two matrices to matrices of the base.
+def more_than_products(settings: dict[str, Any], names: Iterable[str]) -> str | None:
+    """What an adapter does beside adding a product of two matrices to matrices of the base; None for nothing.
+
+    Args:
+        settings: adapter_config.json.
+        names: its tensors'.
+    """
+    more = sorted(name for name in names if not name.endswith((A, B)))
+    if settings.get("use_dora"):
+        return "it is DoRA (use_dora), which scales every row of the sum as well"
+    if settings.get("bias", "none") != "none":
+        return f'it trained biases (bias = "{settings["bias"]}")'
+    if saved := settings.get("modules_to_save"):
+        return f"it has whole modules of its own (modules_to_save: {', '.join(saved)})"
+    if settings.get("trainable_token_indices"):
+        return "it trained single tokens (trainable_token_indices)"
+    return f"it holds {more[0]}" if more else None
+
+
+def refuse_for_gguf(folder: Path, settings: dict[str, Any], names: Iterable[str]) -> None:
+    """Refuse an adapter that a GGUF file cannot hold.
 
     Args:
         folder: the adapter's.
@@ -34,23 +54,11 @@ def refuse_for_gguf(folder: Path, settings: dict[str, Any], names: list[str]) ->
     Raises:
         UserError: with what it does.
     """
-    more = sorted(name for name in names if not name.endswith((_A, _B)))
-    if settings.get("use_dora"):
-        why = "it is DoRA (use_dora), which scales every row of the sum as well"
-    elif settings.get("bias", "none") != "none":
-        why = f'it trained biases (bias = "{settings["bias"]}")'
-    elif saved := settings.get("modules_to_save"):
-        why = f"it has whole modules of its own (modules_to_save: {', '.join(saved)})"
-    elif settings.get("trainable_token_indices"):
-        why = "it trained single tokens (trainable_token_indices)"
-    elif more:
-        why = f"it holds {more[0]}"
-    else:
-        return
-    raise UserError(
-        f"{folder}: {why}, and a GGUF adapter holds two matrices for each module and nothing else: take "
-        'export.as = "merged"'
-    )
+    if why := more_than_products(settings, names):
+        raise UserError(
+            f"{folder}: {why}, and a GGUF adapter holds two matrices for each module and nothing else: take "
+            'export.as = "merged"'
+        )
 
 
 def write_plain(adapter: AdapterFile, record: Record, base: Weights, folder: Path) -> int:
@@ -71,13 +79,13 @@ def write_plain(adapter: AdapterFile, record: Record, base: Weights, folder: Pat
     from safetensors.torch import save_file
 
     settings, stored = adapter.settings, adapter.weights
-    refuse_for_gguf(adapter.folder, settings, list(stored.shapes))
-    modules = {plain_name(name).removesuffix(_A): name.removesuffix(_A) for name in stored.shapes if name.endswith(_A)}
+    refuse_for_gguf(adapter.folder, settings, stored.shapes)
+    modules = {plain_name(name).removesuffix(A): name.removesuffix(A) for name in stored.shapes if name.endswith(A)}
     names_of = renaming(modules, base)
     tensors: dict[str, Any] = {}
     numbers = 0
     for module, stem in modules.items():
-        a, b = stored[stem + _A], stored[stem + _B]
+        a, b = stored[stem + A], stored[stem + B]
         # In the order that is exactly 1 for alpha / rank.
         factor = adapter.scaling(module) / (settings["lora_alpha"] / a.shape[0])
         if factor != 1:
@@ -85,7 +93,7 @@ def write_plain(adapter: AdapterFile, record: Record, base: Weights, folder: Pat
         if module in record.transposed:
             a, b = b.T, a.T
         name = f"base_model.model.{names_of.to_file(module)}"
-        tensors |= {name + _A: a.contiguous(), name + _B: b.contiguous()}
+        tensors |= {name + A: a.contiguous(), name + B: b.contiguous()}
         numbers += b.numel()
     folder.mkdir(parents=True)
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})

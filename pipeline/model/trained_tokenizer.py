@@ -1,4 +1,4 @@
-"""The tokenizer that a run's model is trained with: the base's; with an adapter from elsewhere, that of its folder.
+"""The tokenizer that a run's model is trained with: the base's; with adapters from elsewhere, that of their folders.
 
 An adapter's folder may have a tokenizer or none, with a chat template or without. What it has goes first, then the
 base's. Where neither has a template, the prompt that the adapter was trained with cannot be known, and is asked for.
@@ -22,28 +22,39 @@ _FILES = (*TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", 
 
 
 def adapter_files(config: Config) -> list[Path]:
-    """What a run reads of the folder of an adapter from elsewhere: settings, tensors, tokenizer; none without one."""
-    folder = config.adapter.path
-    if folder is None:
-        return []
+    """What a run reads of the folders of adapters from elsewhere: settings, tensors, tokenizer; none without one."""
     names = ("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", *_FILES)
-    return [path for name in names if (path := folder / name).is_file()]
+    return [path for folder in config.given_adapters for name in names if (path := folder / name).is_file()]
 
 
 def trained_tokenizer(config: Config) -> tuple[Any, list[str]]:
     """The tokenizer, and what should be known of it, in sentences.
 
     Raises:
-        UserError: there is no base; the adapter has another vocabulary; or no chat template is known.
+        UserError: there is no base; an adapter has another vocabulary; no chat template is known, or two.
     """
-    model, adapter = config.model, config.adapter.path
+    model, given = config.model, config.given_adapters
     base = base_folder(model)
     trusted, chosen = model.trust_remote_code, model.chat_template
-    if adapter is None:
-        return load_tokenizer(base, trust_remote_code=trusted, chat_template=chosen)
-    folder, said = tokenizer_source(adapter, base, chosen)
-    tokenizer, changed = load_tokenizer(folder, trust_remote_code=trusted, chat_template=chosen)
-    return tokenizer, said + changed
+    sources = [tokenizer_source(adapter, base, chosen) for adapter in given] or [(base, [])]
+    once = {folder: load_tokenizer(folder, trust_remote_code=trusted, chat_template=chosen) for folder in dict(sources)}
+    loaded = [once[folder] for folder, _ in sources]
+    tokenizer = loaded[0][0]
+    for (other, _), folder in zip(loaded[1:], given[1:], strict=True):
+        if other.chat_template != tokenizer.chat_template:
+            raise UserError(
+                f"adapters: {given[0]} was trained with another chat template than {folder}, and the combination has "
+                "one: give it (model.chat_template, or --template)"
+            )
+        if other.get_vocab() != tokenizer.get_vocab():
+            raise UserError(
+                f"adapters: {given[0]} and {folder} have tokenizers with other tokens: only adapters with the same "
+                "vocabulary can be combined"
+            )
+    said = [
+        words for (_, of_source), (_, changed) in zip(sources, loaded, strict=True) for words in of_source + changed
+    ]
+    return tokenizer, list(dict.fromkeys(said))
 
 
 def tokenizer_source(adapter: Path, base: Path, chat_template: str | None = None) -> tuple[Path, list[str]]:

@@ -78,11 +78,11 @@ def settings_of(stage: Stage, variant: str, config: Config) -> dict[str, Any]:
     Raises:
         KeyError: the stage declares one that there is not.
     """
-    leaves = {
-        f"{section}.{key}": value
-        for section, table in config.model_dump(mode="json").items()
-        for key, value in table.items()
-    }
+    leaves: dict[str, Any] = {}
+    for section, table in config.model_dump(mode="json").items():
+        leaves |= (
+            {f"{section}.{key}": value for key, value in table.items()} if isinstance(table, dict) else {section: table}
+        )
     declared = stage.settings_of(variant)
     for key in (*declared, *stage.indifferent_to):
         if not any(covers((key,), leaf) for leaf in leaves):

@@ -21,8 +21,8 @@ def declared(name: str) -> "Stage":
 
 
 def all_stages(config: "Config | None" = None) -> tuple["Stage", ...]:
-    """Every declaration; where a configuration gives an adapter, that which takes it in stands for training."""
-    given = config is not None and config.adapter.path is not None
+    """Every declaration; where a configuration gives adapters, that which takes it in stands for training."""
+    given = config is not None and bool(config.given_adapters)
     return tuple(declared("adapter" if given and name == "train" else name) for name in NAMES)
 
 

@@ -55,7 +55,7 @@ def main(task: Task) -> dict[str, Any]:
     info = check(target)
     check_against(info, weights, task)
     if apart:
-        _check_places(inspect(task.new(task.layout.gguf_adapter)), info)
+        converter.check_places(inspect(task.new(task.layout.gguf_adapter)), info)
     return adapter | {
         "file": target.name,
         "bytes": info.size,
@@ -88,33 +88,8 @@ def _convert_adapter(task: Task, base: Weights) -> dict[str, Any]:
     arguments = converter.adapter_command(plain, base.folder, target)
     task.command(arguments)
     with console.progress("writing the adapter's GGUF", None):
-        converter.convert(arguments, target.parent, print)
-    info = inspect(target)
-    written = sum(tensor.elements for tensor in info.tensors if tensor.name.endswith(".lora_b"))
-    if written != numbers:
-        raise PipelineError(
-            f"{target.name} holds {written:,} numbers of the adapter's B matrices, which have {numbers:,}: llama.cpp's "
-            'converter has no place for some of its modules; take export.as = "merged"'
-        )
+        info = converter.convert_adapter(arguments, target, numbers, print)
     return {"adapter_bytes": info.size, "adapter_tensors": len(info.tensors)}
-
-
-def _check_places(adapter: GGUFInfo, base: GGUFInfo) -> None:
-    """Every matrix of the adapter has its tensor in the base's file.
-
-    Raises:
-        PipelineError: one has none, or one of another shape.
-    """
-    for tensor in adapter.tensors:
-        name, _, which = tensor.name.rpartition(".lora_")
-        place = base.names.get(name)
-        side, own = (0, tensor.shape[0]) if which == "a" else (1, tensor.shape[1])
-        if place is None or len(place.shape) < 2 or place.shape[side] != own:
-            shape = "is not there" if place is None else f"is {place.shape}"
-            raise PipelineError(
-                f"{adapter.path.name}: {tensor.name} is {tensor.shape}, and {name} {shape} in {base.path.name}: "
-                'llama.cpp\'s converter misplaced it; take export.as = "merged"'
-            )
 
 
 def convert(task: Task, model: Path, target: Path, outtype: str, name: str) -> None:

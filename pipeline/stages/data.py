@@ -428,7 +428,7 @@ STAGE = Stage(
         *("train.max_length", "train.seed", "train.load_in_4bit", "merge.base"),
         *("eval.metric", "eval.limit", "eval.max_new_tokens", "ollama.parameters"),
     ),
-    indifferent_to=("adapter.path",),
+    indifferent_to=("adapter.path", "adapters"),
     files=files,
     libraries=("transformers", "tokenizers", "jinja2", "pyarrow", "datasets"),
     # Without data, as an adapter from elsewhere may come, there is nothing to do.

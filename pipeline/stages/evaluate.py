@@ -20,8 +20,9 @@ from pipeline.data.metric import score
 from pipeline.data.questions import Question, asked
 from pipeline.data.sources import read_rows
 from pipeline.model.facts import base_files
+from pipeline.model.trained_tokenizer import adapter_files, trained_tokenizer
 from pipeline.run.stage import Stage, Task
-from pipeline.verify.rungs import ADAPTER, ADAPTER_16BIT, BASE, GGUF_16BIT, MERGED, OLLAMA, rungs
+from pipeline.verify.rungs import ADAPTER, ADAPTER_16BIT, BASE, GGUF_16BIT, MERGED, OLLAMA, alone, is_alone, rungs
 from pipeline.verify.statistics import wilson_interval
 
 TABLE = "table"
@@ -33,11 +34,23 @@ def variants(config: Config) -> tuple[str, ...]:
     """The rungs in the order of the task, then the table that joins them; none without test data."""
     if config.data.test is None:
         return ()
-    return (*rungs(config.export.quant, trained_on_4bit=config.train.load_in_4bit), TABLE)
+    return (*_rungs(config), TABLE)
+
+
+def _rungs(config: Config) -> tuple[str, ...]:
+    combined = [adapter.called for adapter in config.adapters]
+    return rungs(config.export.quant, trained_on_4bit=config.train.load_in_4bit, combined=combined)
+
+
+def _alone(config: Config, variant: str) -> Path | None:
+    """The folder of the adapter that is asked alone at a rung; None at the others."""
+    return next((adapter.path for adapter in config.adapters if alone(adapter.called) == variant), None)
 
 
 def needs(variant: str) -> tuple[str, ...]:
     """What a rung reads of other stages."""
+    if is_alone(variant):
+        return ("data",)
     stages = {
         BASE: (),
         ADAPTER: ("train",),
@@ -54,13 +67,14 @@ def settings(variant: str) -> tuple[str, ...]:
     """What a rung reads of the configuration."""
     if variant == TABLE:
         return ("eval.metric", "eval.limit", "export.quant", "train.load_in_4bit")
-    base = ("model",) if variant in _ON_THE_BASE else ()
-    return ("eval", *base, *(("train.load_in_4bit",) if variant == ADAPTER else ()))
+    base = ("model",) if variant in _ON_THE_BASE or is_alone(variant) else ()
+    return ("eval", *base, *(("train.load_in_4bit",) if variant == ADAPTER or is_alone(variant) else ()))
 
 
 def files(config: Config, variant: str) -> list[Path]:
-    """The base's files, where a rung reads it."""
-    return base_files(config.model) if variant in _ON_THE_BASE else []
+    """The base's files, where a rung reads it, and those of the adapters, where it asks one alone."""
+    base = base_files(config.model) if variant in _ON_THE_BASE or is_alone(variant) else []
+    return [*base, *(adapter_files(config) if is_alone(variant) else ())]
 
 
 def main(task: Task) -> dict[str, Any]:
@@ -127,7 +141,7 @@ def answerer_at_rung(task: Task, questions: Sequence[Question]) -> Iterator[Answ
         questions: all that may be asked: the longest of them has to fit.
     """
     limit = task.config.eval.max_new_tokens
-    if task.variant in (BASE, ADAPTER, ADAPTER_16BIT, MERGED):
+    if task.variant in (BASE, ADAPTER, ADAPTER_16BIT, MERGED) or is_alone(task.variant):
         yield _transformers(task)
     elif task.variant == OLLAMA:
         from pipeline.ollama.deployment import deployed
@@ -179,6 +193,9 @@ def _transformers(task: Task) -> Answerer:
         model, tokenizer = load_base(settings)
     elif task.variant == MERGED:
         model, tokenizer = load_merged(task.layout.merged_model)
+    elif (folder := _alone(task.config, task.variant)) is not None:
+        tokenizer, _ = trained_tokenizer(task.config)  # the combination's: all have the same
+        model, _ = load_adapter(settings, folder, in_4bit=task.config.train.load_in_4bit, tokenizer=tokenizer)
     else:
         in_4bit = task.variant == ADAPTER and task.config.train.load_in_4bit
         model, tokenizer = load_adapter(settings, task.layout.adapter, in_4bit=in_4bit)
@@ -199,7 +216,7 @@ def _correct(config: Config, answer: str, expected: str) -> bool | None:
 def _table(task: Task) -> dict[str, Any]:
     answered: dict[str, list[dict[str, Any]]] = {}
     config = task.config
-    for rung in rungs(config.export.quant, trained_on_4bit=config.train.load_in_4bit):
+    for rung in _rungs(config):
         if (path := task.layout.answers(rung)).is_file():
             answered[rung] = list(read_rows(path))
     rows = [
@@ -223,10 +240,25 @@ def _table(task: Task) -> dict[str, Any]:
                 "asked": len(results),
                 "interval_95": wilson_interval(correct, len(results)),
             }
-    document = {"metric": task.config.eval.metric, "rungs": scores, "rows": rows}
+    lost = {} if config.eval.metric == "none" else _lost(config, answered)
+    document = {"metric": config.eval.metric, "rungs": scores, **({"lost": lost} if lost else {}), "rows": rows}
     text = json.dumps(document, indent=1, ensure_ascii=False)
     task.new(task.layout.evaluation).write_text(text + "\n", encoding="utf-8")
-    return {rung: values["exact_match"] for rung, values in scores.items()}
+    shares = {rung: values["exact_match"] for rung, values in scores.items()}
+    return shares | {f"lost of {name}": len(places) for name, places in lost.items()}
+
+
+def _lost(config: Config, answered: dict[str, list[dict[str, Any]]]) -> dict[str, list[int]]:
+    """For each of the combined adapters, the rows that it answers rightly alone and the combination does not."""
+    together = answered.get(ADAPTER, [])
+    return {
+        adapter.called: [
+            place
+            for place, (one, all_) in enumerate(zip(answered.get(alone(adapter.called), []), together, strict=False))
+            if one["correct"] and not all_["correct"]
+        ]
+        for adapter in config.adapters
+    }
 
 
 STAGE = Stage(
@@ -236,6 +268,7 @@ STAGE = Stage(
     needs=needs,
     reads={"data": ("test.jsonl",), "train": ("adapter/*", "!adapter/README.md"), "deploy": ("deploy.json",)},
     settings=settings,
+    indifferent_to=("adapter.path", "adapters"),  # the folders, which count by their content
     files=files,
     libraries=("torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers"),
     programs=("llama.cpp", "ollama"),

@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.errors import UserError
+from pipeline.model.continued_adapter import continued_files
 from pipeline.model.facts import base_files
 from pipeline.model.trained_tokenizer import adapter_files
 from pipeline.run.stage import Stage, Task
@@ -20,9 +21,9 @@ from pipeline.verify.untouched_base import failures, preflight
 
 
 def files(config: Config, _: str) -> list[Path]:
-    """The base's files, those of an adapter from elsewhere, and the user's own Go template, if there is one."""
+    """The base's files, those of adapters that are given, and the user's own Go template, if there is one."""
     own = [] if config.ollama.template in ("auto", "go", "native") else [Path(config.ollama.template)]
-    return [*base_files(config.model), *adapter_files(config), *own]
+    return [*base_files(config.model), *adapter_files(config), *continued_files(config), *own]
 
 
 def main(task: Task) -> dict[str, Any]:
@@ -45,7 +46,10 @@ STAGE = Stage(
     run=main,
     settings=("model", "train.load_in_4bit", "ollama.name", "ollama.host", "ollama.template"),
     # A type or a threshold that is asked for later is judged by quantize and verify; replacing is a permission.
-    indifferent_to=("export.quant", "export.as", "merge", "verify", "ollama.replace", "adapter.path"),
+    indifferent_to=(
+        *("export.quant", "export.as", "merge", "verify", "ollama.replace", "adapter", "adapters"),
+        *("lora", "train.from_adapter"),
+    ),
     files=files,
     libraries=("torch", "transformers", "tokenizers", "safetensors", "jinja2"),
     programs=("llama.cpp", "ollama"),

@@ -190,8 +190,8 @@ def _configuration(manifest: dict[str, Any]) -> list[tuple[str, Any, str]]:
     values, sources = manifest["config"]["values"], manifest["config"]["sources"]
     rows = []
     for key, source in sources.items():
-        section, name = key.split(".")
-        rows.append((key, json.dumps(values[section][name], ensure_ascii=False), source))
+        section, _, name = key.rpartition(".")
+        rows.append((key, json.dumps(values[section][name] if section else values[name], ensure_ascii=False), source))
     return rows
 
 
@@ -200,6 +200,6 @@ STAGE = Stage(
     summary="Write the run's page: report.html.",
     run=main,
     needs=(EVERY_JUDGED_STAGE, "verify"),
-    settings=("model.base", "lora", "adapter.path", "export.quant", "ollama.name", "eval.metric"),
+    settings=("model.base", "lora", "adapter", "adapters", "export.quant", "ollama.name", "eval.metric"),
     files=lambda config, _: [resource("templates/report.html.j2")],
 )

@@ -21,6 +21,8 @@ from pipeline.console import progress
 from pipeline.data.row_order import RowOrder
 from pipeline.data.token_file import token_count
 from pipeline.errors import PipelineError, UserError
+from pipeline.model.adapter import WEIGHTS
+from pipeline.model.continued_adapter import continued_files, read_continued_adapter
 from pipeline.model.facts import base_files
 from pipeline.prompt.labels import IGNORED
 from pipeline.run.folder import write_whole
@@ -46,6 +48,10 @@ def main(task: Task) -> dict[str, Any]:
 
     config, settings = task.config, task.config.train
     folder = base_folder(config.model)
+    if settings.from_adapter is not None:
+        _, said = read_continued_adapter(config)
+        for words in said:
+            task.warn(words)
     train_rows = _read_rows(task.layout.tokens("train"))
     validation_rows = _read_rows(task.layout.tokens("validation"))
     if settings.early_stopping and not validation_rows:
@@ -103,6 +109,8 @@ def main(task: Task) -> dict[str, Any]:
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if settings.from_adapter is not None and checkpoint is None:
+        _take_over(trainer.model, settings.from_adapter)
     if checkpoint:
         task.event("resume", checkpoint=checkpoint.name)
     with progress("training", trainer.args.max_steps, "steps") as update:
@@ -135,7 +143,23 @@ def main(task: Task) -> dict[str, Any]:
         **({"cuda": torch.version.cuda, "peak_gpu_bytes": torch.cuda.max_memory_allocated()} if cuda else {}),
         "resumed_from": checkpoint.name if checkpoint else None,
         "seed": settings.seed,
+        **({"from_adapter": str(settings.from_adapter)} if settings.from_adapter is not None else {}),
     }
+
+
+def _take_over(model: Any, adapter: Path) -> None:
+    """Give a new adapter the numbers of one that is made alike."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    tensors = load_file(adapter / WEIGHTS)
+    result = set_peft_model_state_dict(model, tensors)
+    missing = [name for name in result.missing_keys if ".lora_" in name]
+    if missing or result.unexpected_keys:
+        raise PipelineError(
+            f"train.from_adapter: {adapter}: {(missing + result.unexpected_keys)[0]}: Unsloth's model names the "
+            "adapter's tensors otherwise"
+        )
 
 
 def _prepare_environment(task: Task) -> None:
@@ -442,8 +466,8 @@ STAGE = Stage(
     reads={"data": ("train.tokens.arrow", "validation.tokens.arrow")},
     settings=("model", "lora", "train"),
     # Who looks on, and how much of an interrupted training is lost.
-    indifferent_to=("train.report_to", "train.save_interval"),
-    files=lambda config, _: base_files(config.model),
+    indifferent_to=("train.report_to", "train.save_interval", "train.from_adapter"),  # the last by its content
+    files=lambda config, _: [*base_files(config.model), *continued_files(config)],
     libraries=(
         *("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate"),
         *("datasets", "tokenizers", "safetensors"),

@@ -41,7 +41,7 @@ STAGE = Stage(
         *("verify", "model", "export.quant", "train.load_in_4bit", "train.max_length"),
         *("data.test", "data.on_overlong", "data.window", "data.system", "ollama.parameters", "ollama.system", "eval"),
     ),
-    indifferent_to=("adapter.path",),
+    indifferent_to=("adapter", "adapters", "train.seed"),
     files=lambda config, _: base_files(config.model),
     libraries=(
         "torch",

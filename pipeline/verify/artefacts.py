@@ -64,7 +64,7 @@ class Artefacts:
     base: Path | None = None
     adapter: Path | None = None
     gguf_adapter: Path | None = None
-    given: Path | None = None
+    given: tuple[Path, ...] = ()
     ollama: str | None = None
     run: Path | None = None
     config: Config | None = None
@@ -104,7 +104,7 @@ class Artefacts:
             base=base,
             adapter=layout.adapter,
             gguf_adapter=next(iter(layout.served_adapters), None),
-            given=config.adapter.path,
+            given=config.given_adapters,
             run=run,
             config=config,
             # Where the base itself is in 4 bits there is no other that the adapter could be merged into.
@@ -146,7 +146,7 @@ class Artefacts:
 
         found = read_given_adapter(folder)
         named = named or base_of(found)
-        self.given, self.base = folder, in_16bit(resolve_base(named), self.scratch / "base")
+        self.given, self.base = (folder,), in_16bit(resolve_base(named), self.scratch / "base")
         try:
             fit = fit_to(found, self.base)
             # Whichever chat template it is, the merged folder's is what is compared with the file's.

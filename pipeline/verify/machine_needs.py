@@ -56,7 +56,7 @@ def check(config: Config, run_folder: Path, base: Weights, gpu_bytes: int | None
             f"{float32 / 1e9:.0f} GB would be needed, {there / 1e9:.0f} GB are there: the logits of the merged model "
             "will be computed layer by layer, and those of the 16-bit GGUF file in its own type"
         )
-    if config.adapter.path is not None:  # nothing is trained
+    if config.given_adapters:  # nothing is trained
         yield _judged(_VERSIONS, libraries.look())
         return
     if gpu_bytes is not None:
@@ -74,7 +74,8 @@ def disk_needs(config: Config, parameters: int) -> dict[str, int]:
     """Bytes that each stage will write and keep, and the most that one of them needs on the way."""
     quantized = [memory.quantized_file(parameters, _promised_bits(kind)) for kind in config.export.quant]
     host = config.ollama.host
-    return memory.disk(parameters, quantized, served_here=host is None or is_here(normal_host(host)))
+    here, apart = host is None or is_here(normal_host(host)), config.export.as_ == "adapter"
+    return memory.disk(parameters, quantized, served_here=here, apart=apart)
 
 
 def _promised_bits(kind: str) -> float | None:

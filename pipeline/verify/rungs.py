@@ -12,21 +12,34 @@ ADAPTER_16BIT = "adapter-16bit"  # on the base as it is stored, where it was tra
 MERGED = "merged"
 GGUF_16BIT = "gguf-16bit"
 OLLAMA = "ollama"  # the first quantized file as Ollama serves it
+_ALONE = "alone-"  # one of several adapters, on the base
 _MADE_BY = {
     BASE: "base", ADAPTER: "train", ADAPTER_16BIT: "train", MERGED: "merge", GGUF_16BIT: "convert", OLLAMA: "deploy",
 }  # fmt: skip
 
 
-def rungs(types: Sequence[str], *, trained_on_4bit: bool) -> tuple[str, ...]:
+def alone(name: str) -> str:
+    """The rung of one of several adapters that are combined, by its name."""
+    return f"{_ALONE}{name}"
+
+
+def is_alone(rung: str) -> bool:
+    """Whether one of several adapters is asked at a rung."""
+    return rung.startswith(_ALONE)
+
+
+def rungs(types: Sequence[str], *, trained_on_4bit: bool, combined: Sequence[str] = ()) -> tuple[str, ...]:
     """The rungs of a run; each quantization type is one.
 
     Args:
         types: names of quantization types.
         trained_on_4bit: the adapter has two bases to be asked on.
+        combined: the names of the adapters that it was combined from; each is asked alone.
     """
-    return (BASE, ADAPTER, *((ADAPTER_16BIT,) if trained_on_4bit else ()), MERGED, GGUF_16BIT, *types, OLLAMA)
+    adapters = (*map(alone, combined), ADAPTER, *((ADAPTER_16BIT,) if trained_on_4bit else ()))
+    return (BASE, *adapters, MERGED, GGUF_16BIT, *types, OLLAMA)
 
 
 def made_by(rung: str) -> str:
     """The stage, with its variant, whose output is asked at a rung, e.g. "quantize/q4_k_m" at q4_k_m."""
-    return _MADE_BY.get(rung, f"quantize/{rung}")
+    return "train" if is_alone(rung) else _MADE_BY.get(rung, f"quantize/{rung}")

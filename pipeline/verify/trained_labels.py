@@ -81,7 +81,7 @@ def check(artefacts: Artefacts) -> Iterator[Result]:
         yield from (claim.not_run("this export has no record of its training") for claim in CLAIMS)
         return
     path = Layout(artefacts.run).batches
-    if artefacts.config is not None and artefacts.config.adapter.path is not None:
+    if artefacts.config is not None and artefacts.config.given_adapters:
         why = "the adapter was trained elsewhere: the rows that it was trained on are not known here"
         yield from (claim.not_run(why) for claim in CLAIMS)
         return

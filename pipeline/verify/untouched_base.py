@@ -7,6 +7,7 @@ conversations. What the machine and the server must have for the run is counted 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,11 +17,17 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.console import progress
 from pipeline.errors import PipelineError
+from pipeline.llamacpp.converter import adapter_command, check_places, convert_adapter
+from pipeline.llamacpp.gguf_file import GGUFInfo
 from pipeline.llamacpp.quantizer import quantize
-from pipeline.model.adapter import fit_to, read_given_adapter
+from pipeline.model import targets
+from pipeline.model.adapter import CONFIG, WEIGHTS, Adapter, fit_to, read_given_adapter
+from pipeline.model.adapter_file import AdapterFile
 from pipeline.model.base import as_trained, base_folder
+from pipeline.model.combined_adapter import read_given_adapters
+from pipeline.model.continued_adapter import read_continued_adapter
 from pipeline.model.four_bit import in_16bit
-from pipeline.model.plain_adapter import refuse_for_gguf
+from pipeline.model.plain_adapter import A, B, refuse_for_gguf, write_plain
 from pipeline.model.trained_tokenizer import trained_tokenizer
 from pipeline.model.weights_file import read_weights
 from pipeline.ollama.client import Client
@@ -39,6 +46,7 @@ from pipeline.verify.result import FAIL, Claim, Result, document
 # Enough to tell right from wrong; the result itself is judged on all that the configuration asks for.
 _TOKENS, _STRINGS = 1000, 2000
 _CONVERTED = Claim("preflight.convert", "convert", "the pinned converter takes the base")
+_ADAPTER = Claim("preflight.adapter", "convert", "the pinned converter takes the adapter, and the base has its places")
 _TEMPLATE = Claim("preflight.template", "modelfile", "the base's chat template can be served exactly")
 _TARGET = Claim("preflight.target", "deploy", "there is an Ollama to deploy to, and the names are free")
 _SERVED = Claim("preflight.served", "deploy", "Ollama loads the quantized base and answers")
@@ -54,14 +62,15 @@ def preflight(config: Config, run_folder: Path, scratch: Path, rungs: Sequence[s
         rungs: the stages whose outputs are judged, in the order of the work.
 
     Raises:
-        UserError: there is no such base, or the adapter from elsewhere is not one of it.
+        UserError: there is no such base, or an adapter from elsewhere is not one of it.
     """
     base = base_folder(config.model)
-    if config.adapter.path is not None:  # what is wrong with it ends the run before anything long begins
-        given = read_given_adapter(config.adapter.path)
+    for given in read_given_adapters(config):  # what is wrong with one ends the run before anything long begins
         if config.export.as_ == "adapter":
-            refuse_for_gguf(given.folder, given.settings, list(given.weights.shapes))
+            refuse_for_gguf(given.folder, given.settings, given.weights.shapes)
         fit_to(given, base, trust_remote_code=config.model.trust_remote_code)
+    if config.train.from_adapter is not None:
+        read_continued_adapter(config)
     trained, _ = trained_tokenizer(config)
     base = as_trained(in_16bit(base, scratch / "base-16bit"), trained, scratch / "base")
     stored = read_weights(base)
@@ -76,6 +85,9 @@ def preflight(config: Config, run_folder: Path, scratch: Path, rungs: Sequence[s
     artefacts = _artefacts(config, base, scratch)
     results += _run("preflight.convert", "convert", partial(_convert, artefacts))
     if not any(result.verdict == FAIL for result in results if result.rung == "convert"):
+        if config.export.as_ == "adapter":
+            check = partial(check_adapters, config, base, artefacts.expected, scratch)
+            results += _run("preflight.adapter", "convert", check)
         results += _judge(artefacts)
         results += _run("preflight.served", "deploy", partial(_serve, artefacts, scratch))
     return document(results, rungs)
@@ -110,6 +122,44 @@ def _convert(artefacts: Artefacts) -> Iterator[Result]:
             yield claim.holds(False, str(error))
         else:
             yield claim.holds(True)
+
+
+def check_adapters(config: Config, base: Path, gguf: GGUFInfo, scratch: Path) -> Iterator[Result]:
+    """Whether the adapters that are given, or one of the modules that will be trained, can be GGUF files.
+
+    Args:
+        config: the resolved configuration.
+        base: its folder.
+        gguf: the base as the converter makes it.
+        scratch: a folder for files that are made on the way.
+    """
+    stored = read_weights(base)
+    given = read_given_adapters(config) or [_untrained(config, base, scratch / "adapter")]
+    for number, adapter in enumerate(given):
+        fit = fit_to(adapter, base, trust_remote_code=config.model.trust_remote_code)
+        plain, target = scratch / f"plain-{number}", scratch / f"adapter-{number}.gguf"
+        read = AdapterFile(adapter.folder, fit.settings, adapter.weights)
+        numbers = write_plain(read, fit.record, stored, plain)
+        converted = convert_adapter(adapter_command(plain, stored.folder, target), target, numbers)
+        check_places(converted, gguf)
+    yield _ADAPTER.holds(True)
+
+
+def _untrained(config: Config, base: Path, folder: Path) -> Adapter:
+    """An adapter of the modules that will be trained, of rank 1, whose every number is 1."""
+    import torch
+    from safetensors.torch import save_file
+
+    modules = targets.of_base(base, config.lora, trust_remote_code=config.model.trust_remote_code)
+    tensors = {}
+    for name, (inner, outer) in modules.modules.items():
+        tensors[f"base_model.model.{name}{A}"] = torch.ones(1, inner, dtype=torch.bfloat16)
+        tensors[f"base_model.model.{name}{B}"] = torch.ones(outer, 1, dtype=torch.bfloat16)
+    settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": modules.peft}
+    folder.mkdir()
+    save_file(tensors, folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(settings), encoding="utf-8")
+    return read_given_adapter(folder)
 
 
 def _judge(artefacts: Artefacts) -> list[Result]:

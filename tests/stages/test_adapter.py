@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.run.basis import settings_of
 from pipeline.run.graph import Graph
 from pipeline.run.stage import Task
-from pipeline.stages import adapter, all_stages, data, merge
+from pipeline.stages import adapter, all_stages, data, declared, evaluate, merge
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.chain import verify
 from pipeline.verify.result import FAIL, PASS
@@ -53,7 +53,8 @@ def run_stage(stage: Any, run: Path, **settings: Any) -> dict[str, Any]:
 
 
 def judged(run: Path, settings: dict[str, Any], scratch: Path) -> dict[str, str]:
-    artefacts = Artefacts.of_run(run, make_config(**settings), scratch)
+    seen = Task(declared("verify"), make_config(**settings), run, scratch).config  # no more than the stage declares
+    artefacts = Artefacts.of_run(run, seen, scratch)
     content = verify(artefacts, ("train", "merge"), ("adapter", "labels", "weights", "merge_base"))
     assert {check["verdict"] for check in content["checks"]} > {PASS}
     return {check["id"]: check["verdict"] for check in content["checks"]}
@@ -97,6 +98,53 @@ def test_4_bits_that_it_was_trained_on_are_measured_where_that_is_said(bare: Pat
     assert verdicts["weights.merged"] == verdicts["weights.untouched"] == verdicts["merge_base.better"] == PASS
 
 
+def test_several_in_one(tmp_path: Path) -> None:
+    """What every later stage takes for one adapter; verify combines them again."""
+    tables = [{"path": peft_adapter(tmp_path / "a", small_base(), r=4)}, {"path": trl_checkpoint(), "weight": 0.5}]
+    settings = sections(Path(), adapters=tables, adapter={"combine": "svd"})
+    run = tmp_path / "run"
+    figures = run_stage(adapter, run, **settings)
+    assert (figures["combined"], figures["rank"], figures["modules"]) == ("svd", 8, 14)
+    run_stage(merge, run, **settings)
+    verdicts = judged(run, settings, tmp_path)
+    assert FAIL not in verdicts.values()
+    assert verdicts["weights.merged"] == verdicts["adapter.fits"] == verdicts["adapter.same"] == PASS
+    assert (
+        judged(run, settings | {"adapters": [tables[0] | {"weight": 2.0}, tables[1]]}, tmp_path)["adapter.same"] == FAIL
+    )
+
+
+def test_each_adapter_is_asked_alone_beside_the_combination(questions: Path, tmp_path: Path) -> None:
+    """What was lost of one is seen: the rows that it answers rightly alone, here all, and the combination does not."""
+    tables = [{"path": peft_adapter(tmp_path / "one", small_base())}, {"path": trl_checkpoint(), "name": "the other"}]
+    tables[0]["weight"] = -3.0
+    settings = sections(Path(), adapters=tables, adapter={}, data={"train": None, "test": questions})
+    settings |= {"eval": {"metric": "text", "max_new_tokens": 4}}
+    run, asked = tmp_path / "run", ("alone-one", "alone-the-other", "adapter", "table")
+    rungs = evaluate.STAGE.variants(make_config(**settings))
+    assert rungs[:4] == ("base", *asked[:3])
+
+    def ask(rung: str) -> dict[str, Any]:
+        output = run / "evaluate" / rung
+        output.mkdir(parents=True, exist_ok=True)
+        task = Task(evaluate.STAGE, make_config(**settings), run, output, rung, run / "scratch")
+        return dict(evaluate.main(task))
+
+    run_stage(data, run, **settings)
+    run_stage(adapter, run, **settings)
+    ask("alone-one")
+    answers = [json.loads(line)["answer"] for line in (run / "evaluate/alone-one/answers.jsonl").open()]
+    rows = [json.loads(line) for line in (run / "data" / "test.jsonl").open()]
+    for row, answer in zip(rows, answers, strict=True):
+        row["messages"][-1]["content"] = answer
+    (run / "data" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figures = {rung: ask(rung) for rung in asked}
+    assert [figures[rung].get("correct") for rung in asked[:3]] == [3, 0, 0]
+    assert (figures["table"]["lost of one"], figures["table"]["lost of the-other"]) == (3, 0)
+    assert figures["table"]["alone-one"] == 1.0
+    assert json.loads((run / "evaluate/table/evaluation.json").read_text())["lost"]["one"] == [0, 1, 2]
+
+
 def project(folder: Path, text: str) -> Path:
     path = folder / "pipeline.toml"
     path.write_text(text)
@@ -120,12 +168,40 @@ def test_a_configuration_with_an_adapter_has_no_training(bare: Path, tmp_path: P
     assert [str(node) for node in graph.nodes(config)][:3] == ["preflight", "data", "train"]
 
 
+ALONE, OTHER = '[[adapters]]\npath = "."\n', '[[adapters]]\npath = ".."\n'
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ('[adapter]\npath = "nowhere"\n', "pipeline.toml:4: adapter.path: .*nowhere: no such folder"),
         ('[adapter]\npath = "."\n[data]\ntrain = "x.jsonl"\n', "pipeline.toml:6: data.train: nothing is trained with"),
         ("[adapter]\npath = 3\n", "adapter.path = 3"),
+        ('[[adapters]]\npath = "nowhere"\n', "pipeline.toml:3: adapters: .*nowhere: no such folder"),
+        (
+            '[[adapters]]\npath = "."\nweight = "much"\n',
+            "pipeline.toml:3: adapters: weight = 'much': input should be a",
+        ),
+        ('[[adapters]]\npath = "."\nweight = nan\n', "pipeline.toml:3: adapters: weight = nan: input should be"),
+        ('[[adapters]]\npath = "."\nweight = 0.0\n', "pipeline.toml:3: adapters: .*: weight = 0 leaves nothing of it"),
+        ('[[adapters]]\npath = "."\nwieght = 1.0\n', "adapters: wieght: unknown key; known are: path, weight, name"),
+        ("[[adapters]]\nweight = 1.0\n", "adapters: path: must be given"),
+        ('[[adapters]]\npath = "."\n[adapter]\npath = "."\n', "adapter.path and .* exclude each other"),
+        (
+            f"{ALONE}[adapter]\ncombine = 'ties'\n",
+            'pipeline.toml:6: adapter.combine = "ties" needs two .* there is one',
+        ),
+        (f"{ALONE}{OTHER}[adapter]\ncombine = 'ties'\n", "needs adapter.density"),
+        (f"{ALONE}{OTHER}[adapter]\ndensity = 0.5\n", '"cat" knows no density'),
+        (f"{ALONE}{OTHER}[adapter]\nrank = 4\n", 'adapter.rank is for "svd"'),
+        (f"{ALONE}{ALONE}", "two of them have the path"),
+        (f'{ALONE}name = "x"\n{OTHER}name = "x"\n', "two of them have the name x: give each a name of its own"),
+        ('[data]\ntrain = "x.jsonl"\n[adapter]\ncombine = "svd"\n', "adapter.combine says how .* there are none"),
+        (
+            '[data]\ntrain = "."\n[train]\nfrom_adapter = "x"\n',
+            "toml:6: train.from_adapter: .*/x: no such folder",
+        ),
+        ('[adapter]\npath = "."\n[train]\nfrom_adapter = "."\n', "train.from_adapter: nothing is trained with"),
         ("[adapter]\n", "data: must be given"),
     ],
 )
@@ -151,6 +227,23 @@ def test_the_command_writes_a_configuration(
     assert (config.export.quant, config.ollama.name) == (("q8_0",), "bare")
     (tmp_path / "bare-export" / "pipeline.toml").write_text("# mine\n")
     assert "was not written by this command" in CliRunner().invoke(main, command).stderr
+    several = [
+        "export",
+        "--adapter",
+        str(bare),
+        "--adapter",
+        str(trl_checkpoint()),
+        "--weight",
+        "0.5",
+        "--weight",
+        "-1",
+    ]
+    told = CliRunner().invoke(main, [*several, "--combine", "ties", "--density", "0.4"])
+    assert told.exit_code == 0, told.output
+    config, _ = load_config(tmp_path / "bare-trl-checkpoint-2-export" / "pipeline.toml")
+    assert [(given.path, given.weight) for given in config.adapters] == [(bare, 0.5), (trl_checkpoint(), -1.0)]
+    assert (config.adapter.combine, config.adapter.density) == ("ties", 0.4)
+    assert "one for each" in CliRunner().invoke(main, [*several, "--weight", "1"]).stderr
     assert "belong to --adapter" in CliRunner().invoke(main, ["export", "--base", "x"]).stderr
     assert "in the place of CONFIG" in CliRunner().invoke(main, ["export", "x.toml", "--adapter", str(bare)]).stderr
     assert "no such folder" in CliRunner().invoke(main, ["export", "--adapter", "nowhere"]).stderr

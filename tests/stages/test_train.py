@@ -16,19 +16,24 @@ import pytest
 import torch
 from support.adapters import merged_by_peft
 
-from pipeline.config import Config, Verify
+from pipeline.config import Config, Verify, load_config
 from pipeline.data.token_file import read_tokens
-from pipeline.errors import PipelineError
+from pipeline.defaults import Facts, resolve
+from pipeline.errors import PipelineError, UserError
 from pipeline.model.adapter import fit_to, read_given_adapter
 from pipeline.model.adapter_file import read_adapter
 from pipeline.model.base import base_folder, resolve_base
+from pipeline.model.continued_adapter import read_continued_adapter
 from pipeline.model.merging import MergedWeights
 from pipeline.model.weights_file import read_weights
 from pipeline.prompt.tokenizer import saved_tokenizer
 from pipeline.resources import sha256_of
+from pipeline.run.folder import read_manifest
+from pipeline.run.graph import Graph, Node
 from pipeline.run.layout import Layout
 from pipeline.run.stage import Task
 from pipeline.setup import gpu
+from pipeline.stages import all_stages
 from pipeline.stages.train import COMPLETE, STAGE, conversations_of, last_checkpoint, make_trainer, schedule
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import FAIL, PASS
@@ -286,6 +291,51 @@ def test_early_stopping_goes_on_counting_after_an_interruption(project: Path) ->
     assert figures["resumed_from"] is not None
     assert (figures["steps"], figures["kept_step"]) == (4, 1)
     assert "the adapter of step 1 is kept" in (project / "stopped" / "train" / "adapter" / "README.md").read_text()
+
+
+def test_training_goes_on_from_an_adapter(project: Path, trained: Path) -> None:
+    """It starts at the adapter's loss, not at the base's; another adapter makes it stale."""
+    adapter = project / "begun"
+    shutil.copytree(trained / "train" / "adapter", adapter)
+    options = ("--set", "train.from_adapter=begun", "--set", "train.steps=2", "--set", "train.learning_rate=1e-3")
+    finish(train(project, "continued", *options))
+    figures = {
+        run: json.loads((project / run / "manifest.json").read_text())["stages"]["train"]["figures"]
+        for run in ("whole", "continued")
+    }
+    start, end = (figures["whole"][f"validation_loss_{when}"] for when in ("first", "kept"))
+    assert figures["continued"]["validation_loss_first"] == pytest.approx(end, abs=1e-5)
+    assert abs(start - end) > 0.1
+    assert figures["continued"]["from_adapter"] == str(adapter)
+    before, after = (read_weights(folder) for folder in (adapter, project / "continued" / "train" / "adapter"))
+    for name in before.shapes:
+        change = (after[name] - before[name]).abs().max()
+        assert 0 < change < 0.01, name
+
+    config, given = load_config(project / "pipeline.toml", ["run.folder=continued", *options[1::2]])
+    settings, _ = resolve(config, given, Facts(1_000_000, 512, None))
+    assert Graph(all_stages()).basis(Node("train"), settings, read_manifest(settings.run_folder)).inputs.keys() >= {
+        str(adapter / "adapter_config.json"),
+        str(adapter / "adapter_model.safetensors"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("lora.r=8", r"begun: was trained with lora.r = 4, not 8: set lora.r so"),
+        ("lora.alpha=1", r"was trained with lora.alpha = 4(\.0)?, not 1.0: set"),
+        ("lora.dora=true", "lora.dora = false, not true"),
+        ('lora.target_modules="attention"', r"mlp.down_proj is changed by it, and not by lora.target_modules"),
+        ('lora.save_modules=["embed_tokens"]', "lora.save_modules asks for more than this adapter has"),
+    ],
+)
+def test_an_adapter_that_training_cannot_go_on_from(project: Path, trained: Path, override: str, said: str) -> None:
+    shutil.copytree(trained / "train" / "adapter", project / "begun", dirs_exist_ok=True)
+    config, given = load_config(project / "pipeline.toml", ["train.from_adapter=begun", override])
+    settings, _ = resolve(config, given, Facts(1_000_000, 512, None))
+    with pytest.raises(UserError, match=said):
+        read_continued_adapter(settings)
 
 
 @pytest.mark.skipif(gpu.memory() is None, reason="no GPU: CUDA training, packing and GPU memory were not tested")

@@ -7,22 +7,27 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import servers, small_models
+from support.adapters import peft_adapter
 from support.good_run import conversations, good_run, write_rows
 
 from pipeline import stages
 from pipeline.config import load_config
+from pipeline.errors import PipelineError
+from pipeline.llamacpp.gguf_file import inspect
 from pipeline.model.weights_file import Weights
 from pipeline.ollama.scratch_model import write_scratch_model
 from pipeline.verify import machine_needs
 from pipeline.verify.chain import run_check
+from pipeline.verify.reconvert import reconvert
 from pipeline.verify.result import FAIL, NOT_RUN, PASS
-from pipeline.verify.untouched_base import check_target, preflight
+from pipeline.verify.untouched_base import check_adapters, check_target, preflight
 
 MATRIX = "model.layers.0.mlp.up_proj.weight"
 
@@ -139,10 +144,33 @@ def test_a_machine_that_is_too_small(project: Path) -> None:
     needs = machine_needs.disk_needs(config, 10**9)
     assert needs["merge"] == needs["convert"] == 2 * 10**9
     assert needs["quantize"] > 10**9 * (4.9 + 8.5) / 8
+    apart, _ = load_config(project / "pipeline.toml", ['export.as="adapter"'])
+    assert machine_needs.disk_needs(apart, 10**9)["verify"] == needs["verify"] + 2 * 10**9
     hosts = {"127.0.0.1:11434": True, "http://localhost:9": True, "[::1]:9": True, "10.0.0.2": False}
     for host, there in hosts.items():
         other, _ = load_config(project / "pipeline.toml", [f"ollama.host={host!r}"])
         assert bool(machine_needs.disk_needs(other, 10**9)["deploy"]) == there
+
+
+def test_an_adapter_that_is_served_apart_is_converted_before_it_is_trained(project: Path, tmp_path: Path) -> None:
+    """One of the modules that will be trained, or the one that is given; each matrix has its place in the base."""
+    base = project / "base"
+    converted = reconvert(base, project, "f16")
+    config, _ = load_config(project / "pipeline.toml", ['export.as="adapter"'])
+    (tmp_path / "scratch").mkdir()
+    (result,) = check_adapters(config, base, converted, tmp_path / "scratch")
+    assert result.verdict == PASS
+    layers = json.loads((base / "config.json").read_text())["num_hidden_layers"]
+    assert len(inspect(tmp_path / "scratch" / "adapter-0.gguf").tensors) == 2 * 7 * layers
+
+    adapter = peft_adapter(tmp_path / "given", base, target_modules=["q_proj"], use_rslora=True)
+    given = small_models.make_config(
+        model=config.model, adapter={"path": adapter}, data={"train": None}, export=config.export
+    )
+    (tmp_path / "again").mkdir()
+    less = replace(converted, tensors=[tensor for tensor in converted.tensors if "blk.1.attn_q" not in tensor.name])
+    with pytest.raises(PipelineError, match=r"blk\.1\.attn_q\.weight is not there in"):
+        next(check_adapters(given, base, less, tmp_path / "again"))
 
 
 def test_a_run_stops_before_it_trains(project: Path) -> None:
