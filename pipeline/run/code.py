@@ -69,9 +69,9 @@ def _no_part(name: str) -> bool:
 
 
 def _source(root: Path, name: str) -> Path | None:
-    """The file of a module; a package's own file says only what the package is for."""
-    path = root.joinpath(*name.split(".")).with_suffix(".py")
-    return path if path.is_file() else None
+    """The file of a module, or a package's own; None for what is neither, such as a name in a module."""
+    place = root.joinpath(*name.split("."))
+    return next((path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()), None)
 
 
 @cache

@@ -200,6 +200,7 @@ STAGE = Stage(
     summary="Write the run's page: report.html.",
     run=main,
     needs=(EVERY_JUDGED_STAGE, "verify"),
-    settings=("model.base", "lora", "adapter", "adapters", "export.quant", "ollama.name", "eval.metric"),
+    # The page has a table of the whole configuration.
+    settings=tuple(section for section in Config.model_fields if section != "run"),
     files=lambda config, _: [resource("templates/report.html.j2")],
 )
