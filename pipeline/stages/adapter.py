@@ -62,7 +62,7 @@ STAGE = Stage(
     settings=("model", "adapter", "adapters", "train.seed", "train.load_in_4bit", "export.as"),
     indifferent_to=("adapter.path",),
     files=lambda config, _: [*base_files(config.model), *adapter_files(config)],
-    libraries=("torch", "transformers", "peft", "tokenizers", "safetensors"),
+    libraries=("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors"),
     figures=("from", "combined", "base", "modules", "rank", "alpha", "trained_parameters"),
     judged=True,
 )

@@ -247,7 +247,7 @@ STAGE = Stage(
     },
     settings=("model", "merge", "train.load_in_4bit", "export.as"),
     files=lambda config, _: base_files(config.model),
-    libraries=("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors"),
+    libraries=("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "scipy"),
     figures=("modules_merged", "merged_into", "relative_change", "rounding_to_change", "stored", "bytes"),
     judged=True,
 )
