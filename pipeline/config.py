@@ -50,7 +50,9 @@ class Section(BaseModel):
 class Model(Section):
     """What is fine-tuned."""
 
-    base: str = Field(description="a packaged model's name, a hub id (owner/name), or a local folder", min_length=1)
+    base: str = Field(
+        description="a packaged model's name, a hub id (owner/name), a local folder, or a GGUF file", min_length=1
+    )
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     chat_template: str | None = Field(
@@ -522,13 +524,17 @@ def _from_elsewhere(values: dict[str, Any], places: dict[str, str]) -> None:
 
 
 def _base(base: str, folder: Path, where: str) -> str:
-    """A base that is a folder, beside the file or where the command was typed, in full: a stage may work elsewhere."""
+    """A base on this machine, beside the file or where the command was typed, in full: a stage may work elsewhere."""
     given = expanded(base, where)
     places = (folder / given, given) if "/" in base else (folder / given,)  # a bare name may be a packaged base's
     try:
-        return next((str(place.resolve()) for place in places if place.is_dir()), base)
+        return next((str(place.resolve()) for place in places if place.is_dir() or _is_gguf(place)), base)
     except OSError as error:
         raise UserError(f"{where}: {base}: {error.strerror}") from None
+
+
+def _is_gguf(place: Path) -> bool:
+    return place.suffix.lower() == ".gguf" and place.is_file()
 
 
 def is_on_hub(file: Path) -> bool:
@@ -659,8 +665,8 @@ def _nearest(name: str) -> str:
 
 
 _EXAMPLES = {
-    "model": 'base = "smollm2-135m-instruct" (the packaged model), a hub id or a local folder',
-    "model.base": '"smollm2-135m-instruct" (the packaged model), a hub id or a local folder',
+    "model": 'base = "smollm2-135m-instruct" (the packaged model), a hub id, a local folder or a GGUF file',
+    "model.base": '"smollm2-135m-instruct" (the packaged model), a hub id, a local folder or a GGUF file',
     "data": 'train = "train.jsonl"',
     "data.train": '"train.jsonl"',
 }

@@ -207,7 +207,7 @@ def _parse(path: Path, data: mmap.mmap, size: int) -> GGUFInfo:
         tensors.append(TensorInfo(name, shape, storage.name, size_stored, start + offset, storage))
     if len({tensor.name for tensor in tensors}) != len(tensors):
         raise PipelineError(f"{path}: holds a tensor twice")
-    end = max((tensor.offset + tensor.bytes for tensor in tensors), default=start)
+    end = max((tensor.offset + tensor.bytes for tensor in tensors), default=header.at)
     if size < end:
         raise PipelineError(f"{path}: is cut short: {size:,} of {end:,} bytes")
     return GGUFInfo(path, metadata, tensors, size)

@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.errors import UserError
+from pipeline.model.base import rounded_before
 from pipeline.model.facts import base_files
 from pipeline.model.trained_tokenizer import adapter_files
 from pipeline.run.stage import Stage, Task
@@ -27,6 +28,8 @@ def files(config: Config, _: str) -> list[Path]:
 
 def main(task: Task) -> dict[str, Any]:
     """Write preflight.json."""
+    if said := rounded_before(task.config.model.base):
+        task.warn(said)
     with tempfile.TemporaryDirectory(dir=task.scratch) as scratch:  # gigabytes, of use to nobody after a failure
         content = preflight(task.config, task.run, Path(scratch), judged_stages())
     if content["verdict"] == FAIL:
