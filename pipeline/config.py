@@ -250,6 +250,12 @@ class Merge(Section):
         description="the base to merge into: as it is stored, the 4-bit one dequantized, or (auto) whichever of them "
         "gives the lower held-out loss",
     )
+    model: str | None = Field(
+        None,
+        min_length=1,
+        description="the 16-bit model that a base in bitsandbytes' 4 bits was made of, to merge into it: a hub id or "
+        "a local folder",
+    )
     way: Literal["tensors", "peft"] = Field(
         "tensors",
         description="tensors: one after the other, from file to file, in little memory; peft: by PEFT's "
@@ -349,6 +355,13 @@ class Config(Section):
                 'merge.base = "dequantized" needs a base that was trained in 4 bits, and train.load_in_4bit is false: '
                 "remove one of the two"
             )
+        if self.merge.model is not None:
+            for key, given in (
+                ('merge.base = "dequantized"', self.merge.base == "dequantized"),
+                ("model.trust_remote_code = true", self.model.trust_remote_code),
+            ):
+                if given:
+                    raise ValueError(f"merge.model does not go with {key}: remove one of the two")
         if self.export.as_ == "adapter":
             self._fits_an_adapter()
         if self.train.early_stopping and self.data.validation is None and not self.data.validation_fraction:
@@ -379,7 +392,15 @@ class Config(Section):
     @property
     def compares_bases(self) -> bool:
         """Whether the merge measures which base the adapter fits: one that is served apart has no choice."""
-        return self.train.load_in_4bit and self.merge.base == "auto" and self.export.as_ == "merged"
+        chosen = self.merge.base != "auto" or self.merge.model is not None
+        return self.train.load_in_4bit and not chosen and self.export.as_ == "merged"
+
+    @property
+    def merge_into(self) -> Model:
+        """The model whose weights the adapter becomes part of, with the base's new tokens."""
+        if self.merge.model is None:
+            return self.model
+        return self.model.model_copy(update={"base": self.merge.model, "revision": None})
 
     @property
     def served_system(self) -> str:
@@ -458,9 +479,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict
         if problem := _unreadable(file):
             raise UserError(f"{where}: {file}: {problem}; well-known ones are {', '.join(chat_templates())}")
         values["model"]["chat_template"] = str(file)
-    base = values.get("model", {}).get("base") if isinstance(values.get("model"), dict) else None
-    if isinstance(base, str) and base:
-        values["model"]["base"] = _base(base, path.parent, f"{places.get('model.base')}: model.base")
+    for section, key in (("model", "base"), ("merge", "model")):
+        base = values.get(section, {}).get(key) if isinstance(values.get(section), dict) else None
+        if isinstance(base, str) and base:
+            values[section][key] = _base(base, path.parent, f"{places.get(f'{section}.{key}')}: {section}.{key}")
 
     try:
         config = Config.model_validate(values)

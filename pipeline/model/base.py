@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config, Model
+from pipeline.config import Model
 from pipeline.errors import UserError
 from pipeline.hub import asking
-from pipeline.model.four_bit import in_4bit, is_4bit
+from pipeline.model.four_bit import in_4bit
 from pipeline.model.gguf_base import gguf_folder, is_gguf, quantized_type
 from pipeline.model.packaged import PACKAGED, packaged_folder
 from pipeline.model.sentencepiece_file import write_sentencepiece
@@ -113,22 +113,10 @@ def as_trained(base: Path, tokenizer: Any, folder: Path) -> Path:
     return folder
 
 
-def check_bits(base: Path, config: Config) -> None:
-    """Refuse what does not go with a base that is stored in 4 bits.
-
-    Raises:
-        UserError: with the key.
-    """
-    if not is_4bit(base):
-        return
-    stored = f"model.base: {base} is stored in 4 bits"
-    if not config.train.load_in_4bit:
-        raise UserError(f"train.load_in_4bit = false: {stored}: remove the key, or give the 16-bit model as the base")
-    if config.merge.base == "16bit":
-        raise UserError(
-            f'merge.base = "16bit": {stored}, and an adapter on it is merged into what they unpack to: remove the key, '
-            "or give the 16-bit model as the base"
-        )
+def is_on_hub(base: str) -> bool:
+    """Whether a base, which is neither packaged nor on this machine, is looked for on the hub."""
+    known = base.lower() in PACKAGED or base.lower().endswith(".gguf")
+    return not known and "/" in base and not expanded(base, "model.base").exists()
 
 
 def cached_base(base: str, revision: str | None = None) -> Path | None:
@@ -149,8 +137,7 @@ def config_folder(base: str, revision: str | None = None) -> Path:
     Raises:
         UserError, PipelineError: as `resolve_base`.
     """
-    known = base.lower() in PACKAGED or base.lower().endswith(".gguf")
-    if not known and "/" in base and not expanded(base, "model.base").exists():
+    if is_on_hub(base):
         return cached_base(base, revision) or _from_hub(base, revision, ("config.json",))
     return resolve_base(base, revision)
 

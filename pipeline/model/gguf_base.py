@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.gguf_file import GGUFInfo, TensorInfo, inspect
 from pipeline.model.derived import derived_folder, name_for
-from pipeline.model.gguf_tokenizer import refuse_other_tokens, special_ids, tokenizer_of
+from pipeline.model.gguf_tokenizer import INSTEAD, refuse_other_tokens, special_ids, tokenizer_of
 from pipeline.model.weights_file import STORED_TYPES
 from pipeline.model.weights_writer import TensorPlan, WeightsWriter
 from pipeline.processes import require_space
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 # Part of the cache's folder name: a change of what is written below needs a new number.
 LAYOUT = 2
-INSTEAD = "give the original model, as a folder or a hub id (owner/name)"
 
 _WHOLE_MODEL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _IN_BLOCK = {
@@ -97,10 +96,13 @@ ARCHITECTURES = {
 
 def is_gguf(path: Path) -> bool:
     """Whether a file calls itself GGUF, by its name or by its first bytes."""
-    if not path.is_file():
+    if path.suffix.lower() == ".gguf" or not path.is_file():
+        return path.is_file()
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
         return False
-    with path.open("rb") as file:
-        return path.suffix.lower() == ".gguf" or file.read(4) == b"GGUF"
 
 
 def gguf_folder(path: Path) -> Path:

@@ -19,7 +19,7 @@ from pipeline.prompt.tokenizer import as_served
 
 # Types of tokens in a file (llama_token_type).
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6
-_INSTEAD = "give the original model, as a folder or a hub id (owner/name)"
+INSTEAD = "give the original model, as a folder or a hub id (owner/name)"
 _STRINGS = 2000
 # Parts of the patterns.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -71,29 +71,29 @@ def special_ids(info: GGUFInfo) -> dict[str, int]:
     metadata = info.metadata
     tokens, types = (metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
     if not tokens or not types or len(tokens) != len(types) or len(set(tokens)) != len(tokens):
-        raise UserError(f"{where}: has no tokens with a type for each: {_INSTEAD}")
+        raise UserError(f"{where}: has no tokens with a type for each: {INSTEAD}")
     kind, splitting = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if kind == "gpt2":
         if splitting not in SPLITTINGS:
             raise UserError(
                 f"{where}: its tokenizer splits texts in the way {splitting!r} (tokenizer.ggml.pre), of which a GGUF "
-                f"file's can be {', '.join(SPLITTINGS)}: {_INSTEAD}"
+                f"file's can be {', '.join(SPLITTINGS)}: {INSTEAD}"
             )
         needed = "merges"
     elif kind == "llama":
         needed = "scores"
     else:
-        raise UserError(f"{where}: its tokenizer is of the kind {kind!r}, not gpt2 or llama: {_INSTEAD}")
+        raise UserError(f"{where}: its tokenizer is of the kind {kind!r}, not gpt2 or llama: {INSTEAD}")
     if not metadata.get(f"tokenizer.ggml.{needed}"):
-        raise UserError(f"{where}: its tokenizer has no {needed}: {_INSTEAD}")
+        raise UserError(f"{where}: its tokenizer has no {needed}: {INSTEAD}")
     named = {
         name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "unknown", "padding")
     }
     ids = {name: id for name, id in named.items() if id is not None}
     if beyond := [f"{name} is {id}" for name, id in ids.items() if not 0 <= id < len(tokens)]:
-        raise UserError(f"{where}: of {len(tokens):,} tokens {beyond[0]}: {_INSTEAD}")
+        raise UserError(f"{where}: of {len(tokens):,} tokens {beyond[0]}: {INSTEAD}")
     if "eos" not in ids:
-        raise UserError(f"{where}: names no token that ends a text (tokenizer.ggml.eos_token_id): {_INSTEAD}")
+        raise UserError(f"{where}: names no token that ends a text (tokenizer.ggml.eos_token_id): {INSTEAD}")
     return ids
 
 
@@ -157,7 +157,7 @@ def refuse_other_tokens(info: GGUFInfo, tokenizer: Any) -> None:
             if ours != theirs:
                 raise UserError(
                     f"model.base: {info.path}: its tokenizer cannot be rebuilt exactly: {text[:40]!r} is {theirs[:8]} "
-                    f"to llama.cpp and would be {ours[:8]}: {_INSTEAD}"
+                    f"to llama.cpp and would be {ours[:8]}: {INSTEAD}"
                 )
 
 

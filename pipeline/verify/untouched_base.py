@@ -19,8 +19,8 @@ from pipeline.errors import PipelineError
 from pipeline.llamacpp.quantizer import quantize
 from pipeline.model.adapter import fit_to, read_given_adapter
 from pipeline.model.base import as_trained, base_folder
-from pipeline.model.four_bit import in_16bit
 from pipeline.model.plain_adapter import refuse_for_gguf
+from pipeline.model.sixteen_bit import sixteen_bit_base
 from pipeline.model.trained_tokenizer import trained_tokenizer
 from pipeline.model.weights_file import read_weights
 from pipeline.ollama.client import Client
@@ -63,7 +63,7 @@ def preflight(config: Config, run_folder: Path, scratch: Path, rungs: Sequence[s
             refuse_for_gguf(given.folder, given.settings, list(given.weights.shapes))
         fit_to(given, base, trust_remote_code=config.model.trust_remote_code)
     trained, _ = trained_tokenizer(config)
-    base = as_trained(in_16bit(base, scratch / "base-16bit"), trained, scratch / "base")
+    base = as_trained(sixteen_bit_base(config, scratch / "base-16bit"), trained, scratch / "base")
     stored = read_weights(base)
     parameters = stored.parameters
     # Converted, that in float32, and every type twice: quantized, and in Ollama.
