@@ -339,7 +339,8 @@ def _bad_value(info: GGUFInfo, tensor: TensorInfo) -> str:
         if not all_finite(tensor.storage, piece):
             return f"{tensor.name} holds NaN or infinity"
         zero = zero and _is_zero(tensor, piece)
-    return f"{tensor.name} holds nothing but zeros" if zero else ""
+    # A bias begins at zero, and may have stayed there.
+    return f"{tensor.name} holds nothing but zeros" if zero and not tensor.name.endswith(".bias") else ""
 
 
 def _is_zero(tensor: TensorInfo, data: "NDArray[np.uint8]") -> bool:
