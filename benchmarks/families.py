@@ -8,6 +8,7 @@ With --write the rows go into docs/families.md, each as soon as it is known; tho
 import json
 import subprocess
 import tempfile
+import textwrap
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -185,7 +186,8 @@ def page(rows: Mapping[str, str]) -> str:
 
 def row(name: str, found: Mapping[str, Any]) -> str:
     """A family's row of the table: what `whole_way` has found."""
-    words = "; ".join([*found["failed"], found["said"]]).strip("; ").replace("|", "\\|")
+    words = "; ".join([*found["failed"], found["said"]]).strip("; ")
+    words = textwrap.shorten(words, 300, placeholder=" ...").replace("|", "\\|")
     today = f"{datetime.now(UTC):%Y-%m-%d}"
     passed = found["checks"].get("pass", "")
     return f"| {name} | {FAMILIES[name].model_type} | {found['way']} | {passed} | {words} | {today} |"
