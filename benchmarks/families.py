@@ -2,13 +2,17 @@
 
 A small random model of each (benchmarks/small_base.py) is trained four steps, merged, converted, quantized, created in
 a real Ollama and verified. A row of the table either passes every check, or is refused by preflight with the cause.
+With --write the rows go into docs/families.md, each as soon as it is known; those of other families stay as they are.
 """
 
 import json
 import subprocess
 import tempfile
+import textwrap
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +20,26 @@ import click
 
 from benchmarks.program import COMMAND
 from benchmarks.small_base import write_small_base
+from pipeline.llamacpp.converter import command, convert
+from pipeline.llamacpp.quantizer import quantize
+from pipeline.model.sentencepiece_file import write_sentencepiece
 
 _PHI3 = ("<|endoftext|>", "<|assistant|>", "<|placeholder1|>", "<|end|>", "<|system|>", "<|user|>")
 _QUANT = "q4_k_m"
+PAGE = Path(__file__).parent.parent / "docs" / "families.md"
+_HEAD = (
+    "| family | architecture | way | checks passed | refused or failed, and where | seen |\n|---|---|---|---|---|---|\n"
+)
+_ABOUT = """# Families of models
+
+Each was taken the whole way as a small random model of its architecture with its real tokenizer: preflight, four steps
+of training, merge, convert, quantize, Modelfile, a real Ollama, verify. "Way" is how Ollama renders the prompt: `go` by
+a TEMPLATE that was derived and proven, `native` by the file's own Jinja. A row passes every check that ran, or says
+which stage refused it and why. What is random here is the model: that a large one of the family learns is not shown.
+
+Written by `python -m benchmarks.families --write`, a row at a time (`--only NAME`).
+
+"""
 
 
 @dataclass(frozen=True)
@@ -33,6 +54,7 @@ class Family:
         added: special tokens beyond the tokenizer's own.
         rows: of the embedding; 0: one for every token.
         four_bit: stored in bitsandbytes' 4 bits.
+        gguf: given as a GGUF file of this type of llama-quantize.
     """
 
     tokenizer: str
@@ -42,11 +64,13 @@ class Family:
     added: tuple[str, ...] = ()
     rows: int = 0
     four_bit: bool = False
+    gguf: str = ""
 
 
 FAMILIES = {
     "Llama 2, raw": Family("llama2", chat_template=False, model='chat_template = "alpaca"\n'),
     "Llama 2 in 4 bits (bitsandbytes)": Family("llama2", chat_template=False, four_bit=True),
+    "Llama 2, a GGUF file": Family("llama2", chat_template=False, gguf="q4_k_m"),
     "Llama 3": Family("llama3"),
     "Llama 3.1, raw": Family("llama3_1", chat_template=False, model='chat_template = "zephyr"\n'),
     "Llama 3.1 Instruct": Family("llama3_1"),
@@ -55,6 +79,7 @@ FAMILIES = {
     "Mixtral": Family("llama2", "mixtral", chat_template=False, model='chat_template = "mistral"\n'),
     "Qwen2.5": Family("qwen2_5", "qwen2"),
     "Qwen3": Family("qwen3", "qwen3"),
+    "Qwen3, a GGUF file": Family("qwen3", "qwen3", gguf="q8_0"),
     "Qwen3-MoE": Family("qwen3", "qwen3_moe"),
     "Gemma 2": Family("gemma2", "gemma2", model='chat_template = "gemma"\n'),
     "Gemma 3, text": Family("gemma3", "gemma3_text", rows=262144),
@@ -76,7 +101,7 @@ FAMILIES = {
 def project(folder: Path, family: Family, *, rows: int = 48) -> Path:
     """A folder with a family's small base, rows of one and of two turns, and a configuration; its pipeline.toml."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_small_base(
+    base = write_small_base(
         folder / "base",
         family.tokenizer,
         family.model_type,
@@ -85,7 +110,16 @@ def project(folder: Path, family: Family, *, rows: int = 48) -> Path:
         added=family.added,
         four_bit=family.four_bit,
     )
-    return configure(folder, folder / "base", family.model, rows=rows)
+    if family.gguf:
+        base = _as_gguf(base, folder, family.gguf)
+    return configure(folder, base, family.model, rows=rows)
+
+
+def _as_gguf(base: Path, folder: Path, kind: str) -> Path:
+    write_sentencepiece(base)
+    convert(command(base, folder / "base-f16.gguf", "f16"), folder)
+    quantize(folder / "base-f16.gguf", folder / f"base-{kind}.gguf", kind)
+    return folder / f"base-{kind}.gguf"
 
 
 def configure(folder: Path, base: Path, model: str = "", *, rows: int = 48) -> Path:
@@ -115,18 +149,17 @@ def whole_way(config: Path, *options: str) -> dict[str, Any]:
     """Run the program on a project.
 
     Returns:
-        status: of the command; said: its last error; output: all that it told; way: how Ollama renders the prompt;
-        checks: verify's verdicts and how many of each; failed: the checks that did.
+        status: of the command; said: its error, in one line; output: all that it told; way: how Ollama renders the
+        prompt; checks: verify's verdicts and how many of each; failed: the checks that did.
     """
     done = subprocess.run(
         [*COMMAND, "run", str(config), *options], capture_output=True, text=True, errors="replace", check=False
     )
     run = config.parent / "run"
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     proof = _json(run / "verify" / "verify.json")
     return {
         "status": done.returncode,
-        "said": errors[-1].removeprefix("error: ") if errors else "",
+        "said": " ".join(done.stderr.rpartition("error: ")[2].split()) if done.returncode else "",
         "output": done.stderr,
         "way": _json(run / "modelfile" / _QUANT / "template.json").get("way", ""),
         "checks": proof.get("counts", {}),
@@ -139,16 +172,35 @@ def _json(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_page(path: Path) -> dict[str, str]:
+    """The rows of a page, by their families; none where it is not there."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return {name: line for line in lines if (name := line.split("|")[1].strip() if "|" in line else "") in FAMILIES}
+
+
+def page(rows: Mapping[str, str]) -> str:
+    """The page with a row for every family."""
+    lines = [rows.get(name, f"| {name} | {family.model_type} | | | not run | |") for name, family in FAMILIES.items()]
+    return _ABOUT + _HEAD + "\n".join(lines) + "\n"
+
+
+def row(name: str, found: Mapping[str, Any]) -> str:
+    """A family's row of the table: what `whole_way` has found."""
+    words = "; ".join([*found["failed"], found["said"]]).strip("; ")
+    words = textwrap.shorten(words, 300, placeholder=" ...").replace("|", "\\|")
+    today = f"{datetime.now(UTC):%Y-%m-%d}"
+    passed = found["checks"].get("pass", "")
+    return f"| {name} | {FAMILIES[name].model_type} | {found['way']} | {passed} | {words} | {today} |"
+
+
 @click.command()
 @click.option("--only", multiple=True, help="A family, by a part of its name; more than once: several.")
 @click.option("--keep", type=click.Path(path_type=Path), help="Leave the projects in this folder.")
-def main(only: tuple[str, ...], keep: Path | None) -> None:
+@click.option("--write", is_flag=True, help="Put the rows into docs/families.md.")
+def main(only: tuple[str, ...], keep: Path | None, write: bool) -> None:
     """Print the table of families."""
     chosen = [name for name in FAMILIES if not only or any(part.lower() in name.lower() for part in only)]
-    print(
-        "| family | architecture | way | checks passed | seconds | refused, or failed |\n|---|---|---|---|---|---|",
-        flush=True,
-    )
+    print(_HEAD, end="", flush=True)
     for name in chosen:
         with tempfile.TemporaryDirectory() as temporary:
             folder = (keep or Path(temporary)) / name.lower().replace(" ", "-").replace(",", "")
@@ -157,13 +209,10 @@ def main(only: tuple[str, ...], keep: Path | None) -> None:
                 found = whole_way(project(folder, FAMILIES[name]))
             except Exception as error:  # a base that transformers cannot make here
                 found = {"checks": {}, "way": "", "failed": [], "said": f"{type(error).__name__}: {error}", "status": 1}
-            seconds = time.perf_counter() - started
-        words = "; ".join([*found["failed"], found["said"]]).strip("; ").replace("|", "\\|")
-        passed = found["checks"].get("pass", "")
-        print(
-            f"| {name} | {FAMILIES[name].model_type} | {found['way']} | {passed} | {seconds:.0f} | {words} |",
-            flush=True,
-        )
+            found["said"] = found["said"].replace(f"{folder}/", "")
+        print(row(name, found), f"{time.perf_counter() - started:.0f} s", flush=True)
+        if write:
+            PAGE.write_text(page(read_page(PAGE) | {name: row(name, found)}), encoding="utf-8")
 
 
 if __name__ == "__main__":

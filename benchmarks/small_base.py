@@ -125,6 +125,10 @@ def write_small_base(
         del settings["head_dim"]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():  # a bias, which a trained model has; zeros would hide that one was lost
+                parameter.normal_(std=0.02)
     model.to(torch.bfloat16).save_pretrained(folder)
     if four_bit:
         packed = BitsAndBytesConfig(

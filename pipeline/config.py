@@ -50,7 +50,9 @@ class Section(BaseModel):
 class Model(Section):
     """What is fine-tuned."""
 
-    base: str = Field(description="a packaged model's name, a hub id (owner/name), or a local folder", min_length=1)
+    base: str = Field(
+        description="a packaged model's name, a hub id (owner/name), a local folder, or a GGUF file", min_length=1
+    )
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     chat_template: str | None = Field(
@@ -276,6 +278,12 @@ class Merge(Section):
         description="the base to merge into: as it is stored, the 4-bit one dequantized, or (auto) whichever of them "
         "gives the lower held-out loss",
     )
+    model: str | None = Field(
+        None,
+        min_length=1,
+        description="the 16-bit model that a base in bitsandbytes' 4 bits was made of, to merge into it: a hub id or "
+        "a local folder",
+    )
     way: Literal["tensors", "peft"] = Field(
         "tensors",
         description="tensors: one after the other, from file to file, in little memory; peft: by PEFT's "
@@ -382,6 +390,13 @@ class Config(Section):
                 'merge.base = "dequantized" needs a base that was trained in 4 bits, and train.load_in_4bit is false: '
                 "remove one of the two"
             )
+        if self.merge.model is not None:
+            for key, given in (
+                ('merge.base = "dequantized"', self.merge.base == "dequantized"),
+                ("model.trust_remote_code = true", self.model.trust_remote_code),
+            ):
+                if given:
+                    raise ValueError(f"merge.model does not go with {key}: remove one of the two")
         if self.export.as_ == "adapter":
             self._fits_an_adapter()
         self._can_be_combined()
@@ -456,7 +471,15 @@ class Config(Section):
     @property
     def compares_bases(self) -> bool:
         """Whether the merge measures which base the adapter fits: one that is served apart has no choice."""
-        return self.train.load_in_4bit and self.merge.base == "auto" and self.export.as_ == "merged"
+        chosen = self.merge.base != "auto" or self.merge.model is not None
+        return self.train.load_in_4bit and not chosen and self.export.as_ == "merged"
+
+    @property
+    def merge_into(self) -> Model:
+        """The model whose weights the adapter becomes part of, with the base's new tokens."""
+        if self.merge.model is None:
+            return self.model
+        return self.model.model_copy(update={"base": self.merge.model, "revision": None})
 
     @property
     def served_system(self) -> str:
@@ -546,9 +569,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict
         if problem := _unreadable(file):
             raise UserError(f"{where}: {file}: {problem}; well-known ones are {', '.join(chat_templates())}")
         values["model"]["chat_template"] = str(file)
-    base = values.get("model", {}).get("base") if isinstance(values.get("model"), dict) else None
-    if isinstance(base, str) and base:
-        values["model"]["base"] = _base(base, path.parent, f"{places.get('model.base')}: model.base")
+    for section, key in (("model", "base"), ("merge", "model")):
+        base = values.get(section, {}).get(key) if isinstance(values.get(section), dict) else None
+        if isinstance(base, str) and base:
+            values[section][key] = _base(base, path.parent, f"{places.get(f'{section}.{key}')}: {section}.{key}")
 
     try:
         config = Config.model_validate(values)
@@ -621,13 +645,17 @@ def _from_elsewhere(values: dict[str, Any], places: dict[str, str]) -> None:
 
 
 def _base(base: str, folder: Path, where: str) -> str:
-    """A base that is a folder, beside the file or where the command was typed, in full: a stage may work elsewhere."""
+    """A base on this machine, beside the file or where the command was typed, in full: a stage may work elsewhere."""
     given = expanded(base, where)
     places = (folder / given, given) if "/" in base else (folder / given,)  # a bare name may be a packaged base's
     try:
-        return next((str(place.resolve()) for place in places if place.is_dir()), base)
+        return next((str(place.resolve()) for place in places if place.is_dir() or _is_gguf(place)), base)
     except OSError as error:
         raise UserError(f"{where}: {base}: {error.strerror}") from None
+
+
+def _is_gguf(place: Path) -> bool:
+    return place.suffix.lower() == ".gguf" and place.is_file()
 
 
 def is_on_hub(file: Path) -> bool:
@@ -769,8 +797,8 @@ def _nearest(name: str) -> str:
 # Keys whose value is a list of tables.
 _TABLES: dict[str, type[Section]] = {"data.sources": Source, "adapters": GivenAdapter}
 _EXAMPLES = {
-    "model": 'base = "smollm2-135m-instruct" (the packaged model), a hub id or a local folder',
-    "model.base": '"smollm2-135m-instruct" (the packaged model), a hub id or a local folder',
+    "model": 'base = "smollm2-135m-instruct" (the packaged model), a hub id, a local folder or a GGUF file',
+    "model.base": '"smollm2-135m-instruct" (the packaged model), a hub id, a local folder or a GGUF file',
     "data": 'train = "train.jsonl"',
     "data.train": '"train.jsonl"',
 }

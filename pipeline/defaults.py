@@ -47,6 +47,7 @@ RULES = {
     "train.early_stopping": "all steps are trained",
     "train.max_length": f"the smaller of {LONGEST_ROW} and the base's context",
     "train.gradient_checkpointing": "true on a GPU for a base of more than a billion parameters, else false",
+    "merge.model": "none: into what the 4 bits unpack to",
     "ollama.name": "the name of the folder of pipeline.toml",
     "ollama.system": "data.system",
     "ollama.host": "OLLAMA_HOST; without it the usual address if an Ollama answers there, else one of the run's own",

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import pytest
 
-from benchmarks import measure, random_model
+from benchmarks import families, measure, random_model
 from benchmarks.program import project
 
 ROOT = Path(__file__).parent.parent
@@ -89,3 +89,17 @@ def test_a_random_model_has_the_size_that_was_asked_for(parameters: float, words
 def test_a_random_model_smaller_than_its_embeddings_is_refused() -> None:
     with pytest.raises(click.UsageError, match="the embeddings of 128256 words alone are more"):
         random_model.shape(1e7, 128_256)
+
+
+def test_a_family_s_row_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
+    """The page says of every family what was seen last, or that nothing was."""
+    file = tmp_path / "families.md"
+    for said in ("preflight: this base cannot go the whole way", ""):
+        found = {"failed": [], "said": said, "checks": {"pass": 70}, "way": "go"}
+        file.write_text(families.page(families.read_page(file) | {"Falcon": families.row("Falcon", found)}))
+        (row,) = re.findall(r"^\| Falcon .*$", file.read_text(), re.MULTILINE)
+        assert re.fullmatch(rf"\| Falcon \| falcon \| go \| 70 \| {said} \| \d{{4}}-\d\d-\d\d \|", row)
+    rows = families.read_page(file)
+    assert list(rows) == list(families.FAMILIES)
+    assert rows["GPT-2"] == "| GPT-2 | gpt2 | | | not run | |"
+    assert list(families.read_page(families.PAGE)) == list(families.FAMILIES)

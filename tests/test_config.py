@@ -179,6 +179,9 @@ def test_a_base_that_is_a_folder_is_named_in_full(
     overrides = ["model.base=models/mine", "model.trust_remote_code=true"]
     config, _ = load_config(write(project, MINIMAL), overrides)
     assert config.model.base == str(folder)
+    file = folder / "mine.gguf"
+    file.touch()
+    assert load_config(write(project, MINIMAL), ["model.base=models/mine/mine.gguf"])[0].model.base == str(file)
     (elsewhere / "smollm2-135m-instruct").mkdir()  # a packaged base is not looked for where a command is typed
     assert load_config(write(project, MINIMAL))[0].model.base == "smollm2-135m-instruct"
 

@@ -207,7 +207,7 @@ def _parse(path: Path, data: mmap.mmap, size: int) -> GGUFInfo:
         tensors.append(TensorInfo(name, shape, storage.name, size_stored, start + offset, storage))
     if len({tensor.name for tensor in tensors}) != len(tensors):
         raise PipelineError(f"{path}: holds a tensor twice")
-    end = max((tensor.offset + tensor.bytes for tensor in tensors), default=start)
+    end = max((tensor.offset + tensor.bytes for tensor in tensors), default=header.at)
     if size < end:
         raise PipelineError(f"{path}: is cut short: {size:,} of {end:,} bytes")
     return GGUFInfo(path, metadata, tensors, size)
@@ -339,7 +339,8 @@ def _bad_value(info: GGUFInfo, tensor: TensorInfo) -> str:
         if not all_finite(tensor.storage, piece):
             return f"{tensor.name} holds NaN or infinity"
         zero = zero and _is_zero(tensor, piece)
-    return f"{tensor.name} holds nothing but zeros" if zero else ""
+    # A bias begins at zero, and may have stayed there.
+    return f"{tensor.name} holds nothing but zeros" if zero and not tensor.name.endswith(".bias") else ""
 
 
 def _is_zero(tensor: TensorInfo, data: "NDArray[np.uint8]") -> bool:

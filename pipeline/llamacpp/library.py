@@ -187,6 +187,7 @@ class LlamaModel:
         exact: keep the attention cache in float32 and leave flash attention out, so that what is measured is the
             file's weights; False computes as llama-server does by default.
         threads: threads to compute with; 0 for one a core.
+        vocabulary_only: read no weights; what is asked of it are tokens.
 
     Raises (on entering):
         UserError: no such file.
@@ -197,13 +198,21 @@ class LlamaModel:
     """
 
     def __init__(
-        self, path: Path, *, adapter: Path | None = None, context: int = 4096, exact: bool = True, threads: int = 0
+        self,
+        path: Path,
+        *,
+        adapter: Path | None = None,
+        context: int = 4096,
+        exact: bool = True,
+        threads: int = 0,
+        vocabulary_only: bool = False,
     ) -> None:
         self.path = path
         self.adapter = adapter
         self.context = context
         self.exact = exact
         self.threads = threads or cores()
+        self.vocabulary_only = vocabulary_only
         self.vocabulary_size = 0
         self._stack = contextlib.ExitStack()
 
@@ -226,10 +235,15 @@ class LlamaModel:
         _errors.clear()
         model_parameters = library.llama_model_default_params()
         model_parameters.n_gpu_layers = 0
+        model_parameters.vocab_only = self.vocabulary_only
         model = library.llama_model_load_from_file(os.fsencode(self.path), model_parameters)
         if not model:
             raise PipelineError(f"llama.cpp cannot load {self.path}:\n  " + "\n  ".join(_errors[-6:]))
         stack.callback(library.llama_model_free, model)
+        self._vocabulary = library.llama_model_get_vocab(model)
+        self.vocabulary_size = library.llama_vocab_n_tokens(self._vocabulary)
+        if self.vocabulary_only:
+            return
 
         parameters = library.llama_context_default_params()
         parameters.n_ctx = self.context
@@ -249,8 +263,6 @@ class LlamaModel:
         stack.callback(library.llama_free, self._handle)
         if self.adapter is not None:
             self._apply(library, model, self.adapter)
-        self._vocabulary = library.llama_model_get_vocab(model)
-        self.vocabulary_size = library.llama_vocab_n_tokens(self._vocabulary)
 
     def _apply(self, library: ctypes.CDLL, model: int, path: Path) -> None:
         adapter = library.llama_adapter_lora_init(model, os.fsencode(path))  # freed with the model

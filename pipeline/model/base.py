@@ -1,8 +1,8 @@
 """The base of a fine-tune as a folder: safetensors in 16 bits or bitsandbytes' 4, config.json, and a fast tokenizer.
 
-`[model] base` is a packaged name, a hub id or a local folder. Whichever it is, every later stage sees a folder,
-and one that cannot work - pickled weights, GGUF only, weights quantized otherwise, no tokenizer - is refused
-here, by name.
+`[model] base` is a packaged name, a hub id, a local folder or a GGUF file. Whichever it is, every later stage sees a
+folder, and one that cannot work - pickled weights, weights quantized otherwise, no tokenizer - is refused here, by
+name.
 """
 
 import difflib
@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config, Model
+from pipeline.config import Model
 from pipeline.errors import UserError
 from pipeline.hub import asking
-from pipeline.model.four_bit import in_4bit, is_4bit
+from pipeline.model.four_bit import in_4bit
+from pipeline.model.gguf_base import gguf_folder, is_gguf, quantized_type
 from pipeline.model.packaged import PACKAGED, packaged_folder
 from pipeline.model.sentencepiece_file import write_sentencepiece
 from pipeline.model.weights_file import read_weights
@@ -31,7 +32,7 @@ def resolve_base(base: str, revision: str | None = None) -> Path:
     """The folder of a base.
 
     Args:
-        base: a packaged model's name, a hub id ("owner/name"), or a local folder.
+        base: a packaged model's name, a hub id ("owner/name"), a local folder, or a GGUF file.
         revision: a hub id's branch, tag or commit.
 
     Returns:
@@ -50,8 +51,16 @@ def resolve_base(base: str, revision: str | None = None) -> Path:
         if revision is not None:
             raise UserError(f"model.revision: {base} is a local folder; a revision belongs to a hub id")
         return check_base(local.resolve())
+    if is_gguf(local):
+        if revision is not None:
+            raise UserError(f"model.revision: {base} is a local file; a revision belongs to a hub id")
+        return gguf_folder(local.resolve())
     if local.is_file():
-        raise UserError(f"model.base: {base} is a file; give the folder that holds config.json and *.safetensors")
+        raise UserError(
+            f"model.base: {base} is a file, and no GGUF; give the folder that holds config.json and *.safetensors"
+        )
+    if base.lower().endswith(".gguf"):
+        raise UserError(f"model.base: {base}: no such file")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not base.startswith("."):
         return check_base(_from_hub(base, revision))
     nearest = difflib.get_close_matches(base.lower(), PACKAGED, 1)
@@ -68,6 +77,17 @@ def base_folder(model: Model) -> Path:
     from pipeline.model.added_tokens import with_added_tokens
 
     return with_added_tokens(resolve_base(model.base, model.revision), model)
+
+
+def rounded_before(base: str) -> str:
+    """What to know of a base's weights before they are trained, in a sentence; "" where there is nothing."""
+    path = expanded(base, "model.base")
+    if base.lower() in PACKAGED or not is_gguf(path) or not (kind := quantized_type(path)):
+        return ""
+    return (
+        f"model.base: {path.name}: its weights were rounded to {kind} before training began, and what that lost is not "
+        "in the result either; the original model would be better, where it can be had"
+    )
 
 
 def as_trained(base: Path, tokenizer: Any, folder: Path) -> Path:
@@ -93,22 +113,10 @@ def as_trained(base: Path, tokenizer: Any, folder: Path) -> Path:
     return folder
 
 
-def check_bits(base: Path, config: Config) -> None:
-    """Refuse what does not go with a base that is stored in 4 bits.
-
-    Raises:
-        UserError: with the key.
-    """
-    if not is_4bit(base):
-        return
-    stored = f"model.base: {base} is stored in 4 bits"
-    if not config.train.load_in_4bit:
-        raise UserError(f"train.load_in_4bit = false: {stored}: remove the key, or give the 16-bit model as the base")
-    if config.merge.base == "16bit":
-        raise UserError(
-            f'merge.base = "16bit": {stored}, and an adapter on it is merged into what they unpack to: remove the key, '
-            "or give the 16-bit model as the base"
-        )
+def is_on_hub(base: str) -> bool:
+    """Whether a base, which is neither packaged nor on this machine, is looked for on the hub."""
+    known = base.lower() in PACKAGED or base.lower().endswith(".gguf")
+    return not known and "/" in base and not expanded(base, "model.base").exists()
 
 
 def cached_base(base: str, revision: str | None = None) -> Path | None:
@@ -129,7 +137,7 @@ def config_folder(base: str, revision: str | None = None) -> Path:
     Raises:
         UserError, PipelineError: as `resolve_base`.
     """
-    if base.lower() not in PACKAGED and "/" in base and not expanded(base, "model.base").exists():
+    if is_on_hub(base):
         return cached_base(base, revision) or _from_hub(base, revision, ("config.json",))
     return resolve_base(base, revision)
 
@@ -153,8 +161,7 @@ def check_base(folder: Path) -> Path:
     if not config_file.is_file():
         if list(folder.glob("*.gguf")):
             raise UserError(
-                f"{where} holds only GGUF, which cannot be trained: give the model's original folder or hub "
-                "id, with config.json and *.safetensors"
+                f"{where} holds only GGUF: give one of its files itself, or the model's original folder or hub id"
             )
         if (folder / "adapter_config.json").is_file():
             raise UserError(f"{where} holds an adapter, not a model: give the base that the adapter was trained on")

@@ -18,13 +18,16 @@ def facts(base: str, revision: str | None = None) -> tuple[int | None, int | Non
     """The number of weights and the context length in tokens of a base; None for what cannot be learned.
 
     Args:
-        base: a packaged name, a hub id or a local folder, as in [model] base.
+        base: a packaged name, a hub id, a local folder or a GGUF file, as in [model] base.
         revision: branch, tag or commit of a hub id.
     """
-    from pipeline.model.base import cached_base, resolve_base
+    from pipeline.model.base import cached_base, is_on_hub, resolve_base
+    from pipeline.model.gguf_base import facts_of, is_gguf
     from pipeline.model.packaged import PACKAGED
 
-    if base.lower() not in PACKAGED and "/" in base and not expanded(base, "model.base").exists():
+    if base.lower() not in PACKAGED and is_gguf(path := expanded(base, "model.base")):
+        return facts_of(path)
+    if is_on_hub(base):
         # The cache first: the defaults of a finished run must not change when its hub cannot be reached.
         folder = cached_base(base, revision)
         if folder is None:

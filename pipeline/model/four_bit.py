@@ -10,7 +10,10 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.model.weights_file import Weights
 
 # What stands beside a packed weight: "NAME.weight.absmax" and the like.
 PART = re.compile(r"^(.*\.weight)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)$")
@@ -51,38 +54,66 @@ def in_16bit(folder: Path, target: Path) -> Path:
 
 def _unpack(folder: Path, target: Path) -> None:
     """Write the weights unpacked, tensor by tensor, in files of the same names."""
-    from pipeline.model.weights_file import STORED_TYPES, read_weights
+    from pipeline.model.weights_file import read_weights
     from pipeline.model.weights_writer import TensorPlan, WeightsWriter
 
     weights = read_weights(folder)
-    parts: dict[str, dict[str, str]] = {}
-    for name in weights.shapes:
-        if match := PART.match(name):
-            parts.setdefault(match[1], {})[match[2]] = name
-    states = {name: _state(weights, found) for name, found in parts.items()}
-    stored = {torch_name: kind for kind, (torch_name, _) in STORED_TYPES.items()}
-    plans = {}
-    for name in weights.shapes:
-        if name in states:
-            kind = stored[str(states[name]["dtype"])]
-            plans[name] = TensorPlan(weights.file_of[name].name, kind, tuple(states[name]["shape"]))
-        elif not PART.match(name):
-            plans[name] = TensorPlan(weights.file_of[name].name, weights.types[name], weights.shapes[name])
+    packed = Packed(weights)
+    plans = {
+        name: TensorPlan(weights.file_of[name].name, packed.type(name), shape) for name, shape in packed.shapes.items()
+    }
     with WeightsWriter(target, plans) as writer:
         for name in plans:
-            writer.write(name, 0, _unpacked(weights, name, parts[name]) if name in parts else weights[name])
+            writer.write(name, 0, packed[name])
 
 
-def _state(weights: Any, parts: dict[str, str]) -> dict[str, Any]:
-    """What a packed weight's file says of it: "shape" and "dtype", which it had before."""
-    packed = next(name for part, name in parts.items() if part.startswith("quant_state."))
-    state: dict[str, Any] = json.loads(bytes(weights[packed].tolist()))
-    return state
+class Packed:
+    """The tensors of a base in 4 bits as they are unpacked: `packed[name]` is one, whole, in the type that it had.
 
+    Args:
+        weights: the base's, of `read_weights`.
 
-def _unpacked(weights: Any, name: str, parts: dict[str, str]) -> Any:
-    import torch
-    from bitsandbytes.functional import QuantState, dequantize_4bit
+    Attributes:
+        parts: of each packed tensor what stands beside it: part -> name.
+        shapes: of all tensors, as they were before.
+    """
 
-    state = QuantState.from_dict({part: weights[of] for part, of in parts.items()}, torch.device("cpu"))
-    return dequantize_4bit(weights[name], state)
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self.parts: dict[str, dict[str, str]] = {}
+        for name in weights.shapes:
+            if match := PART.match(name):
+                self.parts.setdefault(match[1], {})[match[2]] = name
+        self._states = {name: self._state(name) for name in self.parts}
+        self.shapes = {
+            name: tuple(self._states[name]["shape"]) if name in self._states else shape
+            for name, shape in weights.shapes.items()
+            if not PART.match(name)
+        }
+
+    @property
+    def own_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the model's own tensors."""
+        return {name: self.shapes[name] for name in self._weights.own if name in self.shapes}
+
+    def type(self, name: str) -> str:
+        """The type that a tensor had, as safetensors names it."""
+        from pipeline.model.weights_file import STORED_TYPES
+
+        stored = {torch_name: kind for kind, (torch_name, _) in STORED_TYPES.items()}
+        return stored[str(self._states[name]["dtype"])] if name in self._states else self._weights.types[name]
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.parts:
+            return self._weights[name]
+        import torch
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+
+        parts = {part: self._weights[of] for part, of in self.parts[name].items()}
+        return dequantize_4bit(self._weights[name], QuantState.from_dict(parts, torch.device("cpu")))
+
+    def _state(self, name: str) -> dict[str, Any]:
+        """What a packed weight's file says of it: "shape" and "dtype", which it had before."""
+        packed = next(of for part, of in self.parts[name].items() if part.startswith("quant_state."))
+        state: dict[str, Any] = json.loads(bytes(self._weights[packed].tolist()))
+        return state

@@ -164,12 +164,25 @@ def saved_tokenizer(folder: Path) -> Any:
     Raises:
         UserError: there is none that can be loaded.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        # Beside a Qwen2's config.json AutoTokenizer takes another class than the one that was saved, which normalises.
+        plain = _saved_class(folder) in ("TokenizersBackend", "PreTrainedTokenizerFast")
+        return (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(
+            str(folder), trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: no tokenizer can be loaded from it: {error}") from None
+
+
+def _saved_class(folder: Path) -> str | None:
+    """The class that a saved tokenizer had, where a tokenizer.json says all of it."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file() or not (folder / "tokenizer.json").is_file():
+        return None
+    name: str | None = json.loads(path.read_text(encoding="utf-8")).get("tokenizer_class")
+    return name
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,10 @@ from pipeline.llamacpp import converter
 from pipeline.llamacpp.gguf_file import GGUFInfo, check, inspect
 from pipeline.model import memory
 from pipeline.model.adapter_file import read_adapter
-from pipeline.model.base import as_trained, base_folder
-from pipeline.model.facts import base_files
-from pipeline.model.four_bit import in_16bit
+from pipeline.model.base import as_trained
 from pipeline.model.nf4 import Record
 from pipeline.model.plain_adapter import write_plain
+from pipeline.model.sixteen_bit import merge_files, sixteen_bit_base
 from pipeline.model.weights_file import Weights, read_weights
 from pipeline.processes import require_space
 from pipeline.prompt.tokenizer import read_saved, saved_tokenizer
@@ -73,7 +72,7 @@ def main(task: Task) -> dict[str, Any]:
 
 def _base_as_trained(task: Task) -> Path:
     """The untouched base's folder with the tokenizer that was trained."""
-    base = in_16bit(base_folder(task.config.model), task.scratch / "base-16bit")
+    base = sixteen_bit_base(task.config, task.scratch / "base-16bit")
     folder = task.scratch / "base"
     shutil.rmtree(folder, ignore_errors=True)
     return as_trained(base, saved_tokenizer(task.layout.adapter), folder)
@@ -162,7 +161,7 @@ def is_byte_level(folder: Path) -> bool:
 
 def files(config: "Config", _: str) -> list[Path]:
     """The base's files, where they are what is converted."""
-    return base_files(config.model) if config.export.as_ == "adapter" else []
+    return merge_files(config) if config.export.as_ == "adapter" else []
 
 
 STAGE = Stage(
@@ -171,7 +170,7 @@ STAGE = Stage(
     run=main,
     needs=("train", "merge"),
     reads={"train": ("adapter/*", "modules.json", "!adapter/README.md")},
-    settings=("export.outtype", "export.as", "model"),
+    settings=("export.outtype", "export.as", "model", "merge.model"),
     files=files,
     libraries=("torch", "transformers", "bitsandbytes", "tokenizers", "safetensors", "numpy"),
     programs=("llama.cpp",),

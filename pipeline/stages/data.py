@@ -28,8 +28,9 @@ from pipeline.data.sources import files_of
 from pipeline.errors import UserError
 from pipeline.model import targets
 from pipeline.model.added_tokens import shown_or_not
-from pipeline.model.base import base_folder, check_bits
+from pipeline.model.base import base_folder
 from pipeline.model.facts import base_files, context_of
+from pipeline.model.sixteen_bit import check_bits
 from pipeline.model.trained_tokenizer import adapter_files, trained_tokenizer
 from pipeline.ollama.parameters import served_context
 from pipeline.prompt.chat_templates import DEFAULT, OF_TEXTS
@@ -425,7 +426,7 @@ STAGE = Stage(
     settings=(
         *("data", "model", "lora.r", "lora.dora", "lora.target_modules", "lora.exclude"),
         *("lora.save_modules",),
-        *("train.max_length", "train.seed", "train.load_in_4bit", "merge.base"),
+        *("train.max_length", "train.seed", "train.load_in_4bit", "merge.base", "merge.model"),
         *("eval.metric", "eval.limit", "eval.max_new_tokens", "ollama.parameters"),
     ),
     indifferent_to=("adapter.path", "adapters"),

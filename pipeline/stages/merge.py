@@ -22,8 +22,7 @@ from pipeline.model import memory
 from pipeline.model.adapter_file import read_adapter
 from pipeline.model.base import base_folder
 from pipeline.model.config_file import write_vocabulary
-from pipeline.model.facts import base_files
-from pipeline.model.four_bit import in_16bit
+from pipeline.model.four_bit import is_4bit
 from pipeline.model.held_out import (
     RowLoss,
     Rows,
@@ -37,6 +36,7 @@ from pipeline.model.merging import MergedWeights, write_merged
 from pipeline.model.nf4 import Record
 from pipeline.model.peft_merging import PeftMerge
 from pipeline.model.sentencepiece_file import write_sentencepiece
+from pipeline.model.sixteen_bit import merge_files, sixteen_bit_base
 from pipeline.model.weights_file import TORCH_TYPES, Weights, read_weights
 from pipeline.processes import require_space
 from pipeline.prompt.tokenizer import read_saved
@@ -51,13 +51,12 @@ Measure = Callable[[str, Rows, Callable[[float], None]], list[RowLoss]]
 
 def main(task: Task) -> dict[str, Any]:
     """Write the merged model, with the tokenizer and the chat template that were trained."""
-    given = base_folder(task.config.model)
-    base = read_weights(in_16bit(given, task.scratch / "base"))
+    base = read_weights(sixteen_bit_base(task.config, task.scratch / "base"))
     output = task.new(task.layout.merged_model)
     output.mkdir()
     require_space(task.output, memory.sixteen_bit_file(base.parameters), "the merged model")
     way = _by_peft if task.config.merge.way == "peft" else _by_tensors
-    figures = way(task, base, output, only=base.folder != given)
+    figures = way(task, base, output, only=is_4bit(base_folder(task.config.model)))
     _copy_tokenizer(task.layout.adapter, base.folder, output)
     return figures | {
         "stored": TORCH_TYPES[base.sixteen_bit_type],
@@ -86,7 +85,7 @@ def _by_peft(task: Task, base: Weights, output: Path, *, only: bool) -> dict[str
     dequantizes = task.config.train.load_in_4bit and not only
     loaded = _loaded_by_peft(task, base, dequantizes=dequantizes)
     chosen = _choose_base(task, loaded.losses, only=only)
-    loaded.take("16bit" if only else chosen["taken"])
+    loaded.take("16bit" if only else chosen["taken"])  # there is one, whichever it is called
     norms = loaded.merge(output)
     _write_generation(task, base, output)
     return _figures(
@@ -123,7 +122,7 @@ def _choose_base(task: Task, measure: Measure, *, only: bool) -> dict[str, Any]:
     Args:
         task: the stage's task.
         measure: the held-out losses of "base", "16bit" or "dequantized" on rows; the last two with the adapter.
-        only: the base is stored in 4 bits, and there is nothing but what they unpack to.
+        only: the base is stored in 4 bits: there is nothing but what they unpack to, or the model that is named.
 
     Returns:
         "taken" ("16bit" or "dequantized") and "why"; "losses" (nats for each trained token; empty where nothing was
@@ -131,7 +130,9 @@ def _choose_base(task: Task, measure: Measure, *, only: bool) -> dict[str, Any]:
     """
     wanted = task.config.merge.base
     chosen: dict[str, Any] = {"taken": "16bit", "why": "", "losses": {}, "rows": "", "row_losses": {}}
-    if only:
+    if task.config.merge.model is not None:
+        chosen["why"] = f"merge.model names it: {task.config.merge.model}"
+    elif only:
         chosen |= {"taken": "dequantized", "why": "the base is stored in 4 bits"}
     elif not task.config.train.load_in_4bit:
         chosen["why"] = "the adapter was trained on the 16-bit base"
@@ -246,7 +247,7 @@ STAGE = Stage(
         "train": ("adapter/*", "modules.json", "!adapter/README.md"),
     },
     settings=("model", "merge", "train.load_in_4bit", "export.as"),
-    files=lambda config, _: base_files(config.model),
+    files=lambda config, _: merge_files(config),
     libraries=("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "scipy"),
     figures=("modules_merged", "merged_into", "relative_change", "rounding_to_change", "stored", "bytes"),
     judged=True,

@@ -11,8 +11,9 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.errors import UserError
+from pipeline.model.base import rounded_before
 from pipeline.model.continued_adapter import continued_files
-from pipeline.model.facts import base_files
+from pipeline.model.sixteen_bit import merge_files
 from pipeline.model.trained_tokenizer import adapter_files
 from pipeline.run.stage import Stage, Task
 from pipeline.stages import judged_stages
@@ -21,13 +22,15 @@ from pipeline.verify.untouched_base import failures, preflight
 
 
 def files(config: Config, _: str) -> list[Path]:
-    """The base's files, those of adapters that are given, and the user's own Go template, if there is one."""
+    """Files of the base, of what is merged into and of adapters that are given, and the user's own Go template."""
     own = [] if config.ollama.template in ("auto", "go", "native") else [Path(config.ollama.template)]
-    return [*base_files(config.model), *adapter_files(config), *continued_files(config), *own]
+    return [*merge_files(config), *adapter_files(config), *continued_files(config), *own]
 
 
 def main(task: Task) -> dict[str, Any]:
     """Write preflight.json."""
+    if said := rounded_before(task.config.model.base):
+        task.warn(said)
     with tempfile.TemporaryDirectory(dir=task.scratch) as scratch:  # gigabytes, of use to nobody after a failure
         content = preflight(task.config, task.run, Path(scratch), judged_stages())
     if content["verdict"] == FAIL:
@@ -44,7 +47,7 @@ STAGE = Stage(
     name="preflight",
     summary="Try the whole way with the untouched base, before anything is trained.",
     run=main,
-    settings=("model", "train.load_in_4bit", "ollama.name", "ollama.host", "ollama.template"),
+    settings=("model", "merge.model", "train.load_in_4bit", "ollama.name", "ollama.host", "ollama.template"),
     # A type or a threshold that is asked for later is judged by quantize and verify; replacing is a permission.
     indifferent_to=(
         *("export.quant", "export.as", "merge", "verify", "ollama.replace", "adapter", "adapters"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline import console
-from pipeline.model.facts import base_files
+from pipeline.model.sixteen_bit import merge_files
 from pipeline.run.stage import EVERY_JUDGED_STAGE, Stage, Task
 from pipeline.stages import judged_stages
 from pipeline.verify.artefacts import Artefacts
@@ -38,11 +38,11 @@ STAGE = Stage(
     run=main,
     needs=(EVERY_JUDGED_STAGE,),
     settings=(
-        *("verify", "model", "export.quant", "train.load_in_4bit", "train.max_length"),
+        *("verify", "model", "merge.base", "merge.model", "export.quant", "train.load_in_4bit", "train.max_length"),
         *("data.test", "data.on_overlong", "data.window", "data.system", "ollama.parameters", "ollama.system", "eval"),
     ),
     indifferent_to=("adapter", "adapters", "train.seed"),
-    files=lambda config, _: base_files(config.model),
+    files=lambda config, _: merge_files(config),
     libraries=(
         "torch",
         "transformers",

@@ -81,7 +81,7 @@ class Artefacts:
             UserError: there is no merged model in it.
         """
         from pipeline.model.base import base_folder
-        from pipeline.model.four_bit import in_16bit
+        from pipeline.model.sixteen_bit import sixteen_bit_base
 
         layout = Layout(run)
         model = layout.merged_model
@@ -94,7 +94,7 @@ class Artefacts:
         if merged.is_file():
             merge = json.loads(merged.read_text(encoding="utf-8"))
         given = base_folder(config.model)
-        base = in_16bit(given, scratch / "base")
+        base = sixteen_bit_base(config, scratch / "base")
         return Artefacts(
             settings=config.verify,
             model=model,

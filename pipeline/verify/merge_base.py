@@ -20,6 +20,8 @@ def check(artefacts: Artefacts) -> Iterator[Result]:
     losses, taken = artefacts.merge_losses, artefacts.merged_into
     if artefacts.run is None:
         yield _CLAIM.not_run("the base and the adapter of this export are not known")
+    elif artefacts.config is not None and artefacts.config.merge.model is not None:
+        yield _CLAIM.not_run(f"merge.model names the weights that it is merged into: {artefacts.config.merge.model}")
     elif not artefacts.trained_on_4bit:
         yield _CLAIM.not_run("there is only one base that the adapter could be merged into")
     elif not losses and artefacts.config is not None and artefacts.config.merge.base != "auto":

@@ -26,8 +26,8 @@ from pipeline.model.adapter_file import AdapterFile
 from pipeline.model.base import as_trained, base_folder
 from pipeline.model.combined_adapter import read_given_adapters
 from pipeline.model.continued_adapter import read_continued_adapter
-from pipeline.model.four_bit import in_16bit
 from pipeline.model.plain_adapter import A, B, refuse_for_gguf, write_plain
+from pipeline.model.sixteen_bit import sixteen_bit_base
 from pipeline.model.trained_tokenizer import trained_tokenizer
 from pipeline.model.weights_file import read_weights
 from pipeline.ollama.client import Client
@@ -72,7 +72,7 @@ def preflight(config: Config, run_folder: Path, scratch: Path, rungs: Sequence[s
     if config.train.from_adapter is not None:
         read_continued_adapter(config)
     trained, _ = trained_tokenizer(config)
-    base = as_trained(in_16bit(base, scratch / "base-16bit"), trained, scratch / "base")
+    base = as_trained(sixteen_bit_base(config, scratch / "base-16bit"), trained, scratch / "base")
     stored = read_weights(base)
     parameters = stored.parameters
     # Converted, that in float32, and every type twice: quantized, and in Ollama.

@@ -146,6 +146,13 @@ def test_a_broken_file(tmp_path: Path, change: Callable[..., None], message: str
         check(tiny(tmp_path / "model.gguf", change))
 
 
+def test_a_bias_may_have_stayed_at_zero(tmp_path: Path) -> None:
+    def with_bias(keys: dict[str, Any], tensors: dict[str, Any]) -> None:
+        tensors["blk.0.attn_q.bias"] = np.zeros(32, np.float32)
+
+    assert "blk.0.attn_q.bias" in check(tiny(tmp_path / "model.gguf", with_bias)).names
+
+
 def test_every_way_to_cut_a_file_short(tmp_path: Path) -> None:
     whole = tiny(tmp_path / "model.gguf").read_bytes()
     cut = tmp_path / "cut.gguf"

@@ -16,7 +16,7 @@ from pipeline.llamacpp.divergence import Divergence
 from pipeline.llamacpp.library import LlamaModel
 from pipeline.llamacpp.llama_server import LlamaServer
 from pipeline.llamacpp.programs import program
-from pipeline.model import packaged
+from pipeline.model import gguf_base
 from pipeline.model.base import resolve_base
 from pipeline.prompt.hostile_strings import hostile_strings
 
@@ -123,7 +123,7 @@ def test_unpermute_undoes_what_the_converter_does() -> None:
     rows = np.arange(12 * 5, dtype=np.float32).reshape(12, 5)
     interleaved = rows.reshape(3, 2, 2, 5).swapaxes(1, 2).reshape(12, 5)
     assert not np.array_equal(interleaved, rows)
-    assert np.array_equal(packaged.unpermute(interleaved, 3), rows)
+    assert np.array_equal(gguf_base.unpermute(interleaved, 3), rows)
 
 
 def test_a_damaged_package_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,9 +261,9 @@ def test_a_folder_that_cannot_be_a_base(tmp_path: Path, damage, message: str) ->
 
 
 def test_a_file_is_no_base(tmp_path: Path) -> None:
-    file = tmp_path / "model.gguf"
-    file.write_bytes(b"GGUF")
-    with pytest.raises(UserError, match="is a file"):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"")
+    with pytest.raises(UserError, match="is a file, and no GGUF"):
         resolve_base(str(file))
 
 

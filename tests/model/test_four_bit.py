@@ -1,18 +1,32 @@
 """A base in bitsandbytes' 4 bits: what its weights unpack to. tests/test_whole_way.py trains on one."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from support import bases
+from support.adapters import merged_by_peft, random_adapter
+from support.small_models import make_config, make_task
 
 from benchmarks.small_base import write_small_base
 from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.model.base import check_bits, resolve_base
+from pipeline.model.base import resolve_base
 from pipeline.model.facts import facts
 from pipeline.model.four_bit import in_16bit, is_4bit
+from pipeline.model.nf4 import Record
+from pipeline.model.sixteen_bit import check_bits, merge_files
+from pipeline.model.weights_file import read_weights
+from pipeline.resources import resource
+from pipeline.stages import merge
+from pipeline.verify import merge_base
+from pipeline.verify.artefacts import Artefacts
+from pipeline.verify.result import FAIL, PASS
+from pipeline.verify.weights import check_merge
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +60,99 @@ def test_what_does_not_go_with_it(four_bit: Path, sections: dict[str, Any], word
     assert words in str(error.value)
     assert "the 16-bit model as the base" in str(error.value)
     check_bits(bases.base("llama-16bit", "llama2"), config(four_bit, **sections))
+
+
+def other(folder: Path, change: str) -> Path:
+    """The 16-bit model, but for one thing."""
+    plain = bases.base("llama-16bit", "llama2")
+    shutil.copytree(plain, folder)
+    config = json.loads((folder / "config.json").read_text())
+    if change == "rope":
+        config["rope_parameters"]["rope_theta"] = 500000.0
+    elif change in ("shape", "names"):
+        tensors = load_file(folder / "model.safetensors")
+        name = "model.layers.1.mlp.up_proj.weight"
+        taken = tensors.pop(name)
+        tensors[name if change == "shape" else f"{name}s"] = taken[:-1] if change == "shape" else taken
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    elif change == "weights":
+        tensors = load_file(folder / "model.safetensors")
+        tensors = {name: tensor.flip(0).contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("rope", "its rope_parameters is"),
+        ("shape", "its tensor model.layers.1.mlp.up_proj.weight is (511, 256), the base's (512, 256)"),
+        ("names", "its tensor model.layers.1.mlp.up_proj.weight is not there, the base's (512, 256)"),
+        ("weights", "away from the base's, which 4 bits do not explain"),
+    ],
+)
+def test_another_model_than_its_own_is_refused(four_bit: Path, tmp_path: Path, change: str, words: str) -> None:
+    given = other(tmp_path / "other", change)
+    with pytest.raises(UserError) as error:
+        check_bits(four_bit, config(four_bit, merge={"model": str(given)}))
+    assert str(error.value).startswith(f"merge.model: {given} is not the 16-bit model of {four_bit}: ")
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("other", [{"merge": {"base": "dequantized"}}, {"model": {"trust_remote_code": True}}])
+def test_two_keys_that_do_not_go_together(other: dict[str, dict[str, Any]]) -> None:
+    given = {"model": {"base": "x"}, "data": {"train": "x"}, "merge": {"model": "y"}}
+    with pytest.raises(ValueError, match="merge.model does not go with"):
+        Config.model_validate({section: table | other.get(section, {}) for section, table in given.items()})
+
+
+@pytest.mark.parametrize(
+    ("base", "named", "words"),
+    [
+        ("four bits", "no-such-folder", "merge.model: no-such-folder: no such folder, no packaged model"),
+        ("four bits", "four bits", "is stored in 4 bits too: give the 16-bit model"),
+        ("16 bits", "16 bits", "is in 16 bits itself, and is what is merged into: remove the key"),
+    ],
+)
+def test_what_cannot_be_merged_into(four_bit: Path, base: str, named: str, words: str) -> None:
+    folders = {"four bits": four_bit, "16 bits": bases.base("llama-16bit", "llama2")}
+    settings = config(folders[base], merge={"model": str(folders.get(named, named))})
+    with pytest.raises(UserError) as error:
+        check_bits(folders[base], settings)
+    assert words in str(error.value)
+    if base != named:  # before anything is begun
+        with pytest.raises(UserError, match=re.escape(words)):
+            merge_files(settings)
+
+
+def test_an_adapter_on_it_becomes_part_of_the_model_that_is_named(four_bit: Path, tmp_path: Path) -> None:
+    """In bytes: its weights and the adapter, summed in float32 and rounded once; not what the 4 bits unpack to."""
+    import torch
+
+    plain, run = bases.base("llama-16bit", "llama2"), tmp_path / "run"
+    adapter = random_adapter(plain, run / "train" / "adapter", target_modules=["q_proj", "down_proj"])
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(plain / name, adapter / name)
+    shutil.copy(resource("templates/chat/zephyr.jinja"), adapter / "chat_template.jinja")
+    projections = [name.removesuffix(".weight") for name in read_weights(plain).shapes if "_proj." in name]
+    Record(frozenset(projections)).write(run / "train")
+    sections = {"model": {"base": str(four_bit)}, "merge": {"model": str(plain), "base": "16bit"}}
+    figures = merge.main(make_task(run, "merge", **sections))
+    assert figures["merged_into"] == "16bit"
+    assert json.loads((run / "merge" / "base.json").read_text())["why"] == f"merge.model names it: {plain}"
+
+    expected, found = merged_by_peft(plain, adapter), read_weights(run / "merge" / "model")
+    assert set(found.shapes) == set(read_weights(plain).shapes)
+    for name in found.shapes:
+        assert torch.equal(found[name], expected[name].to(torch.bfloat16)), name
+
+    artefacts = Artefacts.of_run(run, make_task(run, "verify", **sections).config, tmp_path)
+    assert {result.verdict for result in check_merge(artefacts)} == {PASS}
+    (said,) = merge_base.check(artefacts)
+    assert said.words == f"merge.model names the weights that it is merged into: {plain}"
+    unpacked = Artefacts.of_run(run, make_config(model=sections["model"]), tmp_path)
+    assert FAIL in {result.verdict for result in check_merge(unpacked)}
 
 
 def test_its_weights_unpack_to_what_an_adapter_sees(four_bit: Path, tmp_path: Path) -> None:

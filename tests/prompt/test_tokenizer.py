@@ -13,7 +13,7 @@ from pipeline.data.token_file import read_tokens
 from pipeline.errors import UserError
 from pipeline.llamacpp.programs import source_tree
 from pipeline.prompt.control_tokens import CONTROL_WORDS
-from pipeline.prompt.tokenizer import Saved, as_served, load_tokenizer, read_saved
+from pipeline.prompt.tokenizer import Saved, as_served, load_tokenizer, read_saved, saved_tokenizer
 from pipeline.stages import data
 
 DECOMPOSED, COMPOSED = "cafe\u0301", "caf\u00e9"
@@ -210,3 +210,14 @@ def test_a_saved_tokenizer_is_read_from_its_files(name: str, tmp_path: Path, mon
     (tmp_path / "saved" / "tokenizer_config.json").write_text(json.dumps(settings))
     again = AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert read_saved(tmp_path / "saved").eos == again.eos_token_id
+
+
+def test_what_was_saved_is_loaded_as_it_was_beside_a_configuration_too(tmp_path: Path) -> None:
+    """Beside a Qwen2's config.json transformers takes a class of its own, which normalises again."""
+    base = bases.tokenizer_files("qwen2_5", tmp_path / "base")
+    (base / "config.json").write_text('{"model_type": "qwen2", "vocab_size": 151936}')
+    tokenizer, _ = load_tokenizer(base)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "config.json").write_bytes((base / "config.json").read_bytes())
+    assert ids(saved_tokenizer(tmp_path / "saved"), DECOMPOSED) == ids(tokenizer, DECOMPOSED)
+    assert ids(tokenizer, DECOMPOSED) != ids(tokenizer, COMPOSED)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.good_run import CONFIG, good_run
-from support.small_models import make_config, make_task
+from support.small_models import base_folder, make_config, make_task
 
 from pipeline.model.held_out import held_out_losses, mean_loss
 from pipeline.model.load import load_float32
@@ -140,3 +140,12 @@ def test_a_chosen_base_is_merged_without_loading_a_model(tmp_path: Path) -> None
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
     assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr
     assert read_weights(tmp_path / "run" / "merge" / "model").shapes
+
+
+def test_verify_may_read_which_base_was_chosen(tmp_path: Path) -> None:
+    """Through what its stage sees of the configuration."""
+    config = make_task(tmp_path, "verify", merge={"base": "16bit"}).config
+    artefacts = Artefacts(config.verify, base_folder(), None, {}, tmp_path, config=config, run=tmp_path)
+    artefacts.trained_on_4bit = True
+    (said,) = merge_base.check(artefacts)
+    assert said.words == 'merge.base = "16bit": nothing was measured'
