@@ -249,7 +249,12 @@ class Train(Section):
     seed: int = Field(3407, ge=0, le=2**32 - 1, description="seed of the adapter, the split and the order of rows")
     load_in_4bit: bool = Field(True, description="train on the base in 4-bit NF4 (QLoRA)")
     eval_interval: int | None = Field(None, ge=1, description="steps between validation losses")
-    save_interval: int | None = Field(None, ge=1, description="steps between checkpoints")
+    save_interval: int | None = Field(
+        None,
+        ge=1,
+        description="steps between checkpoints; less where one would fall between two validations of which the better "
+        "adapter is kept",
+    )
     keep: Literal["best", "last"] = Field(
         "best", description="which adapter is kept: that of the lowest validation loss, where there is one, or the last"
     )

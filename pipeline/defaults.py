@@ -43,7 +43,7 @@ RULES = {
     "train.learning_rate": "by the size of the base: the larger, the lower",
     "train.optimizer": "adamw_torch without a GPU, adamw_8bit on one",
     "train.eval_interval": "a tenth of the steps, or more where validating would take over an eighth of the time",
-    "train.save_interval": "a tenth of the steps, or more so that every validation has one",
+    "train.save_interval": 'a tenth of the steps, or fewer: with train.keep = "best" every validation has one',
     "train.early_stopping": "all steps are trained",
     "train.max_length": f"the smaller of {LONGEST_ROW} and the base's context",
     "train.gradient_checkpointing": "true on a GPU for a base of more than a billion parameters, else false",

@@ -231,7 +231,7 @@ def problems(settings: Config, shape: Shape, machine: Machine, rows: list[Row], 
 
 
 def _nearest(settings: Config, shape: Shape, longest: int, there: int, *, on_gpu: bool) -> str | None:
-    """The mildest change of settings with which the training fits, in the order of docs/gpu.md; None without one."""
+    """The mildest change of settings with which the training fits, what costs no time first; None without one."""
     train, rows = settings.train, settings.train.batch or 1
     change: dict[str, Any] = {}
     changes: list[tuple[dict[str, Any], int]] = []  # each milder than the next, with its longest row

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import PipelineError
 from pipeline.figures import written
+from pipeline.verify.rungs import BASE
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 PASS, FAIL, NOT_RUN = "pass", "fail", "not run"
-BASE = "base"  # comes before all stages
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def first_broken(results: Sequence[Result], rungs: Sequence[str]) -> Result | No
         rungs: the stages whose outputs are judged, in the order of the work.
     """
     failed = [result for result in results if result.verdict == FAIL]
-    order = (BASE, *rungs)
+    order = (BASE, *rungs)  # which comes before all stages
     return min(failed, key=lambda result: order.index(result.rung.partition("/")[0]), default=None)
 
 
