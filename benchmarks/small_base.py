@@ -69,12 +69,28 @@ def tokenizer_files(name: str, folder: Path, *, chat_template: bool = True, adde
         shutil.copyfile(source / "chat_template.jinja", folder / "chat_template.jinja")
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     if added:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        tokenizer.add_special_tokens({"additional_special_tokens": list(added)})
-        tokenizer.save_pretrained(folder)
+        _add_tokens(folder, added)
     return folder
+
+
+def _add_tokens(folder: Path, words: tuple[str, ...]) -> None:
+    """Write further special tokens into a tokenizer, as Phi-3's: they take the white space that follows them.
+
+    The files themselves are changed: a family's own class would write their other parts anew.
+    """
+    file, settings_file = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    content, settings = (json.loads(path.read_text(encoding="utf-8")) for path in (file, settings_file))
+    first = max(*content["model"]["vocab"].values(), *(token["id"] for token in content["added_tokens"])) + 1
+    flags = {"single_word": False, "lstrip": False, "normalized": False, "special": True}
+    content["added_tokens"] += [{"id": first + n, "content": word, **flags} for n, word in enumerate(words)]
+    for token in content["added_tokens"]:
+        token["rstrip"] = token["content"] not in ("<unk>", "<s>", "<|endoftext|>")
+    every = {
+        str(token["id"]): {key: token[key] for key in ("content", "rstrip", *flags)}
+        for token in content["added_tokens"]
+    }
+    file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    settings_file.write_text(json.dumps(settings | {"added_tokens_decoder": every}), encoding="utf-8")
 
 
 def write_small_base(

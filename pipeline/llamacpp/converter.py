@@ -1,5 +1,7 @@
 """llama.cpp's pinned convert_hf_to_gguf.py and convert_lora_to_gguf.py, run in processes with their own gguf-py."""
 
+import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,9 +32,28 @@ def command(model: Path, target: Path, outtype: str, name: str | None = None) ->
         outtype: "f32", "f16" or "bf16".
         name: the model's name in the file; default: what the folder says.
     """
+    if _takes_white_space(model) and not re.search(r"phi-?3", name or "", re.I):
+        name = f"phi-3-{name or model.name}"
     named = ("--model-name", name) if name else ()
     script = source_tree() / "convert_hf_to_gguf.py"
     return [sys.executable, script, model, "--outfile", target, "--outtype", outtype, *named]
+
+
+def _takes_white_space(model: Path) -> bool:
+    """Whether the special tokens of a model take the white space that follows them, as Phi-3's do.
+
+    No key of a GGUF file says so: llama.cpp goes by the model's name alone, and then takes </s> for one of them
+    (llama_vocab::impl::load in its src/llama-vocab.cpp).
+    """
+    try:
+        tokens = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    except (OSError, ValueError, KeyError):  # no tokenizer.json, which is for the converter to say
+        return False
+    special = {token["content"]: bool(token.get("rstrip")) for token in tokens if token.get("special")}
+    ordinary = {"<unk>", "<s>", "<|endoftext|>", "</s>"}
+    taking = [word for word, takes in special.items() if takes and word not in ordinary]
+    has_end = any(token["content"] == "</s>" and token.get("rstrip") for token in tokens)
+    return has_end and bool(taking) and len(taking) == len(special.keys() - ordinary)
 
 
 def adapter_command(adapter: Path, base: Path, target: Path) -> list[str | Path]:
