@@ -161,7 +161,7 @@ def test_what_is_no_request(client: httpx.Client, monkeypatch: pytest.MonkeyPatc
     refused = client.post("/v1/chat/completions", json={"model": "shared-one", "messages": "no"})
     assert refused.status_code == 400  # llama-server's own words
     assert "messages" in refused.json()["error"]["message"]
-    monkeypatch.setattr(adapter_proxy, "_LARGEST", 10)
+    monkeypatch.setattr(adapter_proxy, "LARGEST_REQUEST", 10)
     assert ask(client, "one", "Hi").status_code == 413
 
 

@@ -8,8 +8,8 @@ from typing import IO, Any
 
 from pipeline.errors import UserError
 
-_PIECE = 1 << 20  # characters read at a time
-_LONGEST_WORD = 100  # characters: a mistake further from the end of a piece is none of where it was cut
+PIECE = 1 << 20  # characters read at a time
+LONGEST_WORD = 100  # characters: a mistake further from the end of a piece is none of where it was cut
 _OF_NUMBERS = ("", *"0123456789.eE+-")
 _SPACE = " \t\r\n"
 _DECODER = json.JSONDecoder()
@@ -94,7 +94,7 @@ class _Text:
                 if self._ended or self._text[end : end + 1] not in _OF_NUMBERS:
                     break
             except json.JSONDecodeError as error:
-                unfinished = error.msg.startswith("Unterminated") or error.pos > len(self._text) - _LONGEST_WORD
+                unfinished = error.msg.startswith("Unterminated") or error.pos > len(self._text) - LONGEST_WORD
                 if self._ended or not unfinished:
                     self._pass(self._at, error.pos)
                     self.fail(error.msg)
@@ -113,7 +113,7 @@ class _Text:
     def _more(self) -> bool:
         """Read on: a piece as long as what is kept, so that a long value is not parsed too often."""
         self._text, self._at = self._text[self._at :], 0
-        piece = self._file.read(max(_PIECE, len(self._text)))
+        piece = self._file.read(max(PIECE, len(self._text)))
         self._text += piece
         self._ended = not piece
         return bool(piece)

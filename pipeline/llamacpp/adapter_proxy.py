@@ -25,7 +25,7 @@ from pipeline.lines import lines
 from pipeline.llamacpp.llama_server import LlamaServer
 
 API_KEY = "PIPELINE_API_KEY"  # the variable with the key that requests have to show; it is written down nowhere
-_LARGEST = 64 << 20  # bytes of a request
+LARGEST_REQUEST = 64 << 20  # bytes of a request
 _CHAT, _TEXT, _MODELS, _HEALTH = "/v1/chat/completions", "/v1/completions", "/v1/models", "/health"
 
 
@@ -131,8 +131,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, f"there is no {self.path}; {_CHAT} and {_TEXT} take a POST")
             return
         length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > _LARGEST:
-            self._refuse(413, f"the length of the request must be given, and be at most {_LARGEST} bytes")
+        if not length.isdecimal() or int(length) > LARGEST_REQUEST:
+            self._refuse(413, f"the length of the request must be given, and be at most {LARGEST_REQUEST} bytes")
             return
         try:
             body = json.loads(self.rfile.read(int(length)))

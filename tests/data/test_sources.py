@@ -219,8 +219,8 @@ JSON = st.recursive(
 def test_a_list_of_any_values_is_read_in_pieces_of_any_size(
     monkeypatch: pytest.MonkeyPatch, rows: list[Any], piece: int, indent: int | None
 ) -> None:
-    monkeypatch.setattr(json_stream, "_PIECE", piece)
-    monkeypatch.setattr(json_stream, "_LONGEST_WORD", 1000)
+    monkeypatch.setattr(json_stream, "PIECE", piece)
+    monkeypatch.setattr(json_stream, "LONGEST_WORD", 1000)
     text = json.dumps(rows, indent=indent, ensure_ascii=False)
     assert list(json_stream.elements(io.StringIO(text), "a.json")) == rows
 
