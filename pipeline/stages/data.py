@@ -322,7 +322,8 @@ def _one_pass(
             at = position(row, seed)
             near.add(row, held_out=at < share)
             if at >= share:  # what is held out is held out once
-                times = int(weight) + (position(row, seed + 1) < weight % 1)
+                part = weight % 1
+                times = int(weight) + (part > 0 and position(row, seed + 1) < part)
                 if not times:
                     findings.leave_out(row.place, WEIGHED, f"{row.place}: left out by its source's weight, {weight}")
                     continue
