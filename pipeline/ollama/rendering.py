@@ -139,7 +139,7 @@ class Engine:
             jinja: what is shipped.
 
         Raises:
-            PipelineError: llama.cpp cannot load the template.
+            Refused: llama.cpp cannot load the template.
         """
         shipped = template.with_source(jinja)
         if self._client is None:
@@ -150,8 +150,13 @@ class Engine:
         self._make(name, shipped)
         try:
             if self._client.show(name)["template"] != shipped.source:
-                raise PipelineError("Ollama took the guarded chat template for a stock one")
-            self._client.load(name)  # a template that llama.cpp cannot read ends its llama-server, which says why
+                raise Refused("Ollama took the guarded chat template for a stock one")
+            try:
+                self._client.load(name)
+            except PipelineError as error:
+                if "exit status" in str(error):  # so its llama-server ends where it cannot read the template
+                    raise Refused(str(error)) from None
+                raise
             return judge(template, suite, lambda case: self._ask(name, case), joins=False)
         finally:
             self._client.unload(name)
