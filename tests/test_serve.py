@@ -187,7 +187,13 @@ def test_the_command_serves_until_it_is_interrupted(tmp_path: Path) -> None:
     log = tmp_path / "log"
     arguments = [sys.executable, "-m", "pipeline", "serve", *(str(run_of(name)) for name in NAMES), "--port", "0"]
     with log.open("wb") as file:
-        process = subprocess.Popen(arguments, stdout=file, stderr=file, start_new_session=True)
+        process = subprocess.Popen(
+            arguments,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell may have it ignored
+        )
     try:
         while not (found := [line for line in log.read_text().splitlines() if "Ctrl-C stops it" in line]):
             assert process.poll() is None, log.read_text()

@@ -70,6 +70,15 @@ def uv_environment() -> dict[str, str | None]:
     return {**variables, "UV_NO_CONFIG": "1"}
 
 
+def uv_options(variables: dict[str, str | None]) -> list[str]:
+    """What uv takes as an option alone: of its variables, --no-index has none.
+
+    Args:
+        variables: of `uv_environment`.
+    """
+    return ["--no-index"] if variables.get("UV_NO_INDEX") or os.environ.get("UV_NO_INDEX") else []
+
+
 def pip_environment() -> dict[str, str | None]:
     """Variables for pip, to be added to this process's own; None takes one away."""
     variables: dict[str, str | None] = dict.fromkeys(name for name in os.environ if name.startswith("PIP_"))

@@ -34,7 +34,7 @@ from pipeline.processes import disk_errors, exclusive, run
 from pipeline.resources import checkout, checkout_at, resource
 from pipeline.setup import gpu, machine
 from pipeline.setup.findings import FAILURE, OK, WARNING, Finding, require
-from pipeline.setup.indexes import pip_environment, uv_environment
+from pipeline.setup.indexes import pip_environment, uv_environment, uv_options
 
 CPU, CUDA, AUTO = "cpu", "cuda", "auto"
 # What only a CUDA build of torch loads.
@@ -346,7 +346,18 @@ def _forget_halves(environment: Environment, names: Iterable[str]) -> list[str]:
 def _uv_install(what: list[str], environment: Environment, variables: dict[str, str | None]) -> None:
     run(
         # Hashes and local versions say which file is right, whichever index has it.
-        [_uv(), "pip", "install", "--python", environment.python, "--no-deps", "--no-build", *_ANY_INDEX, *what],
+        [
+            _uv(),
+            "pip",
+            "install",
+            "--python",
+            environment.python,
+            "--no-deps",
+            "--no-build",
+            *_ANY_INDEX,
+            *uv_options(variables),
+            *what,
+        ],
         "installing the Python libraries",
         env=variables,
         on_line=_Downloads(),
@@ -430,7 +441,7 @@ def cpu_build(pin: Requirement, environment: Environment, variables: dict[str, s
     hosts = ("--no-emit-index-url", "--no-emit-find-links", *_ANY_INDEX)
     try:
         answer = run(
-            [_uv(), "pip", "compile", *quiet, *hosts, "--python", environment.python, "-"],
+            [_uv(), "pip", "compile", *quiet, *hosts, *uv_options(variables), "--python", environment.python, "-"],
             "looking for the CPU build of torch",
             env={**variables, "UV_HTTP_RETRIES": os.environ.get("UV_HTTP_RETRIES", "0")},
             text=wanted,

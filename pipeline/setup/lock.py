@@ -5,18 +5,16 @@
 What the project asks for stands in pyproject.toml; [tool.uv] there says how it is resolved, and is read here alone.
 """
 
-import json
 import re
 import shutil
 import sys
 import tempfile
-import tomllib
 from pathlib import Path
 
 from pipeline.errors import PipelineError, UserError
 from pipeline.processes import run
 from pipeline.resources import checkout
-from pipeline.setup.indexes import uv_environment
+from pipeline.setup.indexes import uv_environment, uv_options
 from pipeline.setup.libraries import Requirement, read_lock
 
 _BOOTSTRAP = ("packaging", "uv")
@@ -41,16 +39,20 @@ def lock(root: Path) -> list[str]:
     before = target.read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(root / "pyproject.toml", folder)
-        # How it is resolved is said here alone: with a file that is named, uv reads none of the user or the machine.
-        asked = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8")).get("tool", {}).get("uv", {})
-        options = Path(folder, "uv.toml")
-        options.write_text("".join(f"{key} = {json.dumps(words)}\n" for key, words in asked.items()), encoding="utf-8")
+        # The configuration is read for once: the checkout's own, and for the user's and the machine's an empty one.
+        Path(folder, "uv").mkdir()
+        Path(folder, "uv", "uv.toml").touch()
+        variables = {
+            **uv_environment(),
+            **dict.fromkeys(("UV_NO_CONFIG", "UV_CONFIG_FILE")),
+            **dict.fromkeys(("XDG_CONFIG_HOME", "XDG_CONFIG_DIRS"), folder),
+        }
         command = [
             *(find_uv_bin(), "pip", "compile", "pyproject.toml", "--quiet", "--upgrade", "--all-extras", "--universal"),
             *("--python-version", "3.11", "--generate-hashes", "--no-annotate", "--no-emit-index-url"),
             *("--no-emit-find-links", "--custom-compile-command", "make lock", "-o", "new.lock"),
+            *uv_options(variables),
         ]
-        variables = {**uv_environment(), "UV_NO_CONFIG": None, "UV_CONFIG_FILE": str(options)}
         no_solution = (re.compile(r"cause: "), "no versions fit together; pyproject.toml says what is asked for")
         run(command, "resolving requirements.lock", cwd=Path(folder), env=variables, explain=[no_solution])
         after = (Path(folder) / "new.lock").read_text(encoding="utf-8")

@@ -100,7 +100,7 @@ def test_nothing_has_changed(project: Path) -> None:
         ),
         ("ollama.replace", True, set()),
         ("ollama.license", "MIT", {"modelfile/q4_k_m", "modelfile/q8_0"}),
-        ("merge.base", "16bit", {"data", "merge"}),
+        ("merge.base", "16bit", {"data", "merge", "verify"}),
     ],
 )
 def test_a_setting_makes_stale_what_depends_on_it(project: Path, key: str, value: Any, affected: set[str]) -> None:

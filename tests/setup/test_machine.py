@@ -35,7 +35,7 @@ def test_disk_that_fills_while_unpacking_is_one_message(wheels: Path, tmp_path: 
         "unpack(archive, tree, lambda path: path)\n"
     )
     answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert answer.stderr.splitlines()[-1].startswith("pipeline.errors.PipelineError: ")
+    assert answer.stderr.splitlines()[-1].startswith("pipeline.errors.NoSpace: ")
     assert "the disk is full; free some space" in answer.stderr.splitlines()[-1]
 
 
