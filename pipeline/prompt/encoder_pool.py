@@ -29,10 +29,16 @@ class EncoderPool:
         self.encoder = encoder
         self._workers = min(cores() - 1, _MOST) if workers is None else workers
         self._processes: ProcessPoolExecutor | None = None
+        self._running: list[Future[list[Outcome]]] = []
 
     def begin(self, rows: Sequence[Conversation]) -> Future[list[Outcome]]:
-        """Have rows encoded."""
-        if not self._workers:
+        """Have rows encoded: by a process, or here where every process has its next rows already.
+
+        Raises:
+            PipelineError: a process was killed.
+        """
+        self._running = [future for future in self._running if not future.done()]
+        if len(self._running) >= 2 * self._workers:
             done: Future[list[Outcome]] = Future()
             done.set_result(self.encoder.encode(rows))
             return done
@@ -43,7 +49,11 @@ class EncoderPool:
                 initializer=_begin,
                 initargs=(self.encoder, os.getpid()),
             )
-        return self._processes.submit(_encode, rows)
+        try:
+            self._running.append(self._processes.submit(_encode, rows))
+        except BrokenProcessPool:
+            raise _killed() from None
+        return self._running[-1]
 
     @staticmethod
     def outcomes(begun: Future[list[Outcome]]) -> list[Outcome]:
@@ -55,10 +65,7 @@ class EncoderPool:
         try:
             return begun.result()
         except BrokenProcessPool:
-            raise PipelineError(
-                "a process that tokenizes rows was killed; most likely the memory ran out: close other programs, and "
-                "give the same command again"
-            ) from None
+            raise _killed() from None
 
     def __enter__(self) -> EncoderPool:
         return self
@@ -68,6 +75,13 @@ class EncoderPool:
     ) -> None:
         if self._processes is not None:
             self._processes.shutdown(cancel_futures=True)
+
+
+def _killed() -> PipelineError:
+    return PipelineError(
+        "a process that tokenizes rows was killed; most likely the memory ran out: close other programs, and give the "
+        "same command again"
+    )
 
 
 _own: Encoder | None = None  # in a process of the pool
