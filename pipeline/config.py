@@ -317,6 +317,9 @@ class Export(Section):
         return value
 
 
+TEMPLATE_WAYS = ("auto", "go", "native")  # what ollama.template may be beside a file
+
+
 class Ollama(Section):
     """How the result is served."""
 
@@ -329,6 +332,11 @@ class Ollama(Section):
     host: str | None = Field(None, description="address of a running Ollama")
     license: str | None = Field(None, description="licence text or name")
     replace: bool = Field(False, description="replace a model of this name that this run did not make")
+
+    @property
+    def own_template(self) -> Path | None:
+        """The user's own Go template; None where a way to render is chosen by its name."""
+        return None if self.template in TEMPLATE_WAYS else Path(self.template)
 
 
 class Eval(Section):
@@ -563,7 +571,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict
                 table["path"] = _source(table["path"], path.parent, f"{places.get(key)}: {key}")
     _from_elsewhere(values, places)
     template = values.get("ollama", {}).get("template") if isinstance(values.get("ollama"), dict) else None
-    if isinstance(template, str) and template not in ("auto", "go", "native"):
+    if isinstance(template, str) and template not in TEMPLATE_WAYS:
         values["ollama"]["template"] = str(
             path.parent / expanded(template, f"{places.get('ollama.template')}: ollama.template")
         )

@@ -266,10 +266,6 @@ def _chat_body(
 # What Ollama says with status 500 where it is not the template that failed.
 _NO_RUNNER = re.compile(r"terminated|not responding|no longer running|connection refused|EOF|timed out", re.I)
 # What a status means that does not come from Ollama, whose own refusals are JSON, but from a proxy in front of it.
-# What Ollama says with status 500 where it is not the template that failed.
-_NO_RUNNER = re.compile(
-    r"terminated|not responding|no longer running|connection refused|unexpected EOF|timed out", re.I
-)
 _STATUSES = {
     401: "a user name and a password are wanted, or these are wrong: set the variable OLLAMA_HOST to the address with "
     "them, as in http://user:password@host:port",

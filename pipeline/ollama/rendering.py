@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from pipeline.config import TEMPLATE_WAYS
 from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.llama_server import LlamaServer, Refused
 from pipeline.ollama.client import Client
@@ -210,7 +211,7 @@ def choose(template: ChatTemplate, way: str = "auto", engine: Engine | None = No
         with Engine() as own:
             return choose(template, way, own)
     suite = conversations(template.special_tokens)
-    if way not in ("auto", "go", "native"):
+    if way not in TEMPLATE_WAYS:
         return _from_file(template, Path(way), engine, suite)
 
     reports: dict[str, Report] = {}

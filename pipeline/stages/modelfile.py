@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def files(config: "Config", _: str) -> list[Path]:
     """The Modelfile's template, and the user's own Go template, if there is one."""
-    own = [] if config.ollama.template in ("auto", "go", "native") else [Path(config.ollama.template)]
+    own = [config.ollama.own_template] if config.ollama.own_template else []
     return [resource("templates/Modelfile.j2"), *own]
 
 

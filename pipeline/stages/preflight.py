@@ -23,7 +23,7 @@ from pipeline.verify.untouched_base import failures, preflight
 
 def files(config: Config, _: str) -> list[Path]:
     """Files of the base, of what is merged into and of adapters that are given, and the user's own Go template."""
-    own = [] if config.ollama.template in ("auto", "go", "native") else [Path(config.ollama.template)]
+    own = [config.ollama.own_template] if config.ollama.own_template else []
     return [*merge_files(config), *adapter_files(config), *continued_files(config), *own]
 
 
