@@ -21,7 +21,7 @@ import click
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
     show_default=True,
-    help="Which build of torch: auto takes the CPU build where no NVIDIA GPU can be used and one is offered.",
+    help="Which build of torch: auto is the lock's; cpu a smaller one, which no lock names, if an index has it.",
 )
 @click.option("--dev", is_flag=True, help="Also what only tests need: real tokenizers, and Ollama as pinned.")
 def setup(torch: str, dev: bool) -> None:

@@ -4,12 +4,11 @@
 
 An empty virtual environment is enough: pip installs what third_party/bootstrap.lock names (uv, and what reads the
 lock's markers), uv installs the whole lock, and in a checkout this program itself goes in last, without dependencies.
-So this module imports the standard library alone until that is done. Hashes are checked all the way, but for a CPU
-build of torch that lies in a folder of wheels: what lies there is its owner's choice.
+So this module imports the standard library alone until that is done. Hashes are checked all the way.
 
 What is installed is read from the environment itself, so there is no stamp that could be wrong. The lock serves
-machines with and without a GPU; only torch differs, where an index or folder that the machine is configured for offers
-its CPU build.
+machines with and without a GPU. torch's CPU build, which it does not name, comes in by the user's word alone
+(`--torch cpu`), from an index or folder that the machine is configured for; where it is, it stays.
 """
 
 import argparse
@@ -300,7 +299,7 @@ def install(lock_file: Path, environment: Environment, torch: str) -> None:
     Args:
         lock_file: the lock.
         environment: what is filled; packages that are no part of the lock are left alone.
-        torch: "cpu", "cuda" or "auto" (the CPU build where the machine offers one).
+        torch: "cpu", "cuda" or "auto" (the ordinary build, as the lock has it).
 
     Raises:
         PipelineError: a wrong hash, no network, no disk, or no CPU build where one was asked for.
@@ -311,10 +310,12 @@ def install(lock_file: Path, environment: Environment, torch: str) -> None:
     if "torch" not in wrong:  # the build that is there stays
         _install("".join(pin.text for pin in lock if pin.name in wrong), environment, variables)
         return
-    chosen = None if torch == CUDA else _cpu_build_if_offered(lock, environment, variables, required=torch == CPU)
-    rest = with_cpu_build(lock, chosen) if chosen is not None else with_ordinary_build(lock)
-    _install(rest, environment, variables)
-    if chosen is not None and "--hash=" not in chosen.text:
+    if torch != CPU:
+        _install(with_ordinary_build(lock), environment, variables)
+        return
+    chosen = cpu_build(lock, environment, variables)
+    _install(with_cpu_build(lock, chosen), environment, variables)
+    if "--hash=" not in chosen.text:
         # An index tells hashes, a folder of wheels does not: what lies there is its owner's choice.
         _uv_install([f"{chosen.name}=={chosen.version}"], environment, variables)
 
@@ -415,41 +416,30 @@ def _install_program(environment: Environment) -> None:
     )  # fmt: skip
 
 
-def _cpu_build_if_offered(
-    lock: list[Requirement], environment: Environment, variables: dict[str, str | None], *, required: bool
-) -> Requirement | None:
-    pin = next((pin for pin in applicable(lock) if pin.name == "torch"), None)
-    if pin is None:
-        return None
-    offered = cpu_build(pin, environment, variables)
-    if offered is not None:
-        say(f"torch: the CPU build {offered.version} is offered here and taken")
-    elif required:
-        raise PipelineError(
-            f"torch {pin.version}+cpu is not offered by the indexes that pip and uv are configured for here; "
-            "add one that has it, or leave out `--torch cpu`: the ordinary build runs on a CPU too"
-        )
-    else:
-        say("torch: no CPU build is offered here; taking the ordinary build, which runs on a CPU too")
-    return offered
+def cpu_build(lock: list[Requirement], environment: Environment, variables: dict[str, str | None]) -> Requirement:
+    """The CPU build of a lock's torch, with its hashes where an index tells them.
 
-
-def cpu_build(pin: Requirement, environment: Environment, variables: dict[str, str | None]) -> Requirement | None:
-    """The CPU build of torch, with its hashes, if the machine's indexes and folders offer it; else None."""
-    wanted = f"{pin.name}=={pin.version}+cpu"
+    Raises:
+        PipelineError: the machine's indexes and folders do not offer it.
+    """
+    wanted = next(f"torch=={pin.version}+cpu" for pin in applicable(lock) if pin.name == "torch")
     quiet = ("--quiet", "--no-deps", "--generate-hashes", "--no-header", "--no-annotate")
     hosts = ("--no-emit-index-url", "--no-emit-find-links", *_ANY_INDEX)
-    try:
-        answer = run(
-            [_uv(), "pip", "compile", *quiet, *hosts, *uv_options(variables), "--python", environment.python, "-"],
-            "looking for the CPU build of torch",
-            env={**variables, "UV_HTTP_RETRIES": os.environ.get("UV_HTTP_RETRIES", "0")},
-            text=wanted,
-            logs=environment.prefix / "logs",
-        )
-    except PipelineError:
-        return None
-    return next((found for found in read_lock(answer) if f"{found.name}=={found.version}" == wanted), None)
+    answer = run(
+        [_uv(), "pip", "compile", *quiet, *hosts, *uv_options(variables), "--python", environment.python, "-"],
+        "looking for the CPU build of torch",
+        env=variables,
+        text=wanted,
+        explain=(
+            (
+                re.compile("No solution found"),
+                f"{wanted} is not offered by the indexes that pip and uv are configured for here; add one that has it, "
+                "or leave out `--torch cpu`: the ordinary build runs on a CPU too",
+            ),
+        ),
+        logs=environment.prefix / "logs",
+    )
+    return next(found for found in read_lock(answer) if f"{found.name}=={found.version}" == wanted)
 
 
 def with_cpu_build(lock: list[Requirement], torch: Requirement) -> str:
