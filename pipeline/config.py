@@ -482,12 +482,6 @@ class Config(Section):
         return self.run.folder
 
     @property
-    def compares_bases(self) -> bool:
-        """Whether the merge measures which base the adapter fits: one that is served apart has no choice."""
-        chosen = self.merge.base != "auto" or self.merge.model is not None
-        return self.train.load_in_4bit and not chosen and self.export.as_ == "merged"
-
-    @property
     def merge_into(self) -> Model:
         """The model whose weights the adapter becomes part of, with the base's new tokens."""
         if self.merge.model is None:

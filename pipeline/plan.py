@@ -133,6 +133,7 @@ def count(settings: Config, machine: Machine) -> tuple[Shape, list[Row], int]:
     from pipeline.model import memory
     from pipeline.model.base import config_folder
     from pipeline.model.shape import shape_of
+    from pipeline.model.sixteen_bit import chosen_base
     from pipeline.model.targets import without_weights
     from pipeline.verify.machine_needs import disk_needs
 
@@ -147,7 +148,7 @@ def count(settings: Config, machine: Machine) -> tuple[Shape, list[Row], int]:
     times = {stage: seconds * billions / machine.cores for stage, seconds in _CORE_SECONDS.items()}
     merge = memory.merge(
         {name: tuple(tensor.shape) for name, tensor in model.named_parameters()},
-        measures=settings.compares_bases,
+        measures=chosen_base(settings) is None,
     )
     rows = [
         Row(

@@ -1,4 +1,4 @@
-"""How large a base is and how long its context, learned from headers alone: no weights are read or downloaded."""
+"""How large a base is, how long its context and how it is stored, learned from headers: no weights are downloaded."""
 
 from __future__ import annotations
 
@@ -35,6 +35,29 @@ def facts(base: str, revision: str | None = None) -> tuple[int | None, int | Non
     else:
         folder = resolve_base(base, revision)
     return read_weights(folder).stored_values, context_of(folder)
+
+
+def stored_in_4bit(model: Model) -> bool:
+    """Whether a base is stored in bitsandbytes' 4 bits; of a hub id that cannot be looked up, no."""
+    from pipeline.model.base import is_on_hub
+    from pipeline.model.four_bit import is_4bit
+
+    if is_on_hub(model.base):
+        config = _hub_config(model.base, model.revision)
+        return config is not None and is_4bit(config.parent)
+    folder = expanded(model.base, "model.base")
+    return (folder / "config.json").is_file() and is_4bit(folder)  # packaged bases and GGUF files unpack to 16 bits
+
+
+def _hub_config(base: str, revision: str | None) -> Path | None:
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    if isinstance(cached := try_to_load_from_cache(base, "config.json", revision=revision), str):
+        return Path(cached)
+    try:
+        return Path(hf_hub_download(base, "config.json", revision=revision))
+    except Exception:  # offline, gated or unknown: resolving the base will say why
+        return None
 
 
 def context_of(folder: Path) -> int | None:

@@ -1,4 +1,6 @@
-"""The 16-bit weights that an adapter becomes part of: the base's, what its 4 bits unpack to, or those of `merge.model`.
+"""The 16-bit weights that an adapter becomes part of: the base's, what NF4 leaves of them, or those of `merge.model`.
+
+An adapter that was trained on the NF4 of a 16-bit base has two bases, which it can be asked on and merged into.
 
 A base that is stored in 4 bits is trained as it is. Its adapter is merged into what its weights unpack to, which is
 what it saw, or into the 16-bit model that they were made of, where `merge.model` names that. Whether it is that model
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import PipelineError, UserError
 from pipeline.model.base import base_folder, cached_base, is_on_hub, resolve_base
 from pipeline.model.config_file import text_config
-from pipeline.model.facts import base_files, facts
+from pipeline.model.facts import base_files, facts, stored_in_4bit
 from pipeline.model.four_bit import Packed, in_16bit, is_4bit
 from pipeline.model.weights_file import read_weights
 from pipeline.processes import require_space
@@ -31,6 +33,26 @@ _COMPUTES = (
 )  # fmt: skip
 # |W - unpacked| / |W|. NF4 leaves 0.09 of normally distributed weights, FP4 0.13; another model's are at 1.4.
 _FAR = 0.3
+
+
+def has_two_bases(config: Config) -> bool:
+    """Whether the adapter is trained on the NF4 of a base that is stored in 16 bits."""
+    return config.train.load_in_4bit and not stored_in_4bit(config.model)
+
+
+def chosen_base(config: Config) -> tuple[str, str] | None:
+    """The weights that the adapter is merged into, "16bit" or "dequantized", and why; None: the lower loss chooses."""
+    if config.merge.model is not None:
+        return "16bit", f"merge.model names it: {config.merge.model}"
+    if not has_two_bases(config):
+        if stored_in_4bit(config.model):
+            return "dequantized", "the base is stored in 4 bits"
+        return "16bit", "the adapter was trained on the 16-bit base"
+    if config.export.as_ == "adapter":
+        return "16bit", "the adapter is served on the base as it is stored"
+    if config.merge.base != "auto":
+        return config.merge.base, "merge.base says so"
+    return None
 
 
 def sixteen_bit_base(config: Config, target: Path) -> Path:

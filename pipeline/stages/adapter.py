@@ -15,8 +15,8 @@ from pipeline.model.adapter import fit_to, write_taken
 from pipeline.model.base import base_folder
 from pipeline.model.combined_adapter import read_given_adapters, write_combined
 from pipeline.model.facts import base_files
-from pipeline.model.four_bit import is_4bit
 from pipeline.model.plain_adapter import refuse_for_gguf
+from pipeline.model.sixteen_bit import has_two_bases
 from pipeline.model.trained_tokenizer import adapter_files, trained_tokenizer
 from pipeline.run.stage import Stage, Task
 
@@ -25,7 +25,7 @@ def main(task: Task) -> dict[str, Any]:
     """Judge the adapters, combine them where there are several, and write the one down with its tokenizer."""
     config, model = task.config, task.config.model
     base = base_folder(model)
-    in_4bit = config.train.load_in_4bit and not is_4bit(base)
+    in_4bit = has_two_bases(config)
     with progress("judging the adapter", None):
         given = read_given_adapters(config)
         for adapter in given:

@@ -34,12 +34,7 @@ def variants(config: Config) -> tuple[str, ...]:
     """The rungs in the order of the task, then the table that joins them; none without test data."""
     if config.data.test is None:
         return ()
-    return (*_rungs(config), TABLE)
-
-
-def _rungs(config: Config) -> tuple[str, ...]:
-    combined = [adapter.called for adapter in config.adapters]
-    return rungs(config.export.quant, trained_on_4bit=config.train.load_in_4bit, combined=combined)
+    return (*rungs(config), TABLE)
 
 
 def _alone(config: Config, variant: str) -> Path | None:
@@ -66,7 +61,7 @@ def needs(variant: str) -> tuple[str, ...]:
 def settings(variant: str) -> tuple[str, ...]:
     """What a rung reads of the configuration."""
     if variant == TABLE:
-        return ("eval.metric", "eval.limit", "export.quant", "train.load_in_4bit")
+        return ("eval.metric", "eval.limit", "export.quant", "model.base", "model.revision", "train.load_in_4bit")
     base = ("model",) if variant in _ON_THE_BASE or is_alone(variant) else ()
     return ("eval", *base, *(("train.load_in_4bit",) if variant == ADAPTER or is_alone(variant) else ()))
 
@@ -216,7 +211,7 @@ def _correct(config: Config, answer: str, expected: str) -> bool | None:
 def _table(task: Task) -> dict[str, Any]:
     answered: dict[str, list[dict[str, Any]]] = {}
     config = task.config
-    for rung in _rungs(config):
+    for rung in rungs(config):
         if (path := task.layout.answers(rung)).is_file():
             answered[rung] = list(read_rows(path))
     rows = [

@@ -20,9 +20,7 @@ from pipeline.console import progress
 from pipeline.errors import PipelineError, UserError
 from pipeline.model import memory
 from pipeline.model.adapter_file import read_adapter
-from pipeline.model.base import base_folder
 from pipeline.model.config_file import write_vocabulary
-from pipeline.model.four_bit import is_4bit
 from pipeline.model.held_out import (
     RowLoss,
     Rows,
@@ -36,7 +34,7 @@ from pipeline.model.merging import MergedWeights, write_merged
 from pipeline.model.nf4 import Record
 from pipeline.model.peft_merging import PeftMerge
 from pipeline.model.sentencepiece_file import write_sentencepiece
-from pipeline.model.sixteen_bit import merge_files, sixteen_bit_base
+from pipeline.model.sixteen_bit import chosen_base, has_two_bases, merge_files, sixteen_bit_base
 from pipeline.model.weights_file import TORCH_TYPES, Weights, read_weights
 from pipeline.processes import require_space
 from pipeline.prompt.tokenizer import read_saved
@@ -56,7 +54,7 @@ def main(task: Task) -> dict[str, Any]:
     output.mkdir()
     require_space(task.output, memory.sixteen_bit_file(base.parameters), "the merged model")
     way = _by_peft if task.config.merge.way == "peft" else _by_tensors
-    figures = way(task, base, output, only=is_4bit(base_folder(task.config.model)))
+    figures = way(task, base, output)
     _copy_tokenizer(task.layout.adapter, base.folder, output)
     return figures | {
         "stored": TORCH_TYPES[base.sixteen_bit_type],
@@ -64,14 +62,14 @@ def main(task: Task) -> dict[str, Any]:
     }
 
 
-def _by_tensors(task: Task, base: Weights, output: Path, *, only: bool) -> dict[str, Any]:
+def _by_tensors(task: Task, base: Weights, output: Path) -> dict[str, Any]:
     adapter, record = read_adapter(task.layout.adapter), Record.read(task.layout.node("train"))
     bases = {
         "16bit": MergedWeights(base, adapter, record),
-        "dequantized": MergedWeights(base, adapter, record, dequantize=not only),
+        "dequantized": MergedWeights(base, adapter, record, dequantize=has_two_bases(task.config)),
     }
     change = bases["16bit"].change
-    chosen = _choose_base(task, partial(_measured_by_layers, task, base, bases), only=only)
+    chosen = _choose_base(task, partial(_measured_by_layers, task, base, bases))
     merged = bases[chosen["taken"]]
     with progress("merging", len(merged.names), "tensors") as update:
         sums = write_merged(merged, output, update)
@@ -81,11 +79,11 @@ def _by_tensors(task: Task, base: Weights, output: Path, *, only: bool) -> dict[
     )
 
 
-def _by_peft(task: Task, base: Weights, output: Path, *, only: bool) -> dict[str, Any]:
-    dequantizes = task.config.train.load_in_4bit and not only
+def _by_peft(task: Task, base: Weights, output: Path) -> dict[str, Any]:
+    dequantizes = has_two_bases(task.config)
     loaded = _loaded_by_peft(task, base, dequantizes=dequantizes)
-    chosen = _choose_base(task, loaded.losses, only=only)
-    loaded.take("16bit" if only else chosen["taken"])  # there is one, whichever it is called
+    chosen = _choose_base(task, loaded.losses)
+    loaded.take(chosen["taken"] if dequantizes else "16bit")  # else there is one, whichever it is called
     norms = loaded.merge(output)
     _write_generation(task, base, output)
     return _figures(
@@ -116,32 +114,22 @@ def _figures(
     }
 
 
-def _choose_base(task: Task, measure: Measure, *, only: bool) -> dict[str, Any]:
+def _choose_base(task: Task, measure: Measure) -> dict[str, Any]:
     """Choose the weights that the adapter is merged into; write base.json.
 
     Args:
         task: the stage's task.
         measure: the held-out losses of "base", "16bit" or "dequantized" on rows; the last two with the adapter.
-        only: the base is stored in 4 bits: there is nothing but what they unpack to, or the model that is named.
 
     Returns:
         "taken" ("16bit" or "dequantized") and "why"; "losses" (nats for each trained token; empty where nothing was
         measured) and, of each row for `verify`, "row_losses".
     """
-    wanted = task.config.merge.base
     chosen: dict[str, Any] = {"taken": "16bit", "why": "", "losses": {}, "rows": "", "row_losses": {}}
-    if task.config.merge.model is not None:
-        chosen["why"] = f"merge.model names it: {task.config.merge.model}"
-    elif only:
-        chosen |= {"taken": "dequantized", "why": "the base is stored in 4 bits"}
-    elif not task.config.train.load_in_4bit:
-        chosen["why"] = "the adapter was trained on the 16-bit base"
-    elif task.config.export.as_ == "adapter":
-        chosen["why"] = "the adapter is served on the base as it is stored"
-    elif wanted != "auto":
-        chosen |= {"taken": wanted, "why": "merge.base says so"}
-    else:
+    if (known := chosen_base(task.config)) is None:
         chosen |= _measured(task, measure)
+    else:
+        chosen["taken"], chosen["why"] = known
     task.new(task.layout.merge_base).write_text(json.dumps(chosen, indent=1) + "\n", encoding="utf-8")
     return chosen
 

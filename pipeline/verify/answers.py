@@ -34,9 +34,7 @@ def _answers(artefacts: Artefacts) -> Iterator[Result]:
     if artefacts.config.eval.metric == "none":
         yield learned.not_run("eval.metric is none")
         return
-    combined = [adapter.called for adapter in artefacts.config.adapters]
-    every = rungs(list(artefacts.quantized), trained_on_4bit=artefacts.trained_on_4bit, combined=combined)
-    correct = {rung: right for rung in every if (right := marks(Layout(artefacts.run).answers(rung)))}
+    correct = {rung: right for rung in rungs(artefacts.config) if (right := marks(Layout(artefacts.run).answers(rung)))}
     artefacts.shared["answers"] = {rung: _score(right) for rung, right in correct.items()}
     if len(correct) < 2:
         yield learned.not_run("`evaluate` has not asked two rungs")

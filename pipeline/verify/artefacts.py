@@ -50,7 +50,6 @@ class Artefacts:
         given: the folder of an adapter that was trained elsewhere, as somebody gave it; None for one trained here.
         run, config: the run's folder and its configuration; None for an export.
         ollama: the name of an export's model in the Ollama that is usually asked; None where none is judged.
-        trained_on_4bit: whether the adapter was trained on the base in NF4, and the base is stored in 16 bits.
         merged_into: "16bit" or "dequantized".
         merge_row_losses: the loss on each held-out row (summed, trained tokens) of the base and of the adapter on both,
             as `merge` measured them.
@@ -68,7 +67,6 @@ class Artefacts:
     ollama: str | None = None
     run: Path | None = None
     config: Config | None = None
-    trained_on_4bit: bool = False
     merged_into: str = "16bit"
     merge_row_losses: dict[str, list[RowLoss]] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
@@ -80,8 +78,7 @@ class Artefacts:
         Raises:
             UserError: there is no merged model in it.
         """
-        from pipeline.model.base import base_folder
-        from pipeline.model.sixteen_bit import sixteen_bit_base
+        from pipeline.model.sixteen_bit import has_two_bases, sixteen_bit_base
 
         layout = Layout(run)
         model = layout.merged_model
@@ -93,23 +90,19 @@ class Artefacts:
         merge: dict[str, Any] = {"taken": "16bit"}
         if merged.is_file():
             merge = json.loads(merged.read_text(encoding="utf-8"))
-        given = base_folder(config.model)
-        base = sixteen_bit_base(config, scratch / "base")
         return Artefacts(
             settings=config.verify,
             model=model,
             sixteen_bit=_if_there(layout),
             quantized=quantized,
             scratch=scratch,
-            base=base,
+            base=sixteen_bit_base(config, scratch / "base"),
             adapter=layout.adapter,
             gguf_adapter=next(iter(layout.served_adapters), None),
             given=config.given_adapters,
             run=run,
             config=config,
-            # Where the base itself is in 4 bits there is no other that the adapter could be merged into.
-            trained_on_4bit=config.train.load_in_4bit and base == given,
-            merged_into=merge["taken"] if base == given else "16bit",
+            merged_into=merge["taken"] if has_two_bases(config) else "16bit",
             merge_row_losses=merge.get("row_losses", {}),
         )
 

@@ -10,6 +10,7 @@ from pipeline.config import Config
 from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.quantizer import quantization_type
 from pipeline.model import memory, training_memory
+from pipeline.model.sixteen_bit import chosen_base
 from pipeline.model.weights_file import Weights
 from pipeline.ollama.address import is_here, normal_host
 from pipeline.setup import gpu, libraries
@@ -41,7 +42,7 @@ def check(config: Config, run_folder: Path, base: Weights, gpu_bytes: int | None
     yield _bytes(_DISK, sum(needs.values()), free, f"{words}; free some space, or choose another folder (run.folder)")
 
     in_4bit, there = config.train.load_in_4bit, memory_bytes()
-    measures = config.compares_bases
+    measures = chosen_base(config) is None
     if config.merge.way == "peft":
         merge = memory.merge_by_peft(parameters, in_float32=False, dequantizes=measures)
         yield _bytes(_MEMORY, merge, there, 'take merge.way = "tensors", a smaller base or a larger machine')

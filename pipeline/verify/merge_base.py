@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pipeline.model.sixteen_bit import chosen_base
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import Claim, Result
 from pipeline.verify.rungs import ADAPTER, ADAPTER_16BIT, BASE
@@ -18,14 +19,11 @@ _CLAIM = Claim("merge_base.better", "merge", "the adapter is merged into the bas
 def check(artefacts: Artefacts) -> Iterator[Result]:
     """Judge the choice by the losses."""
     losses, taken = artefacts.merge_losses, artefacts.merged_into
+    chosen = chosen_base(artefacts.config) if artefacts.config is not None else None
     if artefacts.run is None:
         yield _CLAIM.not_run("the base and the adapter of this export are not known")
-    elif artefacts.config is not None and artefacts.config.merge.model is not None:
-        yield _CLAIM.not_run(f"merge.model names the weights that it is merged into: {artefacts.config.merge.model}")
-    elif not artefacts.trained_on_4bit:
-        yield _CLAIM.not_run("there is only one base that the adapter could be merged into")
-    elif not losses and artefacts.config is not None and artefacts.config.merge.base != "auto":
-        yield _CLAIM.not_run(f'merge.base = "{artefacts.config.merge.base}": nothing was measured')
+    elif chosen is not None:
+        yield _CLAIM.not_run(f"nothing was measured: {chosen[1]}")
     elif not losses:
         yield _CLAIM.not_run("there are no held-out answers")
     else:

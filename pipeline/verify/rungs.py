@@ -4,7 +4,14 @@
 and its variant, that made it: `made_by` says which.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipeline.model.sixteen_bit import has_two_bases
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
 
 BASE = "base"  # untouched
 ADAPTER = "adapter"  # on the base that it was trained on
@@ -28,16 +35,11 @@ def is_alone(rung: str) -> bool:
     return rung.startswith(_ALONE)
 
 
-def rungs(types: Sequence[str], *, trained_on_4bit: bool, combined: Sequence[str] = ()) -> tuple[str, ...]:
-    """The rungs of a run; each quantization type is one.
-
-    Args:
-        types: names of quantization types.
-        trained_on_4bit: the adapter has two bases to be asked on.
-        combined: the names of the adapters that it was combined from; each is asked alone.
-    """
-    adapters = (*map(alone, combined), ADAPTER, *((ADAPTER_16BIT,) if trained_on_4bit else ()))
-    return (BASE, *adapters, MERGED, GGUF_16BIT, *types, OLLAMA)
+def rungs(config: Config) -> tuple[str, ...]:
+    """The rungs of a run. Each quantization type is one, and so is each of the adapters that are combined, alone."""
+    combined = (alone(adapter.called) for adapter in config.adapters)
+    adapters = (*combined, ADAPTER, *((ADAPTER_16BIT,) if has_two_bases(config) else ()))
+    return (BASE, *adapters, MERGED, GGUF_16BIT, *config.export.quant, OLLAMA)
 
 
 def made_by(rung: str) -> str:

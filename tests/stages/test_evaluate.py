@@ -7,12 +7,48 @@ import pytest
 from support import small_models
 
 from pipeline.data.questions import Question
+from pipeline.model.sixteen_bit import chosen_base
 from pipeline.ollama.scratch_model import write_scratch_model
 from pipeline.prompt.template import ChatTemplate
 from pipeline.run.layout import Layout
 from pipeline.stages import evaluate
 from pipeline.stages.evaluate import TABLE, answerer_at_rung
-from pipeline.verify.rungs import GGUF_16BIT
+from pipeline.verify import answers
+from pipeline.verify.artefacts import Artefacts
+from pipeline.verify.rungs import ADAPTER_16BIT, GGUF_16BIT
+
+
+@pytest.mark.parametrize("stored_in_4bit", [False, True])
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+@pytest.mark.parametrize("merge_base", ["auto", "16bit", "dequantized"])
+def test_the_rungs_that_are_asked_are_those_that_verify_looks_at(
+    tmp_path: Path, stored_in_4bit: bool, load_in_4bit: bool, merge_base: str
+) -> None:
+    """The adapter is asked on two bases where it was trained on the NF4 of 16 bits, and nowhere else."""
+    if merge_base == "dequantized" and not load_in_4bit:
+        pytest.skip("refused by the configuration")
+    base = tmp_path / "base"
+    base.mkdir()
+    stored = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}} if stored_in_4bit else {}
+    (base / "config.json").write_text(json.dumps({"model_type": "llama"} | stored))
+    config = small_models.make_config(
+        model={"base": str(base)},
+        data={"train": "train.jsonl", "test": "test.jsonl"},
+        train={"load_in_4bit": load_in_4bit},
+        merge={"base": merge_base},
+    )
+    *asked, table = evaluate.variants(config)
+    assert table == TABLE
+    assert (ADAPTER_16BIT in asked) == (load_in_4bit and not stored_in_4bit)
+    for rung in {*asked, ADAPTER_16BIT}:  # the last may be left from another configuration
+        path = Layout(tmp_path).answers(rung)
+        path.parent.mkdir(parents=True)
+        path.write_text('{"correct": true}\n')
+    artefacts = Artefacts(config.verify, base, None, {}, tmp_path, run=tmp_path, config=config)
+    assert all(answers.check(artefacts))
+    assert list(artefacts.shared["answers"]) == asked
+    measured = load_in_4bit and not stored_in_4bit and merge_base == "auto"
+    assert (chosen_base(config) is None) == measured
 
 
 def question(words: int) -> list[dict[str, str]]:
@@ -49,9 +85,9 @@ def test_the_time_decides_how_many_are_asked(tmp_path: Path, minutes: float, ask
     quick = small_models.make_task(tmp_path, "evaluate", GGUF_16BIT, **sections)
     assert evaluate.main(quick)["asked"] == asked
     assert any(f"allowed {asked} of 12 questions" in text for text in quick.warnings) == (asked < 12)
-    answers = Layout(tmp_path).answers("q4_k_m")
-    answers.parent.mkdir(parents=True)
-    answers.write_text('{"expected": "hi", "answer": "hi", "correct": true}\n' * 12)
+    path = Layout(tmp_path).answers("q4_k_m")
+    path.parent.mkdir(parents=True)
+    path.write_text('{"expected": "hi", "answer": "hi", "correct": true}\n' * 12)
     table = small_models.make_task(tmp_path, "evaluate", TABLE, **sections)
     evaluate.main(table)
     document = json.loads(table.layout.evaluation.read_text())
