@@ -481,18 +481,6 @@ class Config(Section):
         """The run's folder."""
         return self.run.folder
 
-    @property
-    def merge_into(self) -> Model:
-        """The model whose weights the adapter becomes part of, with the base's new tokens."""
-        if self.merge.model is None:
-            return self.model
-        return self.model.model_copy(update={"base": self.merge.model, "revision": None})
-
-    @property
-    def served_system(self) -> str:
-        """The served model's system text: rows without a system message were trained with data.system."""
-        return self.ollama.system if self.ollama.system is not None else self.data.system or ""
-
 
 # A command line can hold bytes that are not UTF-8, which Python shows as lone surrogates; TOML can hold a zero.
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")

@@ -83,6 +83,6 @@ def base_files(model: Model) -> list[Path]:
 
     folder = resolve_base(model.base, model.revision)
     kinds = {".json", ".safetensors", ".jinja", ".model"}
-    found = [path for path in folder.iterdir() if path.suffix in kinds]
+    found = [path for path in folder.iterdir() if path.suffix in kinds or path.name == "merges.txt"]
     code = list(folder.rglob("*.py")) if model.trust_remote_code else []
     return [*sorted(found + code), template_file(model.chat_template)]

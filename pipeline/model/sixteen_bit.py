@@ -24,7 +24,7 @@ from pipeline.processes import require_space
 from pipeline.setup.machine import existing
 
 if TYPE_CHECKING:
-    from pipeline.config import Config
+    from pipeline.config import Config, Model
 
 # What computes otherwise with weights of the same shapes.
 _COMPUTES = (
@@ -75,7 +75,7 @@ def merge_files(config: Config) -> list[Path]:
     if (name := config.merge.model) is not None:
         _refuse_sixteen_bits(resolve_base(config.model.base, config.model.revision), name)
         with _told_of_merge_model(name):
-            files += base_files(config.merge_into)
+            files += base_files(_merge_into(config))
     return files
 
 
@@ -87,7 +87,7 @@ def check_bits(base: Path, config: Config) -> None:
     """
     if is_4bit(base):
         stored = f"model.base: {base} is stored in 4 bits"
-        if not config.train.load_in_4bit:
+        if not config.train.load_in_4bit and not config.given_adapters:
             raise UserError(
                 f"train.load_in_4bit = false: {stored}: remove the key, or give the 16-bit model as the base"
             )
@@ -106,7 +106,7 @@ def _named(base: Path, config: Config) -> Path:
     assert name is not None
     _refuse_sixteen_bits(base, name)
     with _told_of_merge_model(name):
-        folder = base_folder(config.merge_into)
+        folder = base_folder(_merge_into(config))
     if is_4bit(folder):
         raise UserError(f"merge.model: {name} is stored in 4 bits too: give the 16-bit model, or remove the key")
     if why := _differs(base, folder):
@@ -115,6 +115,11 @@ def _named(base: Path, config: Config) -> Path:
             "from, or remove the key, and the adapter is merged into what the 4 bits unpack to"
         )
     return folder
+
+
+def _merge_into(config: Config) -> Model:
+    """`merge.model`, with the base's new tokens."""
+    return config.model.model_copy(update={"base": config.merge.model, "revision": None})
 
 
 def _refuse_sixteen_bits(base: Path, name: str) -> None:

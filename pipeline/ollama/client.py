@@ -20,8 +20,7 @@ from pipeline.ollama.names import canonical
 from pipeline.processes import NO_SPACE, require_space
 from pipeline.prompt.conformance import RenderRefused
 from pipeline.resources import sha256_of
-from pipeline.setup.ollama_version import new_enough
-from pipeline.setup.pins import MINIMUM_OLLAMA
+from pipeline.setup.ollama_version import MINIMUM_OLLAMA, new_enough
 
 if TYPE_CHECKING:
     import httpx

@@ -285,6 +285,7 @@ def _rung(path: Path, gguf: str | None, *, adapter: bool) -> Iterator[tuple[Stre
             yield server.stream, ""
         return
     from pipeline.config import load_config
+    from pipeline.ollama.modelfile_text import served_system
     from pipeline.run.layout import Layout
 
     config, _ = load_config(path / "pipeline.toml" if path.is_dir() else path)
@@ -294,9 +295,9 @@ def _rung(path: Path, gguf: str | None, *, adapter: bool) -> Iterator[tuple[Stre
         file = layout.quantized(config.export.quant[0])
         context = _remembered(layout, config.export.quant[0])
         with llama_server(_made(file, "quantize"), context, adapters=layout.served_adapters) as server:
-            yield server.stream, config.served_system
+            yield server.stream, served_system(config)
     elif adapter:
-        yield _adapter(config, _made(layout.adapter, "train")), config.served_system
+        yield _adapter(config, _made(layout.adapter, "train")), served_system(config)
     else:
         from pipeline.ollama.deployment import deployed
 

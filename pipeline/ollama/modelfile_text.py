@@ -14,10 +14,13 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
 from pipeline.resources import resource
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
 
 ROLES = ("system", "user", "assistant")
 _COMMANDS = (
@@ -31,6 +34,11 @@ Instruction = tuple[str, str]
 
 class CannotCarry(UserError):
     """The Modelfile format cannot carry this; the JSON API can."""
+
+
+def served_system(config: Config) -> str:
+    """The served model's system text: rows without a system message were trained with data.system."""
+    return config.ollama.system if config.ollama.system is not None else config.data.system or ""
 
 
 @dataclass(frozen=True)

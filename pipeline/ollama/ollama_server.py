@@ -13,8 +13,7 @@ from types import TracebackType
 from pipeline.errors import PipelineError, UserError
 from pipeline.processes import free_port, start, stop, wait_until
 from pipeline.resources import expanded
-from pipeline.setup.ollama_version import new_enough, program_version, system_ollama
-from pipeline.setup.pins import MINIMUM_OLLAMA
+from pipeline.setup.ollama_version import MINIMUM_OLLAMA, new_enough, program_version, system_ollama
 
 START_SECONDS = 60
 

@@ -41,7 +41,7 @@ from pipeline.prompt.conformance import (
 from pipeline.prompt.go_template import Derivation, derive
 from pipeline.prompt.guard import guarded
 from pipeline.prompt.template import ChatTemplate
-from pipeline.setup.pins import MINIMUM_OLLAMA
+from pipeline.setup.ollama_version import MINIMUM_OLLAMA
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,11 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.run.code import code_of
-from pipeline.run.provenance import installed_version
+from pipeline.run.provenance import installed_version, wherever
 from pipeline.run.stage import Stage
 from pipeline.run.view import covers
+
+_BASES = ("model.base", "merge.model")  # their files are inputs
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,14 @@ def settings_of(stage: Stage, variant: str, config: Config) -> dict[str, Any]:
         leaves |= (
             {f"{section}.{key}": value for key, value in table.items()} if isinstance(table, dict) else {section: table}
         )
+    for key in _BASES:
+        leaves[key] = wherever(leaves[key])
     declared = stage.settings_of(variant)
     for key in (*declared, *stage.indifferent_to):
-        if not any(covers((key,), leaf) for leaf in leaves):
+        table, _, entry = key.rpartition(".")
+        if isinstance(leaves.get(table), dict):
+            leaves[key] = leaves[table].get(entry)
+        elif not any(covers((key,), leaf) for leaf in leaves):
             raise KeyError(f"the stage {stage.name} declares {key}, which is no setting")
     return {
         leaf: value

@@ -15,7 +15,7 @@ from typing import TypeGuard
 
 # Modules and packages that have no part in a result, and why.
 NO_PART = {
-    "pipeline.config": "a stage depends on the values that it reads, which are held for themselves",
+    "pipeline.config": "a stage depends on the values that it reads, held for themselves; no rule stands there",
     "pipeline.console": "what a person sees while it works",
     "pipeline.errors": "a stage that fails leaves no result",
     "pipeline.figures": "how figures are written for a person",
@@ -27,6 +27,8 @@ NO_PART = {
     "pipeline.run": "where results are kept, for all stages alike",
     "pipeline.setup": "how libraries and programs come here; their versions are held for themselves",
 }
+# And what among them has a part all the same.
+PART = {"pipeline.setup.ollama_version": "the oldest Ollama that serves a model is written into its Modelfile"}
 
 
 def code_of(module: str) -> dict[str, str]:
@@ -65,7 +67,7 @@ def code_in(root: Path, module: str) -> dict[str, str]:
 
 
 def _no_part(name: str) -> bool:
-    return any(name == known or name.startswith(f"{known}.") for known in NO_PART)
+    return name not in PART and any(name == known or name.startswith(f"{known}.") for known in NO_PART)
 
 
 def _source(root: Path, name: str) -> Path | None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -53,16 +54,25 @@ def machine() -> dict[str, Any]:
     }
 
 
+def wherever(base: str | None) -> str | None:
+    """A base by its name: where it lies on a machine, if it does, has no part in a result."""
+    return base and (Path(base).name if Path(base).is_absolute() else base)
+
+
 def first_machine(manifest: dict[str, Any], model: Model) -> dict[str, Any] | None:
     """The machine on which a run's first stage was done for this base; None before that.
 
     Defaults that depend on a machine stay those of this one: a run that goes on elsewhere is not trained again.
     """
     first = manifest.get("first_machine")
-    return first["machine"] if first and first["base"] == [model.base, model.revision] else None
+    return first["machine"] if first and first["base"] == _known(model) else None
 
 
 def keep_first_machine(manifest: dict[str, Any], model: Model, now: dict[str, Any]) -> None:
     """Put this machine into the manifest of a run that has none for this base yet."""
     if first_machine(manifest, model) is None:
-        manifest["first_machine"] = {"base": [model.base, model.revision], "machine": now}
+        manifest["first_machine"] = {"base": _known(model), "machine": now}
+
+
+def _known(model: Model) -> list[str | None]:
+    return [wherever(model.base), model.revision]

@@ -11,10 +11,12 @@ changes. So it cannot read one:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel
+
+Names = tuple[str, ...]
 
 
 class UndeclaredSetting(RuntimeError):
@@ -53,8 +55,9 @@ class View:
         value = getattr(self._model, name)
         if isinstance(value, BaseModel):
             return View(value, self._allowed, self._stage, key)
-        if not covers(self._allowed, key):
-            raise UndeclaredSetting(f"the stage {self._stage} reads {key}, which its declaration does not name")
+        if isinstance(value, dict) and not covers(self._allowed, key):
+            return _Table(value, self._allowed, self._stage, key)
+        _check(self._allowed, self._stage, key)
         return value
 
     def model_copy(self, *, update: Mapping[str, Any]) -> View:
@@ -64,3 +67,27 @@ class View:
 
     def __repr__(self) -> str:
         return f"<what the stage {self._stage} sees of {self._key or 'the configuration'}>"
+
+
+class _Table(Mapping[str, Any]):
+    """A setting that is a table, of which only some entries can be read."""
+
+    def __init__(self, table: dict[str, Any], allowed: Names, stage: str, key: str) -> None:
+        self._table, self._allowed, self._stage, self._key = table, allowed, stage, key
+
+    def __getitem__(self, entry: str) -> Any:
+        _check(self._allowed, self._stage, f"{self._key}.{entry}")
+        return self._table[entry]
+
+    def __iter__(self) -> Iterator[str]:
+        _check(self._allowed, self._stage, self._key)
+        return iter(self._table)
+
+    def __len__(self) -> int:
+        _check(self._allowed, self._stage, self._key)
+        return len(self._table)
+
+
+def _check(allowed: Names, stage: str, key: str) -> None:
+    if not covers(allowed, key):
+        raise UndeclaredSetting(f"the stage {stage} reads {key}, which its declaration does not name")

@@ -92,8 +92,8 @@ def wanted_parts(dev: bool, *, say_own: bool = True) -> tuple[list[Part], list[s
     from pipeline.setup.fetch import fetch_node, fetch_package
     from pipeline.setup.findings import OK
     from pipeline.setup.ollama import build_ollama
-    from pipeline.setup.ollama_version import program_version, system_ollama
-    from pipeline.setup.pins import MINIMUM_OLLAMA, load_pins
+    from pipeline.setup.ollama_version import MINIMUM_OLLAMA, program_version, system_ollama
+    from pipeline.setup.pins import load_pins
 
     pins = load_pins()
     programs, wheel = places.source_home(pins.llama_cpp) / "bin", places.package_file(pins.packaged_base)

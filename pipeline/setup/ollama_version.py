@@ -8,7 +8,8 @@ from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
 
-from pipeline.setup.pins import MINIMUM_OLLAMA
+# The first Ollama that renders a GGUF's own Jinja template through llama.cpp, which `native` stands on.
+MINIMUM_OLLAMA = "0.32.0"
 
 
 def new_enough(version: str) -> bool:

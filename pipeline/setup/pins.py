@@ -7,9 +7,6 @@ from typing import Any
 
 from pipeline.resources import resource, sha256_of
 
-# The first Ollama that renders a GGUF's own Jinja template through llama.cpp, which `native` stands on.
-MINIMUM_OLLAMA = "0.32.0"
-
 
 @dataclass(frozen=True)
 class PackagePin:

@@ -426,11 +426,11 @@ STAGE = Stage(
     run=main,
     settings=(
         *("data", "model", "lora.r", "lora.dora", "lora.target_modules", "lora.exclude"),
-        *("lora.save_modules",),
-        *("train.max_length", "train.seed", "train.load_in_4bit", "merge.base", "merge.model"),
-        *("eval.metric", "eval.limit", "eval.max_new_tokens", "ollama.parameters"),
+        *("lora.save_modules", "train.max_length", "train.seed"),
+        *("eval.metric", "eval.limit", "eval.max_new_tokens", "ollama.parameters.num_ctx"),
     ),
-    indifferent_to=("adapter.path", "adapters"),
+    # What is only checked before training, and adapters, which count by their content.
+    indifferent_to=("train.load_in_4bit", "merge.base", "merge.model", "adapter.path", "adapters"),
     files=files,
     libraries=("transformers", "tokenizers", "jinja2", "pyarrow", "datasets"),
     # Without data, as an adapter from elsewhere may come, there is nothing to do.

@@ -20,6 +20,7 @@ from pipeline.console import progress
 from pipeline.errors import PipelineError, UserError
 from pipeline.model import memory
 from pipeline.model.adapter_file import read_adapter
+from pipeline.model.base import base_folder
 from pipeline.model.config_file import write_vocabulary
 from pipeline.model.held_out import (
     RowLoss,
@@ -34,7 +35,7 @@ from pipeline.model.merging import MergedWeights, write_merged
 from pipeline.model.nf4 import Record
 from pipeline.model.peft_merging import PeftMerge
 from pipeline.model.sentencepiece_file import write_sentencepiece
-from pipeline.model.sixteen_bit import chosen_base, has_two_bases, merge_files, sixteen_bit_base
+from pipeline.model.sixteen_bit import check_bits, chosen_base, has_two_bases, merge_files, sixteen_bit_base
 from pipeline.model.weights_file import TORCH_TYPES, Weights, read_weights
 from pipeline.processes import require_space
 from pipeline.prompt.tokenizer import read_saved
@@ -49,6 +50,7 @@ Measure = Callable[[str, Rows, Callable[[float], None]], list[RowLoss]]
 
 def main(task: Task) -> dict[str, Any]:
     """Write the merged model, with the tokenizer and the chat template that were trained."""
+    check_bits(base_folder(task.config.model), task.config)
     base = read_weights(sixteen_bit_base(task.config, task.scratch / "base"))
     output = task.new(task.layout.merged_model)
     output.mkdir()
@@ -235,6 +237,7 @@ STAGE = Stage(
         "train": ("adapter/*", "modules.json", "!adapter/README.md"),
     },
     settings=("model", "merge", "train.load_in_4bit", "export.as"),
+    indifferent_to=("adapter.path", "adapters"),  # whether one is given, which is another train stage
     files=lambda config, _: merge_files(config),
     libraries=("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "scipy"),
     figures=("modules_merged", "merged_into", "relative_change", "rounding_to_change", "stored", "bytes"),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import PipelineError
 from pipeline.llamacpp.gguf_file import inspect
 from pipeline.llamacpp.gguf_template import write_with_template
-from pipeline.ollama.modelfile_text import ServedModel, write
+from pipeline.ollama.modelfile_text import ServedModel, served_system, write
 from pipeline.ollama.parameters import parameters
 from pipeline.ollama.rendering import choose, explain, refusal
 from pipeline.processes import require_space
@@ -62,7 +62,7 @@ def main(task: Task) -> dict[str, Any]:
         gguf=path,
         adapter=Path(os.path.relpath(adapter, final)).as_posix() if adapter else "",
         template=choice.go_template or "",
-        system=config.served_system,
+        system=served_system(config),
         parameters=parameters(model, template, config.ollama.parameters, needed),
         licenses=(config.ollama.license,) if config.ollama.license else (),
         requires=choice.requires or "",

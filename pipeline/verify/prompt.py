@@ -17,6 +17,7 @@ from pipeline.llamacpp.gguf_file import inspect
 from pipeline.llamacpp.llama_server import LlamaServer
 from pipeline.llamacpp.tokenizer_differences import known_habit
 from pipeline.ollama.deployment import deployed, deployed_plan, differences, template_in_force
+from pipeline.ollama.modelfile_text import served_system
 from pipeline.ollama.parameters import stop_strings
 from pipeline.ollama.rendering import Engine, ask_llama_server, explain
 from pipeline.prompt.cases import Case, conversations
@@ -181,7 +182,7 @@ def _stops(artefacts: Artefacts, rung: str, body: dict[str, Any]) -> Result:
 def _system(artefacts: Artefacts, rung: str, body: dict[str, Any]) -> Result:
     """Rows without a system message were trained with data.system; the served model must have it too."""
     claim = Claim("prompt.system", rung, "the served system text is the trained one")
-    meant = artefacts.config.served_system if artefacts.config is not None else ""
+    meant = served_system(artefacts.config) if artefacts.config is not None else ""
     served = body.get("system") or ""
     return claim.holds(served == meant, f"it is {served!r} instead of {meant!r}")
 

@@ -27,7 +27,7 @@ from pipeline.model.base import as_trained, base_folder
 from pipeline.model.combined_adapter import read_given_adapters
 from pipeline.model.continued_adapter import read_continued_adapter
 from pipeline.model.plain_adapter import A, B, refuse_for_gguf, write_plain
-from pipeline.model.sixteen_bit import sixteen_bit_base
+from pipeline.model.sixteen_bit import check_bits, sixteen_bit_base
 from pipeline.model.trained_tokenizer import trained_tokenizer
 from pipeline.model.weights_file import read_weights
 from pipeline.ollama.client import Client
@@ -65,6 +65,7 @@ def preflight(config: Config, run_folder: Path, scratch: Path, rungs: Sequence[s
         UserError: there is no such base, or an adapter from elsewhere is not one of it.
     """
     base = base_folder(config.model)
+    check_bits(base, config)
     for given in read_given_adapters(config):  # what is wrong with one ends the run before anything long begins
         if config.export.as_ == "adapter":
             refuse_for_gguf(given.folder, given.settings, given.weights.shapes)

@@ -43,6 +43,8 @@ def test_it_is_a_base(four_bit: Path) -> None:
     assert resolve_base(str(four_bit)) == four_bit
     assert is_4bit(four_bit)
     check_bits(four_bit, config(four_bit))
+    elsewhere = {"data": {"train": None}, "adapter": {"path": "x"}, "train": {"load_in_4bit": False}}
+    check_bits(four_bit, config(four_bit, **elsewhere))  # how it was loaded where the adapter was trained is not known
     plain = bases.base("llama-16bit", "llama2")
     assert facts(str(four_bit)) == facts(str(plain))  # as many weights, the packed ones counted
 
@@ -54,11 +56,13 @@ def test_it_is_a_base(four_bit: Path) -> None:
         ({"merge": {"base": "16bit"}}, 'merge.base = "16bit": model.base'),
     ],
 )
-def test_what_does_not_go_with_it(four_bit: Path, sections: dict[str, Any], words: str) -> None:
+def test_what_does_not_go_with_it(four_bit: Path, tmp_path: Path, sections: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError) as error:
         check_bits(four_bit, config(four_bit, **sections))
     assert words in str(error.value)
     assert "the 16-bit model as the base" in str(error.value)
+    with pytest.raises(UserError, match=re.escape(str(error.value))):  # where rows were checked before the key was set
+        merge.main(make_task(tmp_path, "merge", model={"base": str(four_bit)}, **sections))
     check_bits(bases.base("llama-16bit", "llama2"), config(four_bit, **sections))
 
 

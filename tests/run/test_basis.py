@@ -96,11 +96,12 @@ def test_nothing_has_changed(project: Path) -> None:
         ("train.learning_rate", 0.5, {"train"}),
         (
             *("train.load_in_4bit", False),
-            {"preflight", "data", "train", "merge", "evaluate/adapter", "evaluate/table", "verify"},
+            {"preflight", "train", "merge", "evaluate/adapter", "evaluate/table", "verify"},
         ),
         ("ollama.replace", True, set()),
         ("ollama.license", "MIT", {"modelfile/q4_k_m", "modelfile/q8_0"}),
-        ("merge.base", "16bit", {"data", "merge", "verify"}),
+        ("merge.base", "16bit", {"merge", "verify"}),
+        ("ollama.parameters", {"temperature": 0}, {"modelfile/q4_k_m", "modelfile/q8_0", "verify"}),
     ],
 )
 def test_a_setting_makes_stale_what_depends_on_it(project: Path, key: str, value: Any, affected: set[str]) -> None:
@@ -108,6 +109,25 @@ def test_a_setting_makes_stale_what_depends_on_it(project: Path, key: str, value
     reasons = stale(with_value(config, key, value), made(config))
     # The page shows every value.
     assert reasons == dict.fromkeys(affected | {"report"}, f"{key} has changed")
+
+
+def test_of_a_table_an_entry_makes_stale_what_depends_on_it(project: Path) -> None:
+    config = given(project)
+    reasons = stale(with_value(config, "ollama.parameters", {"num_ctx": 512}), made(config))
+    assert reasons.keys() == {"data", "modelfile/q4_k_m", "verify", "report"}
+    assert reasons["data"] == "ollama.parameters.num_ctx has changed"
+
+
+def test_a_base_that_was_moved_is_the_same_base(project: Path) -> None:
+    config = given(project)
+    manifest = made(config)
+    (project / "elsewhere").mkdir()
+    (project / "base").rename(project / "elsewhere" / "base")
+    assert stale(given(project, "model.base=elsewhere/base"), manifest) == {}
+    (project / "elsewhere" / "base" / "tokenizer.json").write_text("[]")
+    reasons = stale(given(project, "model.base=elsewhere/base"), manifest)
+    assert {"data", "train", "merge"} <= reasons.keys()
+    assert set(reasons.values()) == {"tokenizer.json has changed"}
 
 
 def test_another_library_makes_stale_what_declares_it(project: Path) -> None:

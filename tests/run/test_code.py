@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import pipeline
-from pipeline.run.code import NO_PART, code_in, code_of
+from pipeline import config
+from pipeline.run.code import NO_PART, PART, code_in, code_of
 
 STAGE = "pipeline.stages.train"
 
@@ -31,8 +32,16 @@ def test_it_is_the_modules_that_a_stage_imports() -> None:
 
     code = code_of(pipeline.stages.train.__name__)
     assert {STAGE, "pipeline.prompt.tokenizer", "pipeline.model.base"} <= code.keys()
-    assert not {name for name in code if name in NO_PART or name.startswith("pipeline.setup")}
+    assert not {name for name in code if name in NO_PART or name.startswith("pipeline.setup")} - PART.keys()
     assert "pipeline.stages.merge" not in code
+
+
+def test_no_rule_that_can_change_a_result_is_left_out() -> None:
+    """The configuration's own properties say which files are meant, and these count by their content."""
+    sections = [kind for kind in vars(config).values() if isinstance(kind, type) and issubclass(kind, config.Section)]
+    own = {name for kind in sections for name, member in vars(kind).items() if isinstance(member, property)}
+    assert own == {"called", "given_adapters", "own_template", "run_folder"}
+    assert PART.keys() <= code_of("pipeline.stages.modelfile").keys()
 
 
 @pytest.mark.parametrize(

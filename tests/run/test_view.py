@@ -7,10 +7,14 @@ from jinja2 import Environment, StrictUndefined
 from support.small_models import make_config
 
 from pipeline.config import Lora, Train
+from pipeline.ollama.modelfile_text import served_system
 from pipeline.run.view import UndeclaredSetting, View
 
 CONFIG = make_config(
-    data={"train": "train.jsonl", "system": "Be brief."}, lora={"target_modules": "minimal"}, train={"batch": 2}
+    data={"train": "train.jsonl", "system": "Be brief."},
+    lora={"target_modules": "minimal"},
+    train={"batch": 2},
+    ollama={"parameters": {"temperature": 0}},
 )
 
 
@@ -27,7 +31,10 @@ def test_what_is_declared_is_as_it_is() -> None:
     assert view.train.batch == batch_of(view.train) == 2
     assert view.lora.target_modules == "minimal"
     assert view.lora.model_copy(update={"target_modules": "attention"}).target_modules == "attention"
-    assert seen("ollama.system", "data.system").served_system == "Be brief."
+    assert served_system(seen("ollama.system", "data.system")) == "Be brief."  # type: ignore[arg-type]
+    parameters = seen("ollama.parameters.num_ctx").ollama.parameters
+    assert (parameters.get("num_ctx"), parameters.get("num_ctx", 3)) == (None, 3)
+    assert dict(seen("ollama.parameters").ollama.parameters) == {"temperature": 0}
 
 
 @pytest.mark.parametrize(
@@ -36,7 +43,9 @@ def test_what_is_declared_is_as_it_is() -> None:
         (lambda view: view.train.seed, "train.seed"),
         (lambda view: batch_of(view.train), "train.batch"),
         (lambda view: view.run_folder, "run.folder"),
-        (lambda view: view.served_system, "data.system"),
+        (lambda view: served_system(view), "data.system"),
+        (lambda view: view.ollama.parameters.get("temperature"), "ollama.parameters.temperature"),
+        (lambda view: dict(view.ollama.parameters), "ollama.parameters"),
         (lambda view: view.train.model_copy(update={"steps": 3}).batch, "train.batch"),
         (lambda view: view.model_copy(update={"train": CONFIG.train}).train.batch, "train.batch"),
         (lambda view: View(view, ("train",), "made-up").model_copy(update={"train": view.train}).lora.r, "lora.r"),
