@@ -15,7 +15,8 @@ from typing import Any
 
 from pipeline.config import Config, fields
 from pipeline.errors import UserError
-from pipeline.model import memory, training_memory
+from pipeline.figures import memory_size
+from pipeline.model import training_memory
 from pipeline.prompt.chat_templates import OF_TEXTS
 
 # What stands in for each key whose default is None: in words, for docs/configuration.md and for `pipeline config`.
@@ -102,7 +103,7 @@ def resolve(config: Config, given: dict[str, str], facts: Facts) -> tuple[Config
     size = facts.parameters
     large = f"for {size / 1e6:,.0f} M parameters" if size else "for a base of unknown size"
     gpu = facts.gpu_memory
-    machine = f"for a GPU with {gpu / memory.GIB:.0f} GiB" if gpu else "for a machine without a GPU"
+    machine = f"for a GPU with {memory_size(gpu)}" if gpu else "for a machine without a GPU"
     if facts.kept:
         machine += ", kept from this run's first stage"
 

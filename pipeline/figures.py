@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+GIB = 2**30
+
 
 def main_figures(main: Sequence[str], figures: dict[str, Any]) -> str:
     """The main figures of a stage on one line: the manifest has every figure, these are shown.
@@ -43,6 +45,11 @@ def size(count: int) -> str:
     from rich.filesize import decimal
 
     return decimal(count)
+
+
+def memory_size(count: float) -> str:
+    """Bytes in powers of 1024: "24 GiB", as memory is sold. Set-up can ask this before any library is there."""
+    return f"{f'{count / GIB:,.1f}'.removesuffix('.0')} GiB"
 
 
 def peak_memory(record: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ from typing import IO
 
 from pipeline.console import say
 from pipeline.errors import NoSpace, PipelineError, full_disk
+from pipeline.figures import size
 from pipeline.lines import lines
 from pipeline.resources import cache_folder
 
@@ -206,8 +207,8 @@ def require_space(folder: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise NoSpace(
-            f"the disk of {folder} is too full for {what}: it needs about {needed / 1e9:.1f} GB and "
-            f"{free / 1e9:.1f} GB are free; free some space and run the same command again"
+            f"the disk of {folder} is too full for {what}: it needs about {size(needed)} and {size(free)} are "
+            "free; free some space and run the same command again"
         )
 
 

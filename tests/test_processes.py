@@ -75,7 +75,7 @@ def test_failure_messages(tmp_path: Path) -> None:
 
 def test_space_is_asked_for_before_writing(tmp_path: Path) -> None:
     processes.require_space(tmp_path, 1, "a byte")
-    with pytest.raises(PipelineError, match=r"too full for the model: it needs about 1000000000\.0 GB"):
+    with pytest.raises(PipelineError, match=r"too full for the model: it needs about 1\.0 EB"):
         processes.require_space(tmp_path, 10**18, "the model")
 
 

@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.figures import GIB
 from pipeline.model.predict import TOGETHER
 from pipeline.model.weights_file import read_weights
 from pipeline.setup import gpu, machine
 
-GIB = 2**30
 _LIBRARIES = int(0.6 * GIB)  # what torch takes before anything is computed
 _LAYER = re.compile(r".*?\.\d+\.")  # what the name of a tensor in a layer begins with
 
@@ -98,6 +98,11 @@ def sixteen_bit_file(parameters: float) -> int:
     return int(2 * parameters)
 
 
+def float32_file(parameters: float) -> int:
+    """The same in float32."""
+    return 2 * sixteen_bit_file(parameters)
+
+
 def quantized_file(parameters: float, bits: float | None) -> int:
     """A quantized GGUF file.
 
@@ -129,5 +134,10 @@ def disk(parameters: float, quantized: Sequence[int], *, served_here: bool, apar
         "deploy": sum(quantized) + max(quantized) if served_here else 0,
         # The model converted again, the 16-bit file in float32, and llama-perplexity's reference. With an adapter apart
         # the last file comes after the one in float32, but an interrupted verification finds it there.
-        "verify": (1 + apart) * sixteen_bit + 2 * sixteen_bit + GIB,
+        "verify": (1 + apart) * sixteen_bit + float32_file(parameters) + GIB,
     }
+
+
+def untouched_base(parameters: float, quantized: Sequence[int]) -> int:
+    """What preflight writes: the base converted, that in float32, and every type twice: quantized, and in Ollama."""
+    return sixteen_bit_file(parameters) + float32_file(parameters) + 2 * sum(quantized)

@@ -19,6 +19,7 @@ from pipeline.model.base import base_folder, cached_base, is_on_hub, resolve_bas
 from pipeline.model.config_file import text_config
 from pipeline.model.facts import base_files, facts, stored_in_4bit
 from pipeline.model.four_bit import Packed, in_16bit, is_4bit
+from pipeline.model.memory import sixteen_bit_file
 from pipeline.model.weights_file import read_weights
 from pipeline.processes import require_space
 from pipeline.setup.machine import existing
@@ -136,7 +137,7 @@ def _told_of_merge_model(name: str) -> Iterator[None]:
 
     try:
         if is_on_hub(name) and cached_base(name) is None and (parameters := facts(name)[0]):
-            require_space(existing(Path(HF_HUB_CACHE)), 2 * parameters, f"merge.model ({name})")
+            require_space(existing(Path(HF_HUB_CACHE)), sixteen_bit_file(parameters), f"merge.model ({name})")
         yield
     except PipelineError as error:
         raise type(error)(str(error).replace("model.base:", "merge.model:")) from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pipeline.model.memory import GIB
+from pipeline.figures import GIB
 from pipeline.model.shape import Shape
 
 # NF4: half a byte, a byte for 64 weights, four bytes for 256 of these ("QLoRA", T. Dettmers et al., 2023, section 3).

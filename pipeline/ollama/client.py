@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline import figures
 from pipeline.errors import PipelineError, UserError
 from pipeline.lines import lines
 from pipeline.ollama import connection
@@ -129,7 +130,7 @@ class Client:
         except httpx.HTTPError as error:
             raise PipelineError(
                 f"{path.name} could not be given to Ollama at {self.host}: {error}; see whether its disk is full "
-                f"({size / 1e9:.1f} GB are needed, and as much again while it checks them)"
+                f"({figures.size(size)} are needed, and as much again while it checks them)"
             ) from None
         self._check(answer, f"{path.name} was not taken by Ollama at {self.host}")
         return digest

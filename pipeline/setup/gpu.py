@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pipeline.figures import GIB, memory_size
 from pipeline.processes import find_program
 from pipeline.setup.findings import FAILURE, OK, WARNING, Finding
 
@@ -27,7 +28,7 @@ COMPILED_FOR = ((7, 5), (8, 0), (8, 6), (9, 0), (10, 0), (12, 0))
 # bitsandbytes computes 4-bit weights from here on, and so does Triton, in which Unsloth's kernels are written.
 LEAST_CAPABILITY = (7, 5)
 # Counted for a card whose memory nvidia-smi does not tell, as where it is the machine's own: the smallest in use.
-UNKNOWN_MEMORY = 8 * 2**30
+UNKNOWN_MEMORY = 8 * GIB
 
 _FIELDS = ("uuid", "name", "memory.total", "driver_version", "mig.mode.current", "compute_cap")
 _HIDE = "to train on the processor instead, set CUDA_VISIBLE_DEVICES=-1"
@@ -189,14 +190,14 @@ def look(found: Gpus, cuda: int | None, torch_build: str | None) -> Iterator[Fin
             yield Finding("GPU", OK, "none: training runs on the processor")
         return
     card = found.cards[0]
-    words = f"{card.name}, {'memory not told' if card.memory is None else f'{card.memory / 2**30:.0f} GiB'}"
+    words = f"{card.name}, {'memory not told' if card.memory is None else memory_size(card.memory)}"
     more = len(found.cards) - 1
     yield Finding("GPU", OK, f"{words}{f', and {more} more that are not used' if more else ''}")
     if card.memory is None:
         yield Finding(
             "GPU memory",
             WARNING,
-            f"nvidia-smi does not tell it; the defaults count on {UNKNOWN_MEMORY / 2**30:.0f} GiB",
+            f"nvidia-smi does not tell it; the defaults count on {memory_size(UNKNOWN_MEMORY)}",
             "give train.batch and train.gradient_checkpointing if there is more",
         )
     by_number = os.environ.get("CUDA_VISIBLE_DEVICES", "0")[:1].isdigit()

@@ -29,6 +29,7 @@ from urllib.request import url2pathname
 
 from pipeline.console import say, use_plain_text
 from pipeline.errors import PipelineError
+from pipeline.figures import GIB
 from pipeline.processes import disk_errors, exclusive, run
 from pipeline.resources import checkout, checkout_at, resource
 from pipeline.setup import gpu, machine
@@ -185,7 +186,7 @@ def differences(lock: list[Requirement], environment: Environment, torch: str) -
 
 def space_for(wrong: Collection[str]) -> float:
     """Bytes that installing these packages takes: torch and its CUDA libraries are nearly all of a lock."""
-    return (7.0 if "torch" in wrong else 0.5 if wrong else 0.0) * machine.GIB
+    return (7.0 if "torch" in wrong else 0.5 if wrong else 0.0) * GIB
 
 
 def look() -> Finding:

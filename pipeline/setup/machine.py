@@ -14,10 +14,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.figures import GIB, memory_size
 from pipeline.processes import find_program
 from pipeline.setup.findings import FAILURE, OK, WARNING, Finding, require
 
-GIB = 2**30
 # The example's run, with what its stages need on the way; preflight counts a run's own needs from its base.
 LEAST_FOR_A_RUN = 4 * GIB
 _PYTHONS = ((3, 11), (3, 14))  # the first and the last that requirements.lock serves
@@ -97,23 +97,23 @@ def space(needs: Mapping[Path, float], what: str, roles: Mapping[Path, str] | No
         roles: what each folder is, for the findings' names.
     """
     totals: dict[int, tuple[list[Path], float]] = {}
-    for folder, size in needs.items():
+    for folder, needed in needs.items():
         place = existing(folder)
         folders, total = totals.setdefault(place.stat().st_dev, ([], 0.0))
-        totals[place.stat().st_dev] = ([*folders, folder], total + size)
-    for folders, size in totals.values():
+        totals[place.stat().st_dev] = ([*folders, folder], total + needed)
+    for folders, needed in totals.values():
         free = shutil.disk_usage(existing(folders[0])).free
         where = ", ".join(str(folder) for folder in folders)
         subject = f"disk of {', '.join(roles[folder] for folder in folders)}" if roles else "disk"
-        if free < size:
+        if free < needed:
             yield Finding(
                 subject,
                 FAILURE,
-                f"{where}: {what} needs about {size / GIB:.1f} GiB on this disk, {free / GIB:.1f} are free",
+                f"{where}: {what} needs about {memory_size(needed)} on this disk, {memory_size(free)} are free",
                 "free some space, or set PIPELINE_CACHE to a folder on another disk",
             )
         else:
-            yield Finding(subject, OK, f"{where}: {free / GIB:.1f} GiB free, {what} needs {size / GIB:.1f}")
+            yield Finding(subject, OK, f"{where}: {memory_size(free)} free, {what} needs {memory_size(needed)}")
 
 
 def require_space(needs: Mapping[Path, float]) -> None:
@@ -155,10 +155,10 @@ def free_memory() -> int:
 def memory(least: float = 6 * GIB) -> Finding:
     """The machine's memory against what the example needs, in bytes."""
     total = memory_bytes()
-    words = f"{total / GIB:.1f} GiB"
+    words = memory_size(total)
     if total < least:
         remedy = "the example may not fit; close other programs"
-        return Finding("memory", WARNING, f"{words}, and the example takes up to {least / GIB:.0f}", remedy)
+        return Finding("memory", WARNING, f"{words}, and the example takes up to {memory_size(least)}", remedy)
     return Finding("memory", OK, words)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from pipeline.console import progress
 from pipeline.errors import PipelineError, UserError
+from pipeline.figures import size
 from pipeline.model import memory
 from pipeline.model.adapter_file import read_adapter
 from pipeline.model.base import base_folder
@@ -170,7 +171,7 @@ def _measured_by_layers(
         needed = memory.merge_by_peft(base.parameters, in_float32=False, dequantizes=True)
         if needed > machine.free_memory():
             raise UserError(
-                f'merge.base = "auto" needs {needed / 1e9:.0f} GB of memory for this model, which is measured whole: '
+                f'merge.base = "auto" needs {size(needed)} of memory for this model, which is measured whole: '
                 f'transformers keeps {layers.lacking[0]} otherwise than its files do. Set merge.base to "16bit" or '
                 '"dequantized"'
             )

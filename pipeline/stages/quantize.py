@@ -13,6 +13,7 @@ from pipeline.llamacpp import quantizer
 from pipeline.llamacpp.gguf_file import GGUFInfo, check, inspect
 from pipeline.llamacpp.programs import installed
 from pipeline.llamacpp.quantizer import Quantization, QuantizationType, quantization_type
+from pipeline.model.memory import quantized_file
 from pipeline.processes import require_space
 from pipeline.run.stage import Stage, Task
 
@@ -35,8 +36,8 @@ def main(task: Task) -> dict[str, Any]:
     wanted = quantization_type(task.variant)
     target = task.new(task.layout.quantized(task.variant))
     whole = inspect(source)
-    bits = max(wanted.promised_bits or 16.0, 4.5)
-    require_space(task.output, int(whole.parameter_count * bits / 8), f"{wanted.name}")
+    needed = quantized_file(whole.parameter_count, wanted.promised_bits)
+    require_space(task.output, needed, wanted.name)
     said = quantize(task, source, target, wanted.name, len(whole.tensors))
 
     info = check(target)

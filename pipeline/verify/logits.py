@@ -16,6 +16,7 @@ from typing import Any
 
 from pipeline.console import progress
 from pipeline.errors import NotInstalled, PipelineError
+from pipeline.figures import size
 from pipeline.llamacpp.divergence import Divergence, DivergenceStatistics, compare_files
 from pipeline.llamacpp.gguf_file import inspect
 from pipeline.llamacpp.library import LlamaModel
@@ -153,7 +154,7 @@ def _of_layers(folder: Path, kind: str, rows: Rows) -> Iterator[Any] | str:
     if layers.lacking:
         return f"the model does not fit into the memory in float32, and its files have no {layers.lacking[0]}"
     if needed > machine.free_memory():
-        return f"the model's largest layer does not fit into the memory in float32 ({needed / 1e9:.1f} GB)"
+        return f"the model's largest layer does not fit into the memory in float32 ({size(needed)})"
     return layers.predict(lambda name: rounded(weights, name, kind), [ids for ids, _ in rows])
 
 
@@ -166,7 +167,7 @@ def _in_float32(path: Path, scratch: Path) -> Path:
     if unquantized_type(path) == "f32":
         return path
     target = scratch / f"{path.stem}-float32.gguf"
-    require_space(scratch, 2 * path.stat().st_size, "the 16-bit file's numbers as float32")
+    require_space(scratch, memory.float32_file(inspect(path).parameter_count), "the 16-bit file's numbers as float32")
     quantize(path, target, "F32")
     return target
 

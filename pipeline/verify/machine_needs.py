@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.errors import PipelineError, UserError
+from pipeline.figures import size
 from pipeline.llamacpp.quantizer import quantization_type
 from pipeline.model import memory, training_memory
 from pipeline.model.sixteen_bit import chosen_base
@@ -37,7 +38,7 @@ def check(config: Config, run_folder: Path, base: Weights, gpu_bytes: int | None
     """
     parameters = base.parameters
     needs = disk_needs(config, parameters)
-    words = ", ".join(f"{what} {size / 1e9:.1f} GB" for what, size in needs.items())
+    words = ", ".join(f"{what} {size(needed)}" for what, needed in needs.items())
     free = shutil.disk_usage(existing(run_folder)).free
     yield _bytes(_DISK, sum(needs.values()), free, f"{words}; free some space, or choose another folder (run.folder)")
 
@@ -54,7 +55,7 @@ def check(config: Config, run_folder: Path, base: Weights, gpu_bytes: int | None
         yield _bytes(_FLOAT32, float32, there)
     else:
         yield _FLOAT32.not_run(
-            f"{float32 / 1e9:.0f} GB would be needed, {there / 1e9:.0f} GB are there: the logits of the merged model "
+            f"{size(float32)} would be needed, {size(there)} are there: the logits of the merged model "
             "will be computed layer by layer, and those of the 16-bit GGUF file in its own type"
         )
     if config.given_adapters:  # nothing is trained
@@ -71,12 +72,16 @@ def check(config: Config, run_folder: Path, base: Weights, gpu_bytes: int | None
     yield _judged(_VERSIONS, libraries.look())
 
 
+def quantized_files(config: Config, parameters: int) -> list[int]:
+    """Bytes of each quantized file."""
+    return [memory.quantized_file(parameters, _promised_bits(kind)) for kind in config.export.quant]
+
+
 def disk_needs(config: Config, parameters: int) -> dict[str, int]:
     """Bytes that each stage will write and keep, and the most that one of them needs on the way."""
-    quantized = [memory.quantized_file(parameters, _promised_bits(kind)) for kind in config.export.quant]
     host = config.ollama.host
     here, apart = host is None or is_here(normal_host(host)), config.export.as_ == "adapter"
-    return memory.disk(parameters, quantized, served_here=here, apart=apart)
+    return memory.disk(parameters, quantized_files(config, parameters), served_here=here, apart=apart)
 
 
 def _promised_bits(kind: str) -> float | None:
@@ -87,8 +92,8 @@ def _promised_bits(kind: str) -> float | None:
 
 
 def _bytes(claim: Claim, needed: int, there: int, remedy: str = "") -> Result:
-    words = f"about {needed / 1e9:.1f} GB are needed, {there / 1e9:.1f} GB are there: {remedy}"
-    return claim.holds(needed <= there, words, f"{needed / 1e9:.2f} GB", f"at most {there / 1e9:.1f} GB")
+    words = f"about {size(needed)} are needed, {size(there)} are there: {remedy}"
+    return claim.holds(needed <= there, words, size(needed), f"at most {size(there)}")
 
 
 def _judged(claim: Claim, finding: Finding) -> Result:

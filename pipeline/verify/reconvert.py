@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipeline.llamacpp import converter
 from pipeline.llamacpp.gguf_file import GGUFInfo, inspect
+from pipeline.model import memory
 from pipeline.model.weights_file import read_weights
 from pipeline.processes import require_space
 
@@ -38,8 +39,8 @@ def reconvert(model: Path, folder: Path, outtype: str) -> GGUFInfo:
     """
     target = folder / f"again-{outtype}.gguf"
     if not target.is_file():
-        size = read_weights(model).parameters * (4 if outtype == "f32" else 2)
-        require_space(folder, size, "the model, converted again")
+        size = memory.float32_file if outtype == "f32" else memory.sixteen_bit_file
+        require_space(folder, size(read_weights(model).parameters), "the model, converted again")
         partial = target.with_suffix(".partial")
         converter.convert(converter.command(model, partial, outtype), folder)
         partial.rename(target)

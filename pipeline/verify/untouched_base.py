@@ -20,7 +20,7 @@ from pipeline.errors import PipelineError
 from pipeline.llamacpp.converter import adapter_command, check_places, convert_adapter
 from pipeline.llamacpp.gguf_file import GGUFInfo
 from pipeline.llamacpp.quantizer import quantize
-from pipeline.model import targets
+from pipeline.model import memory, targets
 from pipeline.model.adapter import CONFIG, WEIGHTS, Adapter, fit_to, read_given_adapter
 from pipeline.model.adapter_file import AdapterFile
 from pipeline.model.base import as_trained, base_folder
@@ -76,9 +76,8 @@ def preflight(config: Config, run_folder: Path, scratch: Path, rungs: Sequence[s
     base = as_trained(sixteen_bit_base(config, scratch / "base-16bit"), trained, scratch / "base")
     stored = read_weights(base)
     parameters = stored.parameters
-    # Converted, that in float32, and every type twice: quantized, and in Ollama.
-    quantized = machine_needs.disk_needs(config, parameters)["quantize"]
-    require_space(scratch, 6 * parameters + 2 * quantized, "preflight's copies of the base")
+    needed = memory.untouched_base(parameters, machine_needs.quantized_files(config, parameters))
+    require_space(scratch, needed, "preflight's copies of the base")
     results = list(machine_needs.check(config, run_folder, stored, gpu.memory()))
     results += _run("toolchain", "convert", lambda: iter([toolchain.check_pin()]))
     results += _run("preflight.target", "deploy", partial(check_target, config, run_folder, scratch))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.small_models import base_folder
 
+from pipeline.figures import GIB
 from pipeline.model import memory
 from pipeline.model.load import load_float32
 from pipeline.model.weights_file import Weights, read_weights
@@ -61,7 +62,7 @@ def test_fewer_long_answers_are_written_at_once(monkeypatch: pytest.MonkeyPatch)
                            num_hidden_layers=32)  # fmt: skip
     config = SimpleNamespace(get_text_config=lambda: text)
     model: Any = SimpleNamespace(config=config, dtype=torch.bfloat16, device=torch.device("cpu"))
-    monkeypatch.setattr(machine, "free_memory", lambda: 8 * memory.GIB)
+    monkeypatch.setattr(machine, "free_memory", lambda: 8 * GIB)
     assert memory.answers_together(model, 100) == 32
     # 8 billion parameters, Llama's sizes: 128 KiB for each token, so 4 GiB hold 32,768 of them.
     assert memory.answers_together(model, 4096) == 8

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path) -> None:
     machine.require_space({tmp_path: 1.0, tmp_path / "not" / "there": 1.0})
     free = shutil.disk_usage(tmp_path).free
-    with pytest.raises(PipelineError, match=r"needs about [\d.,]+ GiB on this disk, [\d.]+ are free"):
+    with pytest.raises(PipelineError, match=r"needs about [\d.,]+ GiB on this disk, [\d.,]+ GiB are free"):
         # Each half would fit.
         machine.require_space({tmp_path: 0.9 * free, tmp_path / "not" / "there": 0.9 * free})
 
