@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from benchmarks.measure import Sample, child, medians, one_after_the_other, table
-from benchmarks.program import COMMAND, project, recorded, sample_of, settings
+from benchmarks.program import COMMAND, project, recorded, run_of, sample_of, settings
 
 STAGES = ("merge", "convert", "quantize")
 EXPORT = "pipeline: merge, convert, quantize"
@@ -48,11 +48,11 @@ def main(
         config = project(folder / "project", str(base), ROWS)
         options = settings([*ADAPTER, f"export.quant={quant}", *overrides])
         child(*COMMAND, "train", config, *options)
-        run = config.parent / "run"
+        run = run_of(config)
 
         def program() -> dict[str, Sample]:
             for stage in STAGES:
-                shutil.rmtree(run / stage, ignore_errors=True)
+                shutil.rmtree(run.node(stage), ignore_errors=True)
             whole = child(*COMMAND, "quantize", config, *options)
             nodes = ("merge", "convert", f"quantize/{quant}")
             stages = {f"pipeline: {node}": sample_of(recorded(config, node)) for node in nodes}
@@ -61,7 +61,7 @@ def main(
         def by_hand() -> dict[str, Sample]:
             merged, whole, quantized = folder / "merged", folder / "whole.gguf", folder / "quantized.gguf"
             steps = {
-                "by hand: merge": _merge(base, run / "train" / "adapter", merged),
+                "by hand: merge": _merge(base, run.adapter, merged),
                 "by hand: convert": _convert(merged, whole),
                 "llama-quantize alone": _quantize(whole, quantized, quant),
             }

@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from benchmarks.program import COMMAND
+from benchmarks.program import COMMAND, run_of
 from benchmarks.small_base import write_small_base
 from pipeline.llamacpp.converter import command, convert
 from pipeline.llamacpp.quantizer import quantize
@@ -155,13 +155,13 @@ def whole_way(config: Path, *options: str) -> dict[str, Any]:
     done = subprocess.run(
         [*COMMAND, "run", str(config), *options], capture_output=True, text=True, errors="replace", check=False
     )
-    run = config.parent / "run"
-    proof = _json(run / "verify" / "verify.json")
+    run = run_of(config)
+    proof = _json(run.verify_json)
     return {
         "status": done.returncode,
         "said": " ".join(done.stderr.rpartition("error: ")[2].split()) if done.returncode else "",
         "output": done.stderr,
-        "way": _json(run / "modelfile" / _QUANT / "template.json").get("way", ""),
+        "way": _json(run.template_choice(_QUANT)).get("way", ""),
         "checks": proof.get("counts", {}),
         "failed": [row["id"] for row in proof.get("checks", []) if row["verdict"] == "fail"],
     }

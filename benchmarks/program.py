@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import CPU, PEAK, SECONDS, Sample
+from pipeline.config import Run
+from pipeline.run.folder import read_manifest
+from pipeline.run.layout import Layout
 
 COMMAND = (sys.executable, "-m", "pipeline")
 HOME = Path(__file__).parents[1] / "examples" / "home"
@@ -30,10 +33,14 @@ def settings(overrides: Sequence[str]) -> list[str]:
     return [word for override in overrides for word in ("--set", override)]
 
 
+def run_of(config: Path) -> Layout:
+    """Where the run of a project keeps what, with the default of `run.folder`."""
+    return Layout(config.parent / Run().folder)
+
+
 def recorded(config: Path, stage: str) -> dict[str, Any]:
     """What the manifest of a project's run has for a stage."""
-    manifest = json.loads((config.parent / "run" / "manifest.json").read_text(encoding="utf-8"))
-    record: dict[str, Any] = manifest["stages"][stage]
+    record: dict[str, Any] = read_manifest(run_of(config).run)["stages"][stage]
     return record
 
 

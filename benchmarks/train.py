@@ -14,9 +14,8 @@ from typing import Any
 import click
 
 from benchmarks.measure import Sample, child, medians, table
-from benchmarks.program import COMMAND, HOME, project, recorded, settings
+from benchmarks.program import COMMAND, HOME, project, recorded, run_of, settings
 from pipeline.data.token_file import token_count
-from pipeline.run.layout import Layout
 
 SPEED = "tokens/s"
 BARE, PROGRAM = "bare script", "pipeline train"
@@ -38,7 +37,7 @@ def main(base: str, steps: int, batch: int, count: int, overrides: tuple[str, ..
         config = project(folder / "project", base, [json.loads(line) for line in lines])
         options = settings([f"train.steps={steps}", f"train.batch={batch}", "train.accumulation=1", *overrides])
         child(*COMMAND, "data", config, *options)
-        rows = Layout(config.parent / "run").tokens("train")
+        rows = run_of(config).tokens("train")
         tokens = token_count(rows)
         given = folder / "settings.json"
         given.write_text(json.dumps(_given(base, rows, config, options, folder)), encoding="utf-8")

@@ -1,6 +1,8 @@
 """The command line: quick help, one message for every mistake, the right exit status."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ from click.testing import CliRunner, Result
 
 from pipeline.cli import main
 from pipeline.errors import PipelineError
+from pipeline.run.layout import Layout
 
 CONFIG = '[model]\nbase = "smollm2-135m-instruct"\n[data]\ntrain = "train.jsonl"\n'
 ROW = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]}
@@ -155,13 +158,24 @@ def test_chat_streams_the_greedy_answer_and_an_error_of_the_model_does_not_hang(
         list(stream_answer(small, tokenizer, question, 12))
 
 
-def test_an_interrupt_is_no_traceback(project: Path) -> None:
+def test_an_interrupt_ends_a_stage_in_its_work_and_is_no_traceback(project: Path) -> None:
+    text = json.dumps(ROW)
+    with (project / "train.jsonl").open("w") as file:  # more than is read before the signal comes
+        file.writelines(text.replace("hello", f"hello {number}") + "\n" for number in range(50_000))
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline", "data", str(project)], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "pipeline", "data", str(project)],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
-    while not (project / "run" / "events.jsonl").exists():
+    layout = Layout(project / "run")
+    while not list(layout.partial("data").glob("output/*")):
+        assert process.poll() is None
         time.sleep(0.02)
-    process.send_signal(2)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal tells the stage as well
     _, said = process.communicate(timeout=60)
-    assert process.returncode in (0, 130)
+    assert process.returncode == 130
     assert "Traceback" not in said
+    assert not layout.data.exists()
+    stages = json.loads(invoke("status", project, "--json").stdout)["stages"]
+    assert {row["stage"]: row["state"] for row in stages}["data"] == "missing"

@@ -241,17 +241,21 @@ def _unquoted(text: str) -> str | None:
     return text
 
 
-def write(model: ServedModel, folder: Path) -> str:
-    """Write create.json, which carries everything, and the Modelfile, if it can.
+def write(model: ServedModel, modelfile: Path, request: Path) -> str:
+    """Write a model's Modelfile, where it can carry everything, and what is sent instead, which can.
+
+    Args:
+        model: what is to be served.
+        modelfile, request: where to; `run.layout` has their names in a run.
 
     Returns:
         Why there is no Modelfile; "" if there is one.
     """
     plan = {"gguf": model.gguf, "adapter": model.adapter, "request": model.body()}
     text = json.dumps(plan, ensure_ascii=True, indent=2)
-    (folder / "create.json").write_text(text + "\n", encoding="utf-8")
+    request.write_text(text + "\n", encoding="utf-8")
     try:
-        (folder / "Modelfile").write_bytes(model.modelfile().encode("utf-8"))
+        modelfile.write_bytes(model.modelfile().encode("utf-8"))
     except CannotCarry as error:
         return str(error)
     return ""

@@ -33,8 +33,8 @@ class Ended:
 class Launcher:
     """Runs the stages of one run, each in a process of its own that ends with this one.
 
-    They are forked from a process that has imported what is slow (`pipeline.run.host`). Unsloth patches libraries while
-    they are imported, so its stage starts from nothing. Where there is a GPU nothing is imported before the fork: a
+    They are forked from a process that has imported what is slow (`pipeline.run.host`), but for one that has to import
+    first (`Stage.imports_first`). Where there is a GPU nothing is imported before the fork: a
     library that only asks for the card leaves its driver in a state that no child can use.
 
     Args:
@@ -53,7 +53,7 @@ class Launcher:
         """
         module = stage.run.__module__
         arguments = [str(folder), str(packages_of(module)), module, stage.name, variant]
-        if "unsloth" in stage.libraries:
+        if stage.imports_first:
             host = _Host()
             try:
                 return host.run(arguments, ())

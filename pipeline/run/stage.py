@@ -45,6 +45,7 @@ class Stage:
         files: files from outside the run that it reads, of a configuration and a variant.
         libraries: the Python packages, by their names in an index, whose versions can change its result.
         programs: what it starts beside Python: the names of pins in third_party/pins.toml.
+        imports_first: whether its process has imported nothing before: for a library that patches others.
         variants: the names of its variants under a configuration; one that has no name where it has none.
         figures: the most telling of its figures, for the tables.
         judged: whether `verify` judges what it leaves.
@@ -62,6 +63,7 @@ class Stage:
     files: Callable[[Config, str], Iterable[Path]] = lambda config, variant: ()
     libraries: Names = ()
     programs: Names = ()
+    imports_first: bool = False
     variants: Callable[[Config], Names] = lambda config: ("",)
     figures: Names = ()
     judged: bool = False

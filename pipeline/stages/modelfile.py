@@ -67,7 +67,9 @@ def main(task: Task) -> dict[str, Any]:
         licenses=(config.ollama.license,) if config.ollama.license else (),
         requires=choice.requires or "",
     )
-    not_written = write(served, task.output)
+    not_written = write(
+        served, task.new(task.layout.modelfile(task.variant)), task.new(task.layout.create_request(task.variant))
+    )
     if not_written:
         task.warn(f"{not_written}. `pipeline deploy` sends it through the JSON API, which carries everything")
     reports = {

@@ -169,7 +169,7 @@ def test_what_a_modelfile_cannot_carry_is_refused_and_goes_through_json(case: st
 
 @pytest.mark.parametrize("case", ["NBSP", "three quotes on a line of their own", "null"])
 def test_nothing_is_written_but_the_json(case: str, tmp_path: Path) -> None:
-    reason = write(models(REFUSED[case])["system"], tmp_path)
+    reason = write(models(REFUSED[case])["system"], tmp_path / "Modelfile", tmp_path / "create.json")
     assert reason
     assert [path.name for path in tmp_path.iterdir()] == ["create.json"]
     plan = json.loads((tmp_path / "create.json").read_text())

@@ -29,7 +29,7 @@ def test_a_stage_begins_with_what_it_declares_and_nothing_of_another(tmp_path: P
         "light": False,
         "heavy/a": True,
         "heavy/b": True,
-        "patching": False,  # Unsloth has to come first
+        "patching": False,
     }
     assert not any(found["touched"] for found in figures.values())
     assert len({found["hash"] for found in figures.values()}) == 1  # what a set's order depends on

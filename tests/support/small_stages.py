@@ -88,4 +88,4 @@ STAGES = (FIRST, SECOND, THIRD)
 
 LIGHT = Stage(name="light", summary="Look around.", run=_look)
 HEAVY = Stage(name="heavy", summary="Look around.", run=_look, libraries=("torch",), variants=lambda _: ("a", "b"))
-PATCHING = Stage(name="patching", summary="Look around.", run=_look, libraries=("unsloth", "torch"))
+PATCHING = Stage(name="patching", summary="Look around.", run=_look, libraries=("torch",), imports_first=True)
