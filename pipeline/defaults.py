@@ -17,15 +17,20 @@ from pipeline.config import Config, fields
 from pipeline.errors import UserError
 from pipeline.figures import memory_size
 from pipeline.model import training_memory
-from pipeline.prompt.chat_templates import OF_TEXTS
+from pipeline.prompt.chat_templates import DEFAULT, OF_TEXTS
 
+LONGEST_ROW = 2048  # tokens that a row is held to, and a text cut into
+EPOCHS = 3
+BATCH = 8  # rows, without a GPU
+STEP = 16  # rows of an optimizer step, on a GPU
+OPTIMIZER, OPTIMIZER_ON_GPU = "adamw_torch", "adamw_8bit"
+SLOW, ASKED = 1e9, 100  # parameters, from which on a base is asked so many questions
 # What stands in for each key whose default is None: in words, for docs/configuration.md and for `pipeline config`.
 # What depends on the base and the machine is worked out by `resolve`; the same page shows that for some of both.
-LONGEST_ROW = 2048  # tokens that a row is held to, and a text cut into
 RULES = {
     "model.revision": "the hub's main branch",
-    "model.chat_template": "the base's own; for a base without one zephyr, whose turns end with EOS; for data.format = "
-    '"text" completion, which goes on with a text',
+    "model.chat_template": f"the base's own; for a base without one {DEFAULT}, whose turns end with EOS; for "
+    f'data.format = "text" {OF_TEXTS}, which goes on with a text',
     "adapter.path": "none: one is trained",
     "adapter.density": "none: nothing is left out",
     "adapter.rank": "the largest rank among the adapters",
@@ -37,23 +42,24 @@ RULES = {
     "data.window": "train.max_length",
     "lora.alpha": "equal to lora.r: a scaling of 1",
     "train.from_adapter": "none: a new adapter is trained",
-    "train.epochs": "3, where train.steps is not given",
+    "train.epochs": f"{EPOCHS}, where train.steps is not given",
     "train.steps": "as many as train.epochs takes",
-    "train.batch": "8 without a GPU; on one, by the memory that the weights leave",
-    "train.accumulation": "1 without a GPU; on one, what makes a step of 16 rows",
+    "train.batch": f"{BATCH} without a GPU; on one, by the memory that the weights leave",
+    "train.accumulation": f"1 without a GPU; on one, what makes a step of {STEP} rows",
     "train.learning_rate": "by the size of the base: the larger, the lower",
-    "train.optimizer": "adamw_torch without a GPU, adamw_8bit on one",
+    "train.optimizer": f"{OPTIMIZER} without a GPU, {OPTIMIZER_ON_GPU} on one",
     "train.eval_interval": "a tenth of the steps, or more where validating would take over an eighth of the time",
     "train.save_interval": 'a tenth of the steps, or fewer: with train.keep = "best" every validation has one',
     "train.early_stopping": "all steps are trained",
     "train.max_length": f"the smaller of {LONGEST_ROW} and the base's context",
-    "train.gradient_checkpointing": "true on a GPU for a base of more than a billion parameters, else false",
+    "train.gradient_checkpointing": "true on a GPU for a base of more than "
+    f"{training_memory.CHECKPOINTED / 1e9:g} billion parameters, else false",
     "merge.model": "none: into what the 4 bits unpack to",
     "ollama.name": "the name of the folder of pipeline.toml",
     "ollama.system": "data.system",
     "ollama.host": "OLLAMA_HOST; without it the usual address if an Ollama answers there, else one of the run's own",
     "ollama.license": "none",
-    "eval.limit": "all for a base of less than a billion parameters, else 100",
+    "eval.limit": f"all for a base of less than {SLOW / 1e9:g} billion parameters, else {ASKED}",
     "eval.minutes": "none: every question of eval.limit is asked",
     "verify.quantized_divergence": "by the bits of the type",
     "verify.quantization_error": "by the bits of the type",
@@ -109,17 +115,17 @@ def resolve(config: Config, given: dict[str, str], facts: Facts) -> tuple[Config
 
     choose("lora.alpha", float(config.lora.r))
     if config.train.steps is None:
-        choose("train.epochs", 3.0)
+        choose("train.epochs", float(EPOCHS))
     # Small models need, and stand, larger steps (the QLoRA paper, table 9, halves the rate for larger models).
     rate = 1e-3 if size and size < 500e6 else 4e-4 if size and size < 2e9 else 2e-4 if not size or size < 20e9 else 1e-4
     choose("train.learning_rate", rate, large)
-    batch = 8
+    batch = BATCH
     if gpu:
         batch = training_memory.rows_at_once(gpu, size, in_4bit=config.train.load_in_4bit)
     choose("train.batch", batch, machine)
-    accumulation = max(1, 16 // (config.train.batch or batch)) if gpu else 1
+    accumulation = max(1, STEP // (config.train.batch or batch)) if gpu else 1
     choose("train.accumulation", accumulation, machine)
-    choose("train.optimizer", "adamw_8bit" if gpu else "adamw_torch", machine)
+    choose("train.optimizer", OPTIMIZER_ON_GPU if gpu else OPTIMIZER, machine)
     context = min(LONGEST_ROW, facts.context or LONGEST_ROW)
     choose("train.max_length", context)
     longest = config.train.max_length or context
@@ -133,7 +139,7 @@ def resolve(config: Config, given: dict[str, str], facts: Facts) -> tuple[Config
         choose("model.chat_template", OF_TEXTS)
     choose("train.gradient_checkpointing", bool(gpu) and training_memory.checkpoints_gradients(size), machine)
     # The GGUF files are asked on the CPU, in llama-server and in Ollama, where a large model takes long to answer.
-    choose("eval.limit", None if size and size < 1e9 else 100, large)
+    choose("eval.limit", None if size and size < SLOW else ASKED, large)
 
     update: dict[str, dict[str, Any]] = {}
     for key, (value, _) in chosen.items():

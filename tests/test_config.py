@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from pipeline.config import Config, Optimizer, fields, load_config
 from pipeline.defaults import RULES, Facts, resolve
 from pipeline.errors import UserError
+from pipeline.stages.train import VALIDATION_SHARE, VALIDATIONS
 
 MINIMAL = '[model]\nbase = "smollm2-135m-instruct"\n\n[data]\ntrain = "train.jsonl"\n'
 
@@ -272,6 +273,13 @@ def test_every_key_is_explained(tmp_path: Path) -> None:
         assert sources[key].startswith("default" if key not in given else "pipeline.toml:"), key
     assert sources["lora.alpha"] == "default: equal to lora.r: a scaling of 1"
     assert sources["data.system"] == "default: none is added"
+
+
+def test_words_of_the_schedule_are_its_numbers() -> None:
+    words = {10: "a tenth", 8: "an eighth"}
+    assert RULES["train.eval_interval"].startswith(f"{words[VALIDATIONS]} of the steps")
+    assert RULES["train.save_interval"].startswith(f"{words[VALIDATIONS]} of the steps")
+    assert f"over {words[round(1 / VALIDATION_SHARE)]} of the time" in RULES["train.eval_interval"]
 
 
 def test_given_values_are_never_replaced(tmp_path: Path) -> None:

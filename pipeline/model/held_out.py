@@ -47,21 +47,16 @@ def trained_places(labels: Sequence[int]) -> list[int]:
     return [place for place in range(len(labels) - 1) if labels[place + 1] != IGNORED]
 
 
-def loss_of(logits: Any, ids: Sequence[int], places: Sequence[int]) -> float:
-    """The summed negative log likelihood of the tokens after these places.
-
-    Args:
-        logits: [len(ids), vocabulary].
-        ids: the row.
-        places: positions in it.
-    """
+def row_loss(logits: Any, ids: Sequence[int], labels: Sequence[int]) -> RowLoss:
+    """The loss on one row, of its logits [len(ids), vocabulary]."""
     import numpy as np
     from scipy.special import log_softmax
 
+    places = trained_places(labels)
     if not places:
-        return 0.0
+        return 0.0, 0
     likelihoods = log_softmax(logits[places].astype(np.float64), axis=-1)
-    return float(-likelihoods[np.arange(len(places)), [ids[place + 1] for place in places]].sum())
+    return float(-likelihoods[np.arange(len(places)), [ids[place + 1] for place in places]].sum()), len(places)
 
 
 def held_out_losses(model: Any, rows: Rows, update: Callable[[float], None]) -> list[RowLoss]:
@@ -82,8 +77,7 @@ def held_out_losses(model: Any, rows: Rows, update: Callable[[float], None]) -> 
 def row_losses(predicted: Iterable[Any], rows: Rows) -> Iterator[RowLoss]:
     """The loss on each row, of its logits [len(ids), vocabulary]."""
     for logits, (ids, labels) in zip(predicted, rows, strict=True):
-        places = trained_places(labels)
-        yield loss_of(logits, ids, places), len(places)
+        yield row_loss(logits, ids, labels)
 
 
 def mean_loss(losses: Iterable[RowLoss]) -> float:

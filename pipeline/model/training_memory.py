@@ -19,6 +19,7 @@ FLOAT32 = 4
 # Bytes that an optimizer keeps for each trained value.
 OPTIMIZER_BYTES = {"adamw_torch": 8, "adamw_torch_fused": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "sgd": 0}
 _OTHER_SHARE = 0.12  # of a base whose shape is not known: embeddings, head, norms
+CHECKPOINTED = 1e9  # parameters, from which on a base on a GPU is trained with gradient checkpointing
 _UNKNOWN = 8e9  # parameters of a base whose size could not be learned: a common size, and none of the smallest
 _CUDA_CONTEXT = 2**29
 _FRAGMENTS = 0.05  # of what is allocated lies free in pieces that are too small
@@ -87,8 +88,8 @@ def rows_at_once(gpu_bytes: int, parameters: float | None, *, in_4bit: bool) -> 
 
 
 def checkpoints_gradients(parameters: float | None) -> bool:
-    """Whether activations are better computed again than kept: they are what fills a GPU from about a billion on."""
-    return (parameters or _UNKNOWN) > 1e9
+    """Whether activations are better computed again than kept: they are what fills the GPU of a base of this size."""
+    return (parameters or _UNKNOWN) > CHECKPOINTED
 
 
 def on_gpu(shape: Shape, tokens: int, *, in_4bit: bool, checkpointing: bool, optimizer: str) -> TrainingMemory:

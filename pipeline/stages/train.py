@@ -204,22 +204,26 @@ def _count_parameters(model: Any) -> tuple[int, int]:
     return trained, model.get_nb_trainable_parameters()[1]
 
 
+# What is done where no interval is given; `pipeline.defaults.RULES` says it in words.
+VALIDATIONS, VALIDATION_SHARE = 10, 1 / 8
+
+
 def schedule(rows: int, validation_rows: int, config: Config) -> tuple[int, int, int]:
     """Optimizer steps in all, between validations, between checkpoints.
 
     `rows` are what the trainer counts: with packing, sequences of several conversations.
 
-    Unless it is given, the interval between validations is a tenth of the steps, or longer where ten validations would
-    cost more than an eighth of the training: a row that is only looked at costs a third of one that is trained on.
+    Unless it is given, there are so many VALIDATIONS, or fewer where they would cost more than VALIDATION_SHARE of the
+    training: a row that is only looked at costs a third of one that is trained on.
     """
     settings = config.train
     assert settings.batch is not None
     assert settings.accumulation is not None
     rows_a_step = settings.batch * settings.accumulation
     steps = settings.steps or max(1, round(math.ceil(rows / rows_a_step) * float(settings.epochs or 1)))
-    affordable = int(steps * rows_a_step / 8 / max(1, validation_rows / 3))
-    evaluate = settings.eval_interval or math.ceil(steps / max(2, min(10, affordable)))
-    save = settings.save_interval or max(1, steps // 10)
+    affordable = int(steps * rows_a_step * VALIDATION_SHARE / max(1, validation_rows / 3))
+    evaluate = settings.eval_interval or math.ceil(steps / max(2, min(VALIDATIONS, affordable)))
+    save = settings.save_interval or max(1, steps // VALIDATIONS)
     if validation_rows and settings.keep == "best":  # which can only be kept where it was saved: at every validation
         save = next(interval for interval in range(min(save, evaluate), evaluate + 1) if evaluate % interval == 0)
     return steps, evaluate, save

@@ -25,7 +25,7 @@ from pipeline.llamacpp.perplexity import LEAST_POSITIONS, compare, scored_positi
 from pipeline.llamacpp.quantizer import quantize
 from pipeline.model import memory
 from pipeline.model.adapter_file import read_adapter
-from pipeline.model.held_out import loss_of, trained_places
+from pipeline.model.held_out import RowLoss, mean_loss, row_loss, trained_places
 from pipeline.model.layer_by_layer import Layers
 from pipeline.model.load import load_float32, round_matrices, rounded
 from pipeline.model.memory import fits_float32
@@ -202,7 +202,8 @@ def _diverge(
 
     divergence = Divergence()
     total = sum(len(ids) for ids, _ in rows)
-    ours, theirs, trained, done = 0.0, 0.0, 0, 0
+    losses: dict[str, list[RowLoss]] = {MERGED: [], GGUF_16BIT: []}
+    done = 0
     longest = max(len(ids) for ids, _ in rows)
     left = iter(rows)
     with (
@@ -216,15 +217,13 @@ def _diverge(
                 width = min(reference.shape[1], other.shape[1])
                 reference, other = (np.ascontiguousarray(x[:, :width]) for x in (reference, other))
             divergence.add(reference, other)
-            places = trained_places(labels)
-            ours += loss_of(reference, ids, places)
-            theirs += loss_of(other, ids, places)
-            trained += len(places)
+            losses[MERGED].append(row_loss(reference, ids, labels))
+            losses[GGUF_16BIT].append(row_loss(other, ids, labels))
             done += len(ids)
             update(done)
-    if not trained:
+    if not any(trained_places(labels) for _, labels in rows):
         return divergence, {}
-    return divergence, {MERGED: ours / trained, GGUF_16BIT: theirs / trained}
+    return divergence, {rung: mean_loss(found) for rung, found in losses.items()}
 
 
 def _quantized(artefacts: Artefacts) -> Iterator[Result]:
@@ -283,18 +282,16 @@ def _measure(artefacts: Artefacts) -> Callable[[Path], DivergenceStatistics]:
 def _loss(artefacts: Artefacts, path: Path) -> float:
     """A file's held-out loss, in nats for each trained token."""
     rows = artefacts.compared_rows()
-    total, trained = 0.0, 0
+    losses: list[RowLoss] = []
     longest = max(len(ids) for ids, _ in rows)
     with (
         LlamaModel(path, adapter=artefacts.gguf_adapter, context=-(-longest // 256) * 256) as file,
         progress(f"held-out loss of {path.name}", len(rows), "rows") as update,
     ):
-        for number, (ids, labels) in enumerate(rows, 1):
-            places = trained_places(labels)
-            total += loss_of(file.logits(ids), ids, places)
-            trained += len(places)
-            update(number)
-    return total / trained if trained else float("nan")
+        for ids, labels in rows:
+            losses.append(row_loss(file.logits(ids), ids, labels))
+            update(len(losses))
+    return mean_loss(losses)
 
 
 def _with_bos(ids: list[int], bos: int, context: int) -> list[int]:
