@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import UserError
 from pipeline.model.adapter_file import renaming
 from pipeline.model.config_file import write_vocabulary
-from pipeline.model.derived import derived_folder, name_for
+from pipeline.model.derived_folder import derived_folder, name_for
 from pipeline.model.targets import in_layers, vocabulary_modules, without_weights
 from pipeline.model.weights_file import INDEX, Weights, read_weights
 from pipeline.model.weights_writer import TensorPlan, WeightsWriter

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.gguf_file import GGUFInfo, TensorInfo, inspect
-from pipeline.model.derived import derived_folder, name_for
+from pipeline.model.derived_folder import derived_folder, name_for
 from pipeline.model.gguf_tokenizer import INSTEAD, refuse_other_tokens, special_ids, tokenizer_of
 from pipeline.model.weights_file import STORED_TYPES
 from pipeline.model.weights_writer import TensorPlan, WeightsWriter

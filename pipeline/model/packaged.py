@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import PipelineError, UserError
-from pipeline.model.derived import derived_folder
+from pipeline.model.derived_folder import derived_folder
 from pipeline.model.gguf_base import LAYOUT, write
 
 

@@ -17,7 +17,7 @@ from pipeline.errors import PipelineError, UserError
 from pipeline.lines import lines
 from pipeline.ollama import connection
 from pipeline.ollama.address import DEFAULT_HOST, credentials, normal_host
-from pipeline.ollama.names import canonical
+from pipeline.ollama.model_names import canonical
 from pipeline.processes import NO_SPACE, require_space
 from pipeline.prompt.conformance import RenderRefused
 from pipeline.resources import sha256_of

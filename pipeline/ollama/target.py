@@ -14,7 +14,7 @@ from pipeline import console
 from pipeline.errors import UserError
 from pipeline.ollama.address import given_host, usual_host
 from pipeline.ollama.client import Client
-from pipeline.ollama.names import canonical, check_name
+from pipeline.ollama.model_names import canonical, check_name
 from pipeline.ollama.ollama_server import OllamaServer, find_ollama
 from pipeline.resources import sha256_of
 from pipeline.run.folder import write_whole

@@ -13,10 +13,10 @@ from pipeline.data.formats import Conversation
 from pipeline.errors import UserError
 from pipeline.prompt.control_tokens import control_tokens_in
 from pipeline.prompt.labels import Tokenized, TrainingText, tokenize_texts, training_texts
+from pipeline.prompt.left_out import left_out
 from pipeline.prompt.lengths import fit, pieces
 from pipeline.prompt.tokenizer import Beyond
 from pipeline.prompt.whole_texts import tokenize_whole_texts
-from pipeline.prompt.written import left_out
 
 # Kinds of findings.
 TOO_LONG_DROPPED, TOO_LONG_CUT, TOO_LONG_SPLIT = "too long and left out", "too long and cut", "too long and split"

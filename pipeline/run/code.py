@@ -17,6 +17,7 @@ from typing import TypeGuard
 NO_PART = {
     "pipeline.config": "a stage depends on the values that it reads, held for themselves; no rule stands there",
     "pipeline.console": "what a person sees while it works",
+    "pipeline.defaults": "the values that it fills in are held for themselves",
     "pipeline.errors": "a stage that fails leaves no result",
     "pipeline.figures": "how figures are written for a person",
     "pipeline.model.card": "the look of the adapter's README",

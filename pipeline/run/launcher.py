@@ -34,8 +34,8 @@ class Launcher:
     """Runs the stages of one run, each in a process of its own that ends with this one.
 
     They are forked from a process that has imported what is slow (`pipeline.run.host`), but for one that has to import
-    first (`Stage.imports_first`). Where there is a GPU nothing is imported before the fork: a
-    library that only asks for the card leaves its driver in a state that no child can use.
+    first (`Stage.imports_first`). Where there is a GPU nothing is imported before the fork: a library that only asks
+    for the card leaves its driver in a state that no child can use.
 
     Args:
         gpu: whether there is one.

@@ -16,15 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import console
 from pipeline.run.layout import Layout
-from pipeline.run.view import View
+from pipeline.run.view import Names, View
 
 if TYPE_CHECKING:
     from pipeline.config import Config
 
 # In a stage's needs: every stage before it that `verify` judges.
 EVERY_JUDGED_STAGE = "every judged stage"
-
-Names = tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

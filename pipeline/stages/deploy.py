@@ -87,7 +87,7 @@ def unfinished(figures: dict[str, Any]) -> str | None:
 def preview(config: Config, run: Path) -> list[str]:
     """What a deployment would do, one line each; nothing is created (`--dry-run`)."""
     from pipeline.ollama.deployment import planned
-    from pipeline.ollama.names import canonical
+    from pipeline.ollama.model_names import canonical
 
     lines, layout = [], Layout(run)
     found, there = find(config.ollama.host), set()

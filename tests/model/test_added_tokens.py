@@ -11,7 +11,7 @@ from support import adapters, bases
 
 from pipeline.config import Model
 from pipeline.errors import UserError
-from pipeline.model import derived
+from pipeline.model import derived_folder
 from pipeline.model.added_tokens import rows_of, shown_or_not
 from pipeline.model.base import base_folder
 from pipeline.model.four_bit import in_16bit
@@ -24,7 +24,7 @@ TOKENS = ("<|im_start|>", "<|im_end|>", "<mood>")
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Derived bases of a test are gone with it."""
-    monkeypatch.setattr(derived, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(derived_folder, "cache_folder", lambda: tmp_path / "cache")
     return tmp_path / "cache"
 
 

@@ -4,7 +4,7 @@ import pytest
 from support import servers
 
 from pipeline.errors import UserError
-from pipeline.ollama.names import check_name
+from pipeline.ollama.model_names import check_name
 
 
 @pytest.mark.parametrize(
