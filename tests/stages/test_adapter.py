@@ -161,7 +161,7 @@ def test_a_configuration_with_an_adapter_has_no_training(bare: Path, tmp_path: P
     names = [str(node) for node in graph.nodes(config)]
     assert names == ["preflight", "train", "merge", "convert", "quantize/q4_k_m", "modelfile/q4_k_m", *names[6:]]
     assert graph.stages["train"].summary == adapter.STAGE.summary
-    assert settings_of(graph.stages["train"], "", config)["model.base"] == str(small_base())
+    assert settings_of(graph.stages["train"], "", config)["model.base"] == small_base().name
     told = CliRunner().invoke(main, ["data", str(tmp_path)])
     assert (told.exit_code, told.stderr) == (0, "data: nothing to do under this configuration\n")
     config, _ = resolved(tmp_path, [f"data.test={questions}"])
