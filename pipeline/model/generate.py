@@ -56,7 +56,7 @@ def answer_in_batches(
     max_new_tokens: int,
     update: Callable[[float], None],
 ) -> list[str]:
-    """Greedy answers, in the order of the questions.
+    """Greedy answers, in the order of the questions, half as many at once whenever memory runs out.
 
     Args:
         model: a transformers causal language model.
@@ -66,6 +66,7 @@ def answer_in_batches(
         update: called with the number of answers that are done.
     """
     import torch
+    from accelerate.utils.memory import should_reduce_batch_size
 
     ids = [tokenize_prompt(tokenizer, question) for question in questions]
     order = sorted(range(len(ids)), key=lambda place: len(ids[place]))
@@ -75,17 +76,23 @@ def answer_in_batches(
     # Those of similar length go together.
     batch = memory.answers_together(model, max(map(len, ids), default=0) + max_new_tokens)
     with torch.inference_mode():
-        for start in range(0, len(order), batch):
-            places = order[start : start + batch]
+        while done < len(order):
+            places = order[done : done + batch]
             width = max(len(ids[place]) for place in places)
             padded = torch.full((len(places), width), tokenizer.pad_token_id or 0)
             mask = torch.zeros_like(padded)
             for row, place in enumerate(places):
                 padded[row, width - len(ids[place]) :] = torch.tensor(ids[place])
                 mask[row, width - len(ids[place]) :] = 1
-            output = model.generate(
-                input_ids=padded.to(model.device), attention_mask=mask.to(model.device), generation_config=greedy
-            )
+            try:
+                output = model.generate(
+                    input_ids=padded.to(model.device), attention_mask=mask.to(model.device), generation_config=greedy
+                )
+            except RuntimeError as error:
+                if len(places) == 1 or not should_reduce_batch_size(error):
+                    raise
+                batch = len(places) // 2  # the memory that was free is not: others use it too
+                continue
             for row, place in enumerate(places):
                 texts[place] = tokenizer.decode(output[row, width:], skip_special_tokens=True)
             done += len(places)
