@@ -100,6 +100,8 @@ def fetch_node(pin: NodePin, target: Path) -> None:
 def unpack(archive: Path, folder: Path, rename: Callable[[str], str | None]) -> None:
     """Unpack the plain files of a tar archive.
 
+    By hand, since tarfile's own filters are in no Python before 3.11.4.
+
     Args:
         archive: the file.
         folder: does not exist yet.
