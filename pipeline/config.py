@@ -294,6 +294,10 @@ class Merge(Section):
         description="tensors: one after the other, from file to file, in little memory; peft: by PEFT's "
         "merge_and_unload, with the whole model in memory",
     )
+    keep: bool = Field(
+        True,
+        description="false: remove the merged weights once the 16-bit GGUF file is proven against them",
+    )
 
 
 class Export(Section):
@@ -422,6 +426,11 @@ class Config(Section):
         return self
 
     def _fits_an_adapter(self) -> None:
+        if not self.merge.keep:
+            raise ValueError(
+                'merge.keep = false does not go with export.as = "adapter": the merged model is what the base with its '
+                "adapter is held against, and no file is made of it: remove one of the two"
+            )
         for key, given in (
             ("lora.dora = true", self.lora.dora),
             (f'lora.bias = "{self.lora.bias}"', self.lora.bias != "none"),

@@ -114,7 +114,9 @@ def quantized_file(parameters: float, bits: float | None) -> int:
     return int(parameters * (max(bits or 16.0, 4.5) + 0.5) / 8)
 
 
-def disk(parameters: float, quantized: Sequence[int], *, served_here: bool, apart: bool = False) -> dict[str, int]:
+def disk(
+    parameters: float, quantized: Sequence[int], *, served_here: bool, apart: bool = False, keeps_merged: bool = True
+) -> dict[str, int]:
     """What each stage writes and keeps, and the most that one of them needs on the way.
 
     Args:
@@ -122,19 +124,21 @@ def disk(parameters: float, quantized: Sequence[int], *, served_here: bool, apar
         quantized: the sizes of the quantized files.
         served_here: Ollama keeps its models on this disk.
         apart: the adapter is served beside its base: both the base and the merged model are converted again.
+        keeps_merged: the merged weights stay.
     """
     sixteen_bit = sixteen_bit_file(parameters)
     # A native template is put into a copy of the file; Ollama keeps one of its own, and a second while it is proven.
     return {
         "checkpoints": int(0.2 * sixteen_bit),
-        "merge": sixteen_bit,
+        "merge": keeps_merged * sixteen_bit,
         "convert": sixteen_bit,
         "quantize": sum(quantized),
         "modelfile": sum(quantized),
         "deploy": sum(quantized) + max(quantized) if served_here else 0,
         # The model converted again, the 16-bit file in float32, and llama-perplexity's reference. With an adapter apart
-        # the last file comes after the one in float32, but an interrupted verification finds it there.
-        "verify": (1 + apart) * sixteen_bit + float32_file(parameters) + GIB,
+        # the last file comes after the one in float32, but an interrupted verification finds it there. Merged weights
+        # that go were converted again by `convert`, when there were no other files yet.
+        "verify": (keeps_merged + apart) * sixteen_bit + float32_file(parameters) + GIB,
     }
 
 

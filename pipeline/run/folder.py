@@ -136,6 +136,11 @@ def unchanged(run: Path, files: dict[str, dict[str, Any]]) -> str | None:
     return None
 
 
+def without_removed(run: Path, files: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Recorded files without those that a later stage has removed (`Stage.removes`)."""
+    return {name: file for name, file in files.items() if not file.get("removed") or (run / name).exists()}
+
+
 def hash_outside(path: Path, known: dict[str, dict[str, Any]]) -> str:
     """SHA-256 of a file outside the run; `known` remembers it by path, size and time of change.
 

@@ -28,6 +28,7 @@ from pipeline.run.folder import (
     read_manifest,
     record_files,
     unchanged,
+    without_removed,
     write_manifest,
     write_whole,
 )
@@ -125,17 +126,44 @@ class Graph:
             states.append(state)
         return states
 
-    def _examine(self, node: Node, config: Config, manifest: dict[str, Any], stale: set[Node]) -> State:
-        waiting = [str(needed) for needed in self.needs(node, config) if needed in stale]
-        if waiting:
-            return State(node, f"{waiting[0]} runs before it")
+    def _examine(
+        self, node: Node, config: Config, manifest: dict[str, Any], stale: set[Node], forced: Sequence[Node] = ()
+    ) -> State:
+        for needed in self.needs(node, config):
+            if needed in stale or str(needed) not in manifest["stages"]:
+                return State(node, f"{needed} runs before it")
         stage, basis = self.stages[node.stage], self.basis(node, config, manifest)
         recorded = manifest["stages"].get(str(node))
+        if node in forced:
+            return State(node, "it was asked for", basis)
         if recorded is None:
             return State(node, "has not run", basis)
+        outputs, removers = recorded["outputs"], self._removers(node, config)
+        there = without_removed(config.run_folder, outputs) if removers else outputs
         reason = basis.changed_since(recorded)
-        reason = reason or unchanged(config.run_folder, recorded["outputs"]) or stage.unfinished(recorded["figures"])
+        reason = reason or unchanged(config.run_folder, there) or stage.unfinished(recorded["figures"])
+        if reason is None and len(there) < len(outputs):
+            again = (other for other in removers if self._examine(other, config, manifest, stale, forced).reason)
+            reason = next((f"{other} runs again, for which it was removed" for other in again), None)
         return State(node, reason, basis)
+
+    def _removers(self, node: Node, config: Config) -> list[Node]:
+        """The nodes that remove some of a node's files when they are done."""
+        return [other for other in self.nodes(config) if node.stage in self.stages[other.stage].removes(config)]
+
+    def _remove(self, node: Node, config: Config, manifest: dict[str, Any]) -> None:
+        """Remove what a node that is up to date has made superfluous."""
+        patterns, run = self.stages[node.stage].removes(config), config.run_folder
+        for needed in self.needs(node, config):
+            outputs = manifest["stages"][str(needed)]["outputs"]
+            names = [name for name in outputs if _matches(patterns.get(needed.stage, ()), needed, name)]
+            if there := [name for name in names if (run / name).exists()]:
+                for name in there:
+                    outputs[name]["removed"] = True
+                write_manifest(run, manifest)  # first: after a crash in between they are removed the next time
+                for name in there:
+                    (run / name).unlink()
+                console.say(f"  removed {', '.join(there)}")
 
     def basis(self, node: Node, config: Config, manifest: dict[str, Any]) -> Basis:
         """What a node would be made from now: all that it needs must be recorded in the manifest."""
@@ -184,15 +212,14 @@ class Graph:
             skipped = 0
             with closing(Launcher(gpu=made_with["machine"]["gpu_memory_bytes"] is not None)) as launcher:
                 for node in wanted:
-                    state = self._examine(node, config, manifest, stale=set())
-                    if force and node in targets:
-                        state = State(node, "it was asked for", state.basis)
+                    state = self._examine(node, config, manifest, set(), targets if force else ())
                     states.append(state)
                     if state.reason is None:
                         skipped += 1
-                        continue
-                    console.say(f"{node}: {state.reason}" if state.reason != "has not run" else f"{node}")
-                    _run_node(state, self.stages[node.stage], folder, manifest, made_with, launcher)
+                    else:
+                        console.say(f"{node}: {state.reason}" if state.reason != "has not run" else f"{node}")
+                        _run_node(state, self.stages[node.stage], folder, manifest, made_with, launcher)
+                    self._remove(node, config, manifest)
             write_manifest(folder, manifest)
             if skipped:
                 console.say(f"{skipped} of {len(wanted)} stages are up to date and were skipped")
@@ -220,14 +247,17 @@ class Graph:
 
 def _reads(stage: Stage, needed: Node, name: str) -> bool:
     """Whether a stage reads a file that another one left, by its path in the run."""
-    if needed.stage not in stage.reads:
-        return True
-    path = Path(name).relative_to(Path(needed.stage, needed.variant)).as_posix()
-    read = False
-    for pattern in stage.reads[needed.stage]:
+    return needed.stage not in stage.reads or _matches(stage.reads[needed.stage], needed, name)
+
+
+def _matches(patterns: Sequence[str], node: Node, name: str) -> bool:
+    """Whether patterns from a node's folder name one of its files, by that file's path in the run."""
+    path = Path(name).relative_to(Path(node.stage, node.variant)).as_posix()
+    matched = False
+    for pattern in patterns:
         if fnmatchcase(path, pattern.removeprefix("!")):
-            read = not pattern.startswith("!")
-    return read
+            matched = not pattern.startswith("!")
+    return matched
 
 
 def _run_node(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from pipeline.errors import PipelineError
 
@@ -110,6 +111,9 @@ class Layout:
         """The merged model, a Hugging Face folder."""
         return self.node("merge") / "model"
 
+    # The weights of that folder; the rest is a few megabytes, and stays where `merge.keep = false` removes these.
+    MERGED_WEIGHTS: ClassVar = "model/*.safetensors*"
+
     @property
     def merge_base(self) -> Path:
         """Which weights the adapter was merged into, and why."""
@@ -133,6 +137,11 @@ class Layout:
             found = ", ".join(file.name for file in files) or "none"
             raise PipelineError(f"{folder} should hold one GGUF file and holds {found}: run `pipeline convert` again")
         return files[0]
+
+    @property
+    def proof(self) -> Path:
+        """What was proven of the merged weights before they were removed; none where they stay."""
+        return self.node("convert") / "proof.json"
 
     @property
     def gguf_adapter(self) -> Path:

@@ -44,6 +44,9 @@ class Stage:
         libraries: the Python packages, by their names in an index, whose versions can change its result.
         programs: what it starts beside Python: the names of pins in third_party/pins.toml.
         imports_first: whether its process has imported nothing before: for a library that patches others.
+        removes: of a configuration, files of a stage that it needs, by patterns from that stage's folder, which are
+            removed when it is done: it has proven them superfluous, and later stages do without. They are made again
+            when it has to run again, and for no other reason.
         variants: the names of its variants under a configuration; one that has no name where it has none.
         figures: the most telling of its figures, for the tables.
         judged: whether `verify` judges what it leaves.
@@ -62,6 +65,7 @@ class Stage:
     libraries: Names = ()
     programs: Names = ()
     imports_first: bool = False
+    removes: Callable[[Config], Mapping[str, Names]] = lambda config: {}
     variants: Callable[[Config], Names] = lambda config: ("",)
     figures: Names = ()
     judged: bool = False

@@ -25,7 +25,11 @@ from pipeline.model.sixteen_bit import merge_files, sixteen_bit_base
 from pipeline.model.weights_file import Weights, read_weights
 from pipeline.processes import require_space
 from pipeline.prompt.tokenizer import read_saved, saved_tokenizer
+from pipeline.run.layout import Layout
 from pipeline.run.stage import Stage, Task
+from pipeline.verify.artefacts import Artefacts
+from pipeline.verify.result import document, require_passed, write
+from pipeline.verify.weights import prove
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -53,6 +57,8 @@ def main(task: Task) -> dict[str, Any]:
 
     info = check(target)
     check_against(info, weights, task)
+    if not apart and not task.config.merge.keep:
+        _prove(task, target)
     if apart:
         converter.check_places(inspect(task.new(task.layout.gguf_adapter)), info)
     return adapter | {
@@ -68,6 +74,19 @@ def main(task: Task) -> dict[str, Any]:
         "pre_tokenizer": info.metadata.get("tokenizer.ggml.pre"),
         "context_length": info.metadata[f"{info.architecture}.context_length"],
     }
+
+
+def _prove(task: Task, target: Path) -> None:
+    """Prove, by the checks of `verify`, what it cannot any more when the merged weights are removed.
+
+    Raises:
+        PipelineError: a check failed; the merged weights stay.
+    """
+    artefacts = Artefacts.of_run(task.run, task.config, task.scratch)
+    artefacts.sixteen_bit, artefacts.quantized = target, {}
+    content = document(list(prove(artefacts)), ("merge", "convert"))
+    write(task.new(task.layout.proof), content)
+    require_passed(content)
 
 
 def _base_as_trained(task: Task) -> Path:
@@ -170,10 +189,13 @@ STAGE = Stage(
     run=main,
     needs=("train", "merge"),
     reads={"train": ("adapter/*", "modules.json", "!adapter/README.md")},
-    settings=("export.outtype", "export.as", "model", "merge.model"),
+    settings=("export.outtype", "export.as", "model", "merge.model", "merge.keep"),
+    # What the proof is told beside: a file that is proven is the same under every threshold.
+    indifferent_to=("verify", "export.quant", "adapter", "adapters", "train.load_in_4bit"),
     files=files,
     libraries=("torch", "transformers", "bitsandbytes", "tokenizers", "safetensors", "numpy"),
     programs=("llama.cpp",),
     figures=("type", "bytes", "tensors", "pre_tokenizer"),
+    removes=lambda config: {} if config.merge.keep else {"merge": (Layout.MERGED_WEIGHTS,)},
     judged=True,
 )

@@ -63,7 +63,8 @@ def settings(variant: str) -> tuple[str, ...]:
     if variant == TABLE:
         return ("eval.metric", "eval.limit", "export.quant", "model.base", "model.revision", "train.load_in_4bit")
     base = ("model",) if variant in _ON_THE_BASE or is_alone(variant) else ()
-    return ("eval", *base, *(("train.load_in_4bit",) if variant == ADAPTER or is_alone(variant) else ()))
+    in_4bit = ("train.load_in_4bit",) if variant == ADAPTER or is_alone(variant) else ()
+    return ("eval", *base, *in_4bit, *(("merge.keep",) if variant == MERGED else ()))
 
 
 def files(config: Config, variant: str) -> list[Path]:
@@ -78,6 +79,8 @@ def main(task: Task) -> dict[str, Any]:
         return _table(task)
     questions = _questions(task)
     started = time.monotonic()
+    if task.variant == MERGED and not task.config.merge.keep:
+        return {"asked": 0, "why": "merge.keep = false"}
     with answerer_at_rung(task, questions) as answer:
         if answer is None:
             return {"asked": 0, "why": "not deployed"}
@@ -261,7 +264,12 @@ STAGE = Stage(
     summary="Ask the test questions at every rung, from the base to Ollama.",
     run=main,
     needs=needs,
-    reads={"data": ("test.jsonl",), "train": ("adapter/*", "!adapter/README.md"), "deploy": ("deploy.json",)},
+    reads={
+        "data": ("test.jsonl",),
+        "train": ("adapter/*", "!adapter/README.md"),
+        "convert": ("*.gguf",),
+        "deploy": ("deploy.json",),
+    },
     settings=settings,
     indifferent_to=("adapter.path", "adapters"),  # the folders, which count by their content
     files=files,

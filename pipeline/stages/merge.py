@@ -238,7 +238,8 @@ STAGE = Stage(
         "train": ("adapter/*", "modules.json", "!adapter/README.md"),
     },
     settings=("model", "merge", "train.load_in_4bit", "export.as"),
-    indifferent_to=("adapter.path", "adapters"),  # whether one is given, which is another train stage
+    # Whether one is given, which is another train stage; and what becomes of the weights afterwards.
+    indifferent_to=("adapter.path", "adapters", "merge.keep"),
     files=lambda config, _: merge_files(config),
     libraries=("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "scipy"),
     figures=("modules_merged", "merged_into", "relative_change", "rounding_to_change", "stored", "bytes"),

@@ -112,6 +112,7 @@ STAGE = Stage(
     summary="Quantize the GGUF with llama-quantize.",
     run=main,
     needs=("convert",),
+    reads={"convert": ("*.gguf",)},
     programs=("llama.cpp",),
     variants=variants,
     figures=("type", "bytes", "bits_per_weight", "fallback_share"),

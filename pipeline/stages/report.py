@@ -159,7 +159,7 @@ def _shortened(text: str) -> str:
 def _files(stages: dict[str, Any]) -> list[dict[str, str]]:
     kinds = (".gguf", ".safetensors")
     return [
-        {"name": name, "size": size(file["size"]), "sha256": file["sha256"]}
+        {"name": name, "size": "removed" if file.get("removed") else size(file["size"]), "sha256": file["sha256"]}
         for record in stages.values()
         for name, file in record["outputs"].items()
         if name.endswith(kinds) or name.endswith("Modelfile")

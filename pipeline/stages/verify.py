@@ -38,8 +38,8 @@ STAGE = Stage(
     run=main,
     needs=(EVERY_JUDGED_STAGE,),
     settings=(
-        *("verify", "model", "merge.base", "merge.model", "export.quant", "export.as", "train.load_in_4bit"),
-        *("train.max_length", "data.test", "data.on_overlong", "data.window", "data.system"),
+        *("verify", "model", "merge.base", "merge.model", "merge.keep", "export.quant", "export.as"),
+        *("train.load_in_4bit", "train.max_length", "data.test", "data.on_overlong", "data.window", "data.system"),
         *("ollama.parameters", "ollama.system", "eval"),
     ),
     indifferent_to=("adapter", "adapters", "train.seed"),

@@ -44,6 +44,10 @@ def _answers(artefacts: Artefacts) -> Iterator[Result]:
         (ADAPTER, MERGED, Claim("answers.merged", "merge", "the merged model answers no worse than the adapter")),
         (MERGED, GGUF_16BIT, Claim("answers.converted", "convert", "the 16-bit GGUF file answers no worse than it")),
     ]
+    if artefacts.removed:
+        sentence = "the 16-bit GGUF file answers no worse than the adapter"
+        yield pairs[1][2].not_run(artefacts.removed)
+        pairs[1:] = [(ADAPTER, GGUF_16BIT, Claim("answers.converted", "convert", sentence))]
     sentence = "the quantized file answers no worse than the 16-bit one"
     for kind in artefacts.quantized:
         pairs.append((GGUF_16BIT, kind, Claim("answers.quantized", made_by(kind), sentence)))

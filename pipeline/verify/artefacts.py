@@ -51,6 +51,7 @@ class Artefacts:
         run, config: the run's folder and its configuration; None for an export.
         ollama: the name of an export's model in the Ollama that is usually asked; None where none is judged.
         merged_into: "16bit" or "dequantized".
+        removed: why the merged model has no weights any more; "" where it has. The rest of its folder is there.
         merge_row_losses: the loss on each held-out row (summed, trained tokens) of the base and of the adapter on both,
             as `merge` measured them.
     """
@@ -68,6 +69,7 @@ class Artefacts:
     run: Path | None = None
     config: Config | None = None
     merged_into: str = "16bit"
+    removed: str = ""
     merge_row_losses: dict[str, list[RowLoss]] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
 
@@ -103,6 +105,7 @@ class Artefacts:
             run=run,
             config=config,
             merged_into=merge["taken"] if has_two_bases(config) else "16bit",
+            removed="" if config.merge.keep or weight_files(model) else "merge.keep = false",
             merge_row_losses=merge.get("row_losses", {}),
         )
 
@@ -182,11 +185,14 @@ class Artefacts:
         return self._converted(as_trained(self.base, self.tokenizer, self.scratch / "base-as-trained"), "again-base")
 
     def _converted(self, model: Path, name: str) -> GGUFInfo:
+        """Of a model whose weights were removed the metadata alone."""
         outtype = None if self.sixteen_bit is None else unquantized_type(self.sixteen_bit)
         # Shared by all subjects of one folder: converting takes longer than most checks.
         folder = self.scratch / name
         folder.mkdir(parents=True, exist_ok=True)
-        return reconvert(model, folder, outtype or read_weights(model).sixteen_bit_type)
+        return reconvert(
+            model, folder, outtype or read_weights(model).sixteen_bit_type, without_weights=bool(self.removed)
+        )
 
     @property
     def reference(self) -> Path:

@@ -32,7 +32,7 @@ from pipeline.model.memory import fits_float32
 from pipeline.model.merging import MergedWeights
 from pipeline.model.nf4 import Record
 from pipeline.model.predict import predict
-from pipeline.model.weights_file import read_weights
+from pipeline.model.weights_file import read_weights, torch_type
 from pipeline.processes import cores, require_space
 from pipeline.setup import machine
 from pipeline.verify.artefacts import Artefacts
@@ -79,13 +79,15 @@ def _sixteen_bit(artefacts: Artefacts) -> Iterator[Result]:
         yield from (claim.not_run("no logits could be compared") for claim in claims[1:])
         return
     kind = unquantized_type(path) or ""
-    in_memory = artefacts.shared.get("model") is not None or fits_float32(artefacts.model)
+    folder = artefacts.base if artefacts.removed and artefacts.base is not None else artefacts.model
+    in_memory = artefacts.shared.get("model") is not None or fits_float32(folder)
     unrounded = _of_sum(artefacts, kind, rows) if adapter else None
     reference: Iterator[Any] | str
     if unrounded is not None:
         reference = unrounded
     else:
-        reference = _of_loaded(artefacts, kind, rows) if in_memory else _of_layers(artefacts.model, kind, rows)
+        loaded = in_memory and not artefacts.removed
+        reference = _of_loaded(artefacts, kind, rows) if loaded else _of_layers(folder, _tensors(artefacts, kind), rows)
     if isinstance(reference, str):
         yield from (claim.not_run(reference) for claim in claims)
         return
@@ -147,7 +149,23 @@ def _of_sum(artefacts: Artefacts, kind: str, rows: Rows) -> Iterator[Any] | None
     return layers.predict(tensor, [ids for ids, _ in rows])
 
 
-def _of_layers(folder: Path, kind: str, rows: Rows) -> Iterator[Any] | str:
+def _tensors(artefacts: Artefacts, kind: str) -> Callable[[str], Any]:
+    """The merged model's tensors, as a file of a type holds them; merged once more where they were removed."""
+    if not artefacts.removed:
+        stored = read_weights(artefacts.model)
+        return lambda name: rounded(stored, name, kind)
+    assert artefacts.base is not None
+    assert artefacts.adapter is not None
+    merged = MergedWeights(
+        read_weights(artefacts.base),
+        read_adapter(artefacts.adapter),
+        Record.read(artefacts.adapter.parent),
+        dequantize=artefacts.merged_into == "dequantized",
+    )
+    return lambda name: merged[name].to(torch_type(merged.type(name))).float()
+
+
+def _of_layers(folder: Path, tensor: Callable[[str], Any], rows: Rows) -> Iterator[Any] | str:
     """The same layer by layer, for a model that does not fit into the memory; why that cannot be done, if it cannot."""
     weights = read_weights(folder)
     layers, needed = Layers(weights), memory.by_layers(weights.own_shapes)
@@ -155,7 +173,7 @@ def _of_layers(folder: Path, kind: str, rows: Rows) -> Iterator[Any] | str:
         return f"the model does not fit into the memory in float32, and its files have no {layers.lacking[0]}"
     if needed > machine.free_memory():
         return f"the model's largest layer does not fit into the memory in float32 ({size(needed)})"
-    return layers.predict(lambda name: rounded(weights, name, kind), [ids for ids, _ in rows])
+    return layers.predict(tensor, [ids for ids, _ in rows])
 
 
 def _in_float32(path: Path, scratch: Path) -> Path:

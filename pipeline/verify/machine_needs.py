@@ -81,7 +81,13 @@ def disk_needs(config: Config, parameters: int) -> dict[str, int]:
     """Bytes that each stage will write and keep, and the most that one of them needs on the way."""
     host = config.ollama.host
     here, apart = host is None or is_here(normal_host(host)), config.export.as_ == "adapter"
-    return memory.disk(parameters, quantized_files(config, parameters), served_here=here, apart=apart)
+    return memory.disk(
+        parameters,
+        quantized_files(config, parameters),
+        served_here=here,
+        apart=apart,
+        keeps_merged=config.merge.keep,
+    )
 
 
 def _promised_bits(kind: str) -> float | None:

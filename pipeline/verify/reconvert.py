@@ -26,22 +26,25 @@ def unquantized_type(path: Path) -> str | None:
     return _UNQUANTIZED.get(inspect(path).metadata.get("general.file_type", -1))
 
 
-def reconvert(model: Path, folder: Path, outtype: str) -> GGUFInfo:
+def reconvert(model: Path, folder: Path, outtype: str, *, without_weights: bool = False) -> GGUFInfo:
     """Convert a Hugging Face folder.
 
     Args:
         model: the folder.
         folder: where the file is written.
         outtype: "f32", "f16" or "bf16".
+        without_weights: the folder has none: the file is metadata without tensors.
 
     Raises:
         PipelineError: the converter refuses the model, with its words.
     """
     target = folder / f"again-{outtype}.gguf"
     if not target.is_file():
-        size = memory.float32_file if outtype == "f32" else memory.sixteen_bit_file
-        require_space(folder, size(read_weights(model).parameters), "the model, converted again")
+        if not without_weights:
+            size = memory.float32_file if outtype == "f32" else memory.sixteen_bit_file
+            require_space(folder, size(read_weights(model).parameters), "the model, converted again")
         partial = target.with_suffix(".partial")
-        converter.convert(converter.command(model, partial, outtype), folder)
+        command = converter.command(model, partial, outtype)
+        converter.convert([*command, *(("--vocab-only",) if without_weights else ())], folder)
         partial.rename(target)
     return inspect(target)

@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.console import progress
 from pipeline.llamacpp.programs import programs_folder, source_tree
 from pipeline.resources import sha256_of
-from pipeline.run.folder import read_manifest
+from pipeline.run.folder import read_manifest, without_removed
 from pipeline.setup.pins import pins
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import Claim, Result
@@ -67,7 +67,7 @@ def _files(run: Path, stages: dict[str, dict[str, Any]]) -> Iterator[Result]:
     with progress("the files' hashes", len(wanted), "stages") as update:
         for number, (stage, record) in enumerate(wanted.items(), 1):
             changed = []
-            for name, recorded in record["outputs"].items():
+            for name, recorded in without_removed(run, record["outputs"]).items():
                 path = run / name
                 if not path.is_file():
                     changed.append(f"{name} is missing")

@@ -165,7 +165,7 @@ def _untrained(config: Config, base: Path, folder: Path) -> Adapter:
 def _judge(artefacts: Artefacts) -> list[Result]:
     """The checks of `verify` that need no training; what they say of the merged model is said of the base here."""
     checks: dict[str, tuple[Callable[[Artefacts], Iterator[Result]], str]] = {
-        "weights": (weights.check_folder, "base"),
+        "weights": (weights.check_base, "base"),
         "tokenizer": (token_ids.check_files, "convert"),
         "prompt": (prompt.check_files, "convert"),
         "logits": (logits.check, "convert"),

@@ -53,9 +53,26 @@ _COMPUTES = (
 
 def check(artefacts: Artefacts) -> Iterator[Result]:
     """Judge the merged folder and the 16-bit file."""
+    if artefacts.removed:
+        of_weights = (_MERGED, _TARGETS, _UNTOUCHED, _SHAPES, _LEFTOVERS, _FINITE, _RELOAD)
+        yield from (claim.not_run(artefacts.removed) for claim in of_weights)
+        yield from check_sixteen_bit(artefacts)
+    else:
+        yield from prove(artefacts)
+        yield _reload(artefacts)
+
+
+def prove(artefacts: Artefacts) -> Iterator[Result]:
+    """What can be said of the merged weights, and of the 16-bit file against them, in bounded memory."""
     yield from check_merge(artefacts)
     yield from check_folder(artefacts)
     yield from check_sixteen_bit(artefacts)
+
+
+def check_base(artefacts: Artefacts) -> Iterator[Result]:
+    """A folder that nothing was merged into."""
+    yield from check_folder(artefacts)
+    yield _reload(artefacts)
 
 
 def check_merge(artefacts: Artefacts) -> Iterator[Result]:
@@ -269,17 +286,16 @@ def check_folder(artefacts: Artefacts) -> Iterator[Result]:
         name for name, kind in tensors.types.items() if kind in _MANTISSA and not torch.isfinite(tensors[name]).all()
     ]
     yield _FINITE.at_most(len(broken), 0, f"{broken[0]} holds NaN or infinity" if broken else "")
-    yield _reload(artefacts, tensors)
 
 
-def _reload(artefacts: Artefacts, tensors: Weights) -> Result:
+def _reload(artefacts: Artefacts) -> Result:
     """Build the model without weights and compare what it wants with what is stored."""
     import torch
     from transformers import AutoConfig
 
     float32 = fits_float32(artefacts.model)
     try:
-        layers = None if float32 else Layers(tensors)
+        layers = None if float32 else Layers(read_weights(artefacts.model))
         if layers is not None and not layers.lacking:
             model, report = layers.model, {"unexpected keys": layers.unused, "mismatched keys": layers.misshapen}
         else:  # transformers keeps some models otherwise than their files do
@@ -313,7 +329,10 @@ def check_sixteen_bit(artefacts: Artefacts) -> Iterator[Result]:
         if "cut short" in broken or "not a GGUF" in broken:
             yield _GGUF.not_run("the file is not whole")
             return
-        yield _same_numbers(inspect(artefacts.sixteen_bit), artefacts.expected)
+        if artefacts.removed:
+            yield _GGUF.not_run(artefacts.removed)
+        else:
+            yield _same_numbers(inspect(artefacts.sixteen_bit), artefacts.expected)
     for rung, path in artefacts.files:
         if not (broken := _complaint(lambda path=path: inspect(path))):  # type: ignore[misc]
             yield _same_description(rung, inspect(path), artefacts.expected)

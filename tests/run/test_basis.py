@@ -101,6 +101,7 @@ def test_nothing_has_changed(project: Path) -> None:
         ("ollama.replace", True, set()),
         ("ollama.license", "MIT", {"modelfile/q4_k_m", "modelfile/q8_0"}),
         ("merge.base", "16bit", {"merge", "verify"}),
+        ("merge.keep", False, {"convert", "evaluate/merged", "verify"}),
         ("ollama.parameters", {"temperature": 0}, {"modelfile/q4_k_m", "modelfile/q8_0", "verify"}),
     ],
 )

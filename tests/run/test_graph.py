@@ -104,6 +104,29 @@ def test_what_could_not_be_done_is_tried_again(config: Config) -> None:
     assert run(one) == ["third"]
 
 
+def test_what_a_stage_removes_is_made_again_for_that_stage_alone(config: Config) -> None:
+    def keeping(keep: bool) -> Config:
+        return config.model_copy(update={"merge": config.merge.model_copy(update={"keep": keep})})
+
+    second, third = ["second/a", "second/b"], config.run_folder / "third" / "all.txt"
+    removed = config.run_folder / "second" / "a" / "upper.txt"
+    run(config)
+    assert run(keeping(False)) == []  # it is removed even where nothing runs
+    assert not removed.exists()
+    assert (removed.parent / "half.txt").exists()
+    assert [row["reason"] for row in GRAPH.status(keeping(False))] == [None] * 4
+    third.unlink()
+    again = "third runs again, for which it was removed"
+    assert [row["reason"] for row in GRAPH.status(keeping(False))][1:3] == [again, again]
+    assert run(keeping(False)) == [*second, "third"]
+    assert GRAPH.run(keeping(False), {}, [Node("third")], force=True)[-1].reason == "it was asked for"
+    assert not removed.exists()
+    assert run(with_types(keeping(False), "a", "b", "c")) == [*second, "second/c", "third"]
+    assert [row["reason"] for row in GRAPH.status(config)][1] == "second/a/upper.txt is missing"
+    assert run(config) == [*second, "third"]
+    assert removed.exists()
+
+
 def test_a_changed_output_runs_again(config: Config) -> None:
     run(config)
     (config.run_folder / "second" / "a" / "upper.txt").write_text("tampered")

@@ -82,6 +82,7 @@ THIRD = Stage(
     summary="Join the texts.",
     run=_third,
     needs=(EVERY_JUDGED_STAGE,),
+    removes=lambda config: {} if config.merge.keep else {"second": ("upper.txt",)},
     unfinished=lambda figures: "there were no two" if figures["parts"] == 1 else None,
 )
 STAGES = (FIRST, SECOND, THIRD)
