@@ -308,10 +308,26 @@ def make_trainer(
             if folder.is_dir() and not control.should_training_stop:
                 (folder / COMPLETE).touch()
 
+    class TryValidation(TrainerCallback):
+        """After the first step, which was the largest, try the largest validation batch too.
+
+        Only now is everything in the memory that training keeps there: what does not fit, or does not compile, is known
+        before the first epoch. `preflight` has no rows yet, and would load the base a second time to learn the same.
+        """
+
+        tried = not validation_rows
+
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            if not self.tried:
+                self.tried = True
+                trainer.try_validation(model)
+
     batches = task.scratch / "batches.jsonl"
 
     class RecordingTrainer(SFTTrainer):
         """SFTTrainer that writes down every batch it trains on, and weights the validation loss by tokens."""
+
+        validated: list[tuple[float, int]]  # the summed loss and the trained tokens of each validation batch
 
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             if packing:  # into sequences of one length
@@ -320,7 +336,19 @@ def make_trainer(
             return RowOrder(lengths, self.args.train_batch_size, settings.seed, padded=not end_to_end)
 
         def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-            return lengths_of(eval_dataset).argsort(kind="stable").tolist()  # the least padding
+            # The least padding, and the largest batch first.
+            return lengths_of(eval_dataset).argsort(kind="stable")[::-1].tolist()
+
+        def try_validation(self, model: Any) -> None:
+            """Take the loss of the largest validation batch, and leave no trace of it."""
+            rows = self._get_eval_sampler(self.eval_dataset)[: self.args.eval_batch_size]
+            # Not from a loader, which would draw a random number: training is to go on as without this.
+            inputs = self.data_collator([self.eval_dataset[row] for row in rows])
+            task.event("tried", rows=len(rows), tokens=inputs["input_ids"].numel())
+            self.validated = []
+            model.eval()
+            self.prediction_step(model, inputs)
+            model.train()
 
         def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             ids, labels = conversations_of(inputs)
@@ -340,7 +368,7 @@ def make_trainer(
 
         def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
             # The trainer's own mean is over batches: a row of five tokens would count as much as one of a thousand.
-            self.validated: list[tuple[float, int]] = []
+            self.validated = []
             output = super().evaluation_loop(*args, **kwargs)
             loss, tokens = map(math.fsum, zip(*self.validated, strict=True))
             output.metrics["eval_loss"] = loss / max(1, tokens)
@@ -355,6 +383,7 @@ def make_trainer(
         data_collator=None if end_to_end else DataCollatorForLanguageModeling(_padding(model, tokenizer)),
         callbacks=[
             MarkComplete(),
+            TryValidation(),
             *([EarlyStoppingCallback(settings.early_stopping)] if settings.early_stopping else []),
         ],
     )

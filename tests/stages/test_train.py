@@ -6,9 +6,12 @@ import math
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +136,12 @@ def test_the_adapter_learns_in_float32_and_says_what_it_is(trained: Path) -> Non
     assert len(losses) == STEPS
     assert losses[-1] < losses[0]
     assert "validation loss" in (adapter / "README.md").read_text()
+    events = [json.loads(line) for line in (trained / "events.jsonl").read_text().splitlines()]
+    (tried,) = (place for place, event in enumerate(events) if event["kind"] == "tried")
+    lengths = [len(row["input_ids"]) for row in read_tokens(Layout(trained).tokens("validation"))]
+    assert events[tried]["rows"] == len(lengths)  # which are fewer than a batch
+    assert events[tried]["tokens"] >= max(lengths)
+    assert [event["kind"] for event in events[tried:]].count("log") > STEPS  # before the rest of the training
     assert (trained / "train" / "loss.svg").read_text().startswith("<?xml")
 
 
@@ -249,6 +258,8 @@ def test_rows_of_like_lengths_stand_together_and_every_validated_token_counts_th
         assert sum(max(map(len, batch)) - min(map(len, batch)) for batch in batches) < 70
     assert sorted(ids for batch in batches for ids in batch) == sorted(row["input_ids"] for row in rows)
 
+    first = next(iter(trainer.get_eval_dataloader()))
+    assert int(first["attention_mask"].sum(-1).max()) == max(lengths) + 1  # the longest first
     total = 0.0
     with torch.no_grad():
         for row in rows:
@@ -318,6 +329,60 @@ def test_training_goes_on_from_an_adapter(project: Path, trained: Path) -> None:
         str(adapter / "adapter_config.json"),
         str(adapter / "adapter_model.safetensors"),
     }
+
+
+def tensorboard_losses(folder: Path) -> list[float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (file,) = folder.rglob("events.out.tfevents*")
+    events = EventAccumulator(str(file))
+    events.Reload()
+    return [event.value for event in events.Scalars("train/loss")]
+
+
+def wandb_losses(folder: Path) -> list[float]:
+    """Of its file: after a header of 7 bytes LevelDB's log format, with records in protobuf."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    content, block = file.read_bytes(), 2**15
+    losses, place, data = [], 7, b""
+    while place + 7 <= len(content):
+        if block - place % block < 7:
+            place += block - place % block
+            continue
+        length, kind = struct.unpack_from("<HB", content, place + 4)
+        data += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # the whole of a record, or its end
+            items = Record.FromString(data).history.item
+            losses += [float(item.value_json) for item in items if "train/loss" in (item.key, *item.nested_key)]
+            data = b""
+    return losses
+
+
+def mlflow_losses(folder: Path) -> list[float]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    return [metric.value for metric in client.get_metric_history(run.info.run_id, "loss")]
+
+
+@pytest.mark.parametrize("losses", [tensorboard_losses, wandb_losses, mlflow_losses])
+def test_a_tracker_is_told_every_loss(
+    project: Path, losses: Callable[[Path], list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = losses.__name__.removesuffix("_losses")
+    if find_spec(tracker) is None:
+        pytest.skip(f"train.report_to: the package {tracker} is not installed: it was not tried")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = project / tracker
+    finish(train(project, tracker, "--set", f"train.report_to={tracker}", "--set", "train.steps=2"))
+    history = json.loads((run / "train" / "history.json").read_text())
+    expected = [row["loss"] for row in history if "loss" in row]
+    assert len(expected) == 2
+    assert losses(Layout(run).tracker) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
