@@ -15,6 +15,7 @@ from pipeline.data.names import MARKS, MARKS_OF_NO_TRAINING, MARKS_OF_PARTS
 
 ALL: Literal["all"] = "all"
 Trained = tuple[int, ...] | Literal["all"] | None  # places of the messages that are trained; None: every answer
+_NAMES = frozenset((*MARKS, *MARKS_OF_NO_TRAINING, *MARKS_OF_PARTS))
 _MEANINGS = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
 
 
@@ -24,6 +25,8 @@ def take_mark(fields: dict[str, Any], place: str) -> bool | None:
     Raises:
         RowError: a mark is neither 0 nor 1, is of parts of a text, or contradicts another.
     """
+    if _NAMES.isdisjoint(fields):  # as of most
+        return None
     found: dict[str, bool] = {}
     for key in (*MARKS, *MARKS_OF_NO_TRAINING):
         if (value := fields.pop(key, None)) is not None and value != "":
@@ -43,6 +46,8 @@ def take_mark(fields: dict[str, Any], place: str) -> bool | None:
 
 def take_list_of_marks(fields: dict[str, Any], messages: int, place: str) -> list[bool] | None:
     """The marks that a row gives for its messages, one for each; None where it has no such list."""
+    if _NAMES.isdisjoint(fields):
+        return None
     for key in (*MARKS, *MARKS_OF_NO_TRAINING):
         if isinstance(fields.get(key), list):
             values = fields.pop(key)

@@ -19,6 +19,7 @@ Message = dict[str, Any]
 _EXAMPLE = '{"role": "user", "content": "..."}'
 # The order of a tool's schema, as most write it.
 _KEYWORDS = ("type", "function", "name", "description", "parameters", "properties", "items", "enum", "required")
+_REASONING = frozenset(REASONING)
 _KNOWN = ("role", "content", "from", "value", "name", "tool_calls", "tool_call_id", "function_call", *REASONING, *MARKS)
 
 
@@ -77,6 +78,8 @@ def _message(turn: Any, place: str, ignored: Collection[str]) -> tuple[Message, 
 
 def take_reasoning(fields: dict[str, Any], place: str) -> str:
     """The reasoning before an answer under any of its names, "" for none; its keys are taken out of the fields."""
+    if _REASONING.isdisjoint(fields):  # as in most
+        return ""
     found = {key: text(fields.pop(key), f"{place}: {key}") for key in REASONING if fields.get(key) not in (None, "")}
     for key in REASONING:
         fields.pop(key, None)

@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.prompt.labels import IGNORED, Tokenized
-from pipeline.prompt.template import with_bos
+from pipeline.prompt.template import ids_of, with_bos
 
 
 def tokenize_whole_texts(tokenizer: Any, texts: Sequence[str], window: int) -> list[list[Tokenized]]:
@@ -36,7 +36,7 @@ def tokenize_whole_texts(tokenizer: Any, texts: Sequence[str], window: int) -> l
         )
     if not texts:
         return []
-    ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    ids = ids_of(tokenizer, texts)
     return [list(_windows(tokenizer, [*of_text, tokenizer.eos_token_id], window)) for of_text in ids]
 
 
