@@ -38,6 +38,9 @@ class MarkedRow(RowError):
     def __init__(self, words: str) -> None:
         super().__init__("marked as not to be trained", words)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MarkedRow, (str(self),)
+
 
 class Findings:
     """The findings of one set, written to a file as they come.

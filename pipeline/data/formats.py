@@ -84,7 +84,6 @@ class Conversation:
         cut: how many messages after the last trained one were left off: nothing in them can be trained.
         trained: which messages are trained; None for every answer.
         group: what it belongs to; None where rows stand alone.
-        times: how often it is trained, by the weight of its source.
         text: of a row that is a whole text, which is trained to its end: it has no messages. None for a conversation.
     """
 
@@ -94,7 +93,6 @@ class Conversation:
     cut: int = 0
     trained: Trained = None
     group: str | None = None
-    times: int = 1
     text: str | None = None
 
     @property
@@ -107,12 +105,6 @@ class Conversation:
     def whole(self) -> str:
         """All that is said in it."""
         return " ".join(message["content"] for message in self.messages) if self.text is None else self.text
-
-    @property
-    def size(self) -> int:
-        """About how many characters a template makes of it."""
-        calls = sum(len(str(message.get("tool_calls", ""))) for message in self.messages)
-        return len(self.whole) + calls + len(str(self.tools or ""))
 
     @property
     def answer(self) -> str:

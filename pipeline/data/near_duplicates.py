@@ -7,43 +7,64 @@ with a similarity of 0.95, 99 % are found; of those with 0.9, 97 %.
 
 from __future__ import annotations
 
-import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
-from pipeline.data.checks import NEAR, words
-from pipeline.data.formats import Conversation
+from pipeline.data.word_pairs import NEAR, word_pairs
 
 _PLACES, _BAND = 64, 8
-_PRIME = (1 << 31) - 1  # products of two numbers below it fit into 64 bits
+_BITS = 31
+_PRIME = (1 << _BITS) - 1  # products of two numbers below it fit into 64 bits
 _OF_FIRST = 1_000_003  # makes the pair (a, b) another one than (b, a)
 _COMPARED = 10_000  # pairs of signatures at a time
+
+
+def signatures(texts: Sequence[str]) -> list[bytes]:
+    """The signatures of texts: of each place the least that a random linear function makes of the word pairs."""
+    import numpy as np
+
+    if not texts:
+        return []
+    pairs, starts = word_pairs(texts)
+    numbers = ((pairs >> np.uint64(32)) * np.uint64(_OF_FIRST) + (pairs & np.uint64(0xFFFFFFFF))) % np.uint64(_PRIME)
+    found = np.empty((len(texts), _PLACES), np.uint32)
+    high, prime, bits = np.empty_like(numbers), np.uint64(_PRIME), np.uint64(_BITS)
+    for place, (factor, term) in enumerate(_functions()):
+        values = numbers * factor
+        values += term
+        # Modulo 2^31 - 1: what stands above 31 bits counts as much as what stands in them.
+        for _ in range(2):
+            np.right_shift(values, bits, out=high)
+            values &= prime
+            values += high
+        values[values == prime] = 0
+        found[:, place] = np.minimum.reduceat(values, starts)
+    return [signature.tobytes() for signature in found]
+
+
+@cache
+def _functions() -> list[tuple[Any, Any]]:
+    import numpy as np
+
+    of = np.random.default_rng(0)
+    factors = of.integers(1, _PRIME, _PLACES, dtype=np.uint64)
+    return list(zip(factors, of.integers(0, _PRIME, _PLACES, dtype=np.uint64), strict=True))
 
 
 class NearDuplicates:
     """Takes the rows of a set, and then tells which are nearly the same."""
 
     def __init__(self) -> None:
-        import numpy as np
-
-        of = np.random.default_rng(0)
-        self._factors = of.integers(1, _PRIME, (_PLACES, 1), dtype=np.uint64)
-        self._terms = of.integers(0, _PRIME, (_PLACES, 1), dtype=np.uint64)
         self._signatures = array("I")
         self._rows: list[str] = []
         self._held_out = array("b")
 
-    def add(self, row: Conversation, *, held_out: bool = False) -> None:
-        """Look at a row, which is trained or held out."""
-        import numpy as np
-
-        said = words(row.whole)
-        hashes = np.fromiter((zlib.crc32(word.encode()) for word in said), np.uint64, len(said))
-        pairs = (hashes[:-1] * _OF_FIRST + hashes[1:]) % _PRIME
-        least = ((self._factors * pairs + self._terms) % _PRIME).min(axis=1)
-        self._signatures.frombytes(least.astype(np.uint32).tobytes())
-        self._rows.append(row.place)
+    def add(self, place: str, signature: bytes, *, held_out: bool = False) -> None:
+        """Take a row, which is trained or held out, by its place and the signature of all that is said in it."""
+        self._signatures.frombytes(signature)
+        self._rows.append(place)
         self._held_out.append(held_out)
 
     def found(self) -> Iterator[tuple[str, str, float, bool]]:
@@ -57,12 +78,14 @@ class NearDuplicates:
         signatures = np.frombuffer(self._signatures, np.uint32).reshape(-1, _PLACES)
         best: dict[int, tuple[bool, float, int]] = {}
         for start in range(0, _PLACES, _BAND):
-            band = np.ascontiguousarray(signatures[:, start : start + _BAND]).view(f"V{4 * _BAND}").ravel()
-            _, group = np.unique(band, return_inverse=True)
-            order = np.argsort(group, kind="stable")
+            band = np.ascontiguousarray(signatures[:, start : start + _BAND]).view(np.uint64)
+            order = np.lexsort(band.T)
+            band = band[order]
             # Where a row stands in the order of its band, unless it is the first of those that share it.
-            same = np.flatnonzero(group[order[1:]] == group[order[:-1]]) + 1
-            firsts = np.searchsorted(group[order], group[order[same]])
+            first = np.ones(len(band), bool)
+            first[1:] = (band[1:] != band[:-1]).any(axis=1)
+            same = np.flatnonzero(~first)
+            firsts = np.maximum.accumulate(np.where(first, np.arange(len(band)), 0))[same]
             for others in (firsts, same - 1):
                 self._compare(signatures, order[same], order[others], best)
         for index in sorted(best):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from pipeline.data.formats import Conversation, Message
 from pipeline.data.sources import placed_rows
@@ -39,15 +39,26 @@ def question_of(row: Conversation) -> Question:
     return Question(row.messages[:-1], row.answer, row.tools, row.place)
 
 
-def chosen(questions: Iterable[Question], limit: int | None) -> list[Question]:
+class MayHaveTools(Protocol):
+    """A question, or what stands for one."""
+
+    @property
+    def tools(self) -> Any:
+        """None or nothing for none."""
+
+
+Some = TypeVar("Some", bound=MayHaveTools)
+
+
+def chosen(questions: Iterable[Some], limit: int | None) -> list[Some]:
     """The first questions of a set that are asked: those without tools, or all where every one has tools.
 
     Args:
         questions: the set; no more of it is read than is needed.
         limit: how many are asked; None for all.
     """
-    plain: list[Question] = []
-    with_tools: list[Question] = []
+    plain: list[Some] = []
+    with_tools: list[Some] = []
     for question in questions:
         kind = with_tools if question.tools else plain
         if len(kind) != limit:
@@ -66,11 +77,12 @@ def asked(data: Path, limit: int | None, sets: Sequence[str] = ("test", "validat
         sets: whose questions; the first set that has any is taken.
     """
     for path in (data / f"{name}.jsonl" for name in sets):
-        if path.is_file() and (questions := chosen(_questions(path), limit)):
+        if path.is_file() and (questions := chosen(questions_in(path), limit)):
             return questions
     return []
 
 
-def _questions(path: Path) -> Iterator[Question]:
+def questions_in(path: Path) -> Iterator[Question]:
+    """The questions of a run's file of conversations."""
     rows = (Conversation.from_row(row, place) for place, row in placed_rows(path))
     return (question_of(row) for row in rows if row.text is None)

@@ -5,6 +5,7 @@ Each row comes with its place, for every message about it. Rows are a stream: no
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
@@ -12,6 +13,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +23,7 @@ from pipeline.data.json_stream import elements
 from pipeline.errors import UserError
 
 COMPRESSED = (".gz", ".zst")
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # what such files begin with
 # {"train": [{...}]} and not {"messages": [{"role": ...}]}, which is a row.
 _WRAPPED = re.compile(rb'\{\s*"[^"\\]*"\s*:\s*\[\s*(\]|\{\s*"(?!(role|content|from|value)"))')
 _NO_ROWS = ("dataset_info.json", "dataset_dict.json", "state.json")  # what the datasets library writes beside rows
@@ -46,10 +49,8 @@ def placed_rows(path: Path) -> Rows:
         UserError: a line is not JSON.
     """
     with path.open("rb") as file:
-        for place, row in _json_lines(file, path):
-            if isinstance(row, UserError):
-                raise row
-            yield place, row
+        for place, line in _json_lines(file, path):
+            yield place, _value_of(line, place)
 
 
 def files_of(path: Path) -> list[Path]:
@@ -90,8 +91,23 @@ def rows_of(path: Path) -> Rows:
     Raises:
         UserError: the file as a whole cannot be read, or what kind it is cannot be told.
     """
+    return ((place, parsed(row, place)) for place, row in unparsed_rows(path))
+
+
+def unparsed_rows(path: Path) -> Rows:
+    """The same, but a line of JSON is its bytes still: `parsed` makes a row of it, in whatever process."""
     for file in files_of(path):
         yield from _rows_of_file(file)
+
+
+def parsed(row: Any, place: str) -> Any:
+    """A row of `unparsed_rows` as `rows_of` gives it."""
+    if not isinstance(row, bytes):
+        return row
+    try:
+        return _value_of(row, place)
+    except UserError as error:
+        return error
 
 
 def file_of(place: str) -> str:
@@ -107,6 +123,35 @@ def kind_of(path: Path) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in _READERS else None
 
 
+def named_by_content(path: Path) -> str | None:
+    """How the name of a data file has to end, e.g. ".jsonl.gz", by how its content begins; None for no known kind.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    with _legible(path):
+        with path.open("rb") as plain:
+            head = plain.read(len(_ZSTD))
+        compression = ".gz" if head.startswith(_GZIP) else ".zst" if head == _ZSTD else ""
+        with _opened(path, compression) as file:
+            head = file.read(1 << 16)
+    kind = _kind_of_head(head.removeprefix(codecs.BOM_UTF8).lstrip())
+    return kind and kind + compression
+
+
+def _kind_of_head(head: bytes) -> str | None:
+    if head.startswith(b"{"):
+        return ".json" if _WRAPPED.match(head) else ".jsonl"
+    if head.startswith(b"["):
+        return ".json"
+    if head.startswith(b"PAR1"):
+        return ".parquet"
+    if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):  # with a footer, or as a stream
+        return ".arrow"
+    names, _, _ = head.partition(b"\n")
+    return ".tsv" if b"\t" in names else ".csv" if b"," in names else None
+
+
 def _hidden(file: Path, folder: Path) -> bool:
     """Whether a file is none of the user's: of git, of a download, of the datasets library."""
     return file.name in _NO_ROWS or any(part.startswith(".") for part in file.relative_to(folder).parts)
@@ -118,9 +163,14 @@ def _rows_of_file(path: Path) -> Rows:
             f"{path}: cannot tell what kind of file this is; known are: {', '.join(_READERS)}, each also with "
             f"{' or '.join(COMPRESSED)}"
         )
+    with _legible(path), _opened(path, path.suffix.lower()) as file:
+        yield from _READERS[kind](file, path)
+
+
+@contextmanager
+def _legible(path: Path) -> Iterator[None]:
     try:
-        with _opened(path) as file:
-            yield from _READERS[kind](file, path)
+        yield
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except EOFError:
@@ -130,8 +180,7 @@ def _rows_of_file(path: Path) -> Rows:
         raise UserError(f"{path}: cannot be read: {reason}") from None
 
 
-def _opened(path: Path) -> IO[bytes]:
-    suffix = path.suffix.lower()
+def _opened(path: Path, suffix: str) -> IO[bytes]:
     if suffix == ".gz":
         return io.BufferedReader(gzip.open(path, "rb"))
     if suffix == ".zst":
@@ -161,17 +210,11 @@ class _Readable(io.RawIOBase):
 
 
 def _json_lines(file: IO[bytes], path: Path) -> Rows:
+    """The lines that are not blank, as bytes."""
     for number, line in enumerate(file, 1):
-        place = f"{path}:{number}"
-        try:
-            text = _decoded(line, place, first=number == 1)
-            if text.strip():
-                row = parse_json(text.rstrip(), place)
-            else:
-                continue
-        except UserError as error:
-            row = error
-        yield place, row
+        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        if line.decode("utf-8", "replace").strip():
+            yield f"{path}:{number}", line
 
 
 def _json(file: IO[bytes], path: Path) -> Rows:
@@ -277,10 +320,9 @@ def without_padding(value: Any) -> Any:
     return [without_padding(item) for item in value] if isinstance(value, list) else value
 
 
-def _decoded(data: bytes, place: str, *, first: bool) -> str:
-    """Text of UTF-8 bytes; a byte order mark at the start of a file is no part of the text."""
+def _value_of(line: bytes, place: str) -> Any:
     try:
-        return data.decode("utf-8-sig" if first else "utf-8")
+        return parse_json(line.decode().rstrip(), place)
     except UnicodeDecodeError as error:
         raise UserError(f"{place}: not UTF-8 at byte {error.start + 1}; save the file as UTF-8") from None
 
@@ -309,3 +351,4 @@ _READERS: dict[str, Callable[[IO[bytes], Path], Rows]] = {
     ".parquet": _parquet,
     ".arrow": _arrow,
 }
+KINDS = tuple(_READERS)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,10 +32,10 @@ class TokenFile:
     def _begin(self) -> None:
         self._ends, self._ids, self._labels = array("i", [0]), array("i"), array("i")
 
-    def add(self, input_ids: Sequence[int], labels: Sequence[int]) -> None:
-        """Append a sequence."""
-        self._ids.extend(input_ids)
-        self._labels.extend(labels)
+    def add(self, input_ids: bytes, labels: bytes) -> None:
+        """Append a sequence; its numbers have 4 bytes each, as `array("i")` has them."""
+        self._ids.frombytes(input_ids)
+        self._labels.frombytes(labels)
         self._ends.append(len(self._ids))
         if len(self._ends) > _BATCH:
             self._flush()

@@ -1,73 +1,78 @@
-"""Encoding in processes of their own, while this one reads rows and writes sequences."""
+"""Work on rows in processes of their own, while this one reads them and writes what comes of them."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
+from typing import Any, Generic, TypeVar
 
-from pipeline.data.formats import Conversation
 from pipeline.errors import PipelineError
 from pipeline.processes import cores, end_with_parent
-from pipeline.prompt.sequences import Encoder, Outcome
 
 _MOST = 8  # processes: this one reads no faster than so many encode
+_AHEAD = 8  # batches done here while a process is at the one before them
+
+Batch = TypeVar("Batch")
+Result = TypeVar("Result")
 
 
-class EncoderPool:
-    """Makes sequences of rows, as its encoder does.
+class EncoderPool(Generic[Batch, Result]):
+    """Does the same with one batch after the other.
 
     Args:
-        encoder: it is not sent to the processes, which are forked with it.
-        workers: how many processes; None for what the machine has to spare. With none the rows are encoded here.
+        work: what is done with a batch; it is not sent to the processes, which are forked with it.
+        workers: how many processes; None for what the machine has to spare. With none the work is done here.
     """
 
-    def __init__(self, encoder: Encoder, workers: int | None = None) -> None:
-        self.encoder = encoder
+    def __init__(self, work: Callable[[Batch], Result], workers: int | None = None) -> None:
+        self._work = work
         self._workers = min(cores() - 1, _MOST) if workers is None else workers
         self._processes: ProcessPoolExecutor | None = None
-        self._running: list[Future[list[Outcome]]] = []
+        self._running: list[Future[Result]] = []
 
-    def begin(self, rows: Sequence[Conversation]) -> Future[list[Outcome]]:
-        """Have rows encoded: by a process, or here where every process has its next rows already.
+    def map(self, batches: Iterable[Batch]) -> Iterator[Result]:
+        """The results, in the order of the batches, some of which are taken ahead.
 
         Raises:
             PipelineError: a process was killed.
         """
+        begun: deque[Future[Result]] = deque()
+        try:
+            for batch in batches:
+                begun.append(self._begin(batch))
+                while begun and (begun[0].done() or len(begun) > 2 * self._workers + _AHEAD):
+                    yield begun.popleft().result()
+            while begun:
+                yield begun.popleft().result()
+        except BrokenProcessPool:
+            raise PipelineError(
+                "a process that tokenizes rows was killed; most likely the memory ran out: close other programs, and "
+                "give the same command again"
+            ) from None
+
+    def _begin(self, batch: Batch) -> Future[Result]:
+        """Have a batch worked on: by a process, or here where every process has its next one already."""
         self._running = [future for future in self._running if not future.done()]
         if len(self._running) >= 2 * self._workers:
-            done: Future[list[Outcome]] = Future()
-            done.set_result(self.encoder.encode(rows))
+            done: Future[Result] = Future()
+            done.set_result(self._work(batch))
             return done
         if self._processes is None:
             self._processes = ProcessPoolExecutor(
                 self._workers,
                 multiprocessing.get_context("fork"),
                 initializer=_begin,
-                initargs=(self.encoder, os.getpid()),
+                initargs=(self._work, os.getpid()),
             )
-        try:
-            self._running.append(self._processes.submit(_encode, rows))
-        except BrokenProcessPool:
-            raise _killed() from None
+        self._running.append(self._processes.submit(_do, batch))
         return self._running[-1]
 
-    @staticmethod
-    def outcomes(begun: Future[list[Outcome]]) -> list[Outcome]:
-        """The outcomes of rows, in their order.
-
-        Raises:
-            PipelineError: the process that encoded them was killed.
-        """
-        try:
-            return begun.result()
-        except BrokenProcessPool:
-            raise _killed() from None
-
-    def __enter__(self) -> EncoderPool:
+    def __enter__(self) -> EncoderPool[Batch, Result]:
         return self
 
     def __exit__(
@@ -77,23 +82,16 @@ class EncoderPool:
             self._processes.shutdown(cancel_futures=True)
 
 
-def _killed() -> PipelineError:
-    return PipelineError(
-        "a process that tokenizes rows was killed; most likely the memory ran out: close other programs, and give the "
-        "same command again"
-    )
+_own: Callable[[Any], Any] | None = None  # in a process of the pool
 
 
-_own: Encoder | None = None  # in a process of the pool
-
-
-def _begin(encoder: Encoder, parent: int) -> None:
+def _begin(work: Callable[[Any], Any], parent: int) -> None:
     global _own
     end_with_parent(parent)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads were not forked
-    _own = encoder
+    _own = work
 
 
-def _encode(rows: Sequence[Conversation]) -> list[Outcome]:
+def _do(batch: Any) -> Any:
     assert _own is not None
-    return _own.encode(rows)
+    return _own(batch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -92,7 +92,7 @@ def _piece(row: Conversation, system: int, start: int, end: int) -> Conversation
     return replace(row, messages=messages, trained=trained)
 
 
-def question_lengths(tokenizer: Any, questions: Sequence[Question]) -> list[int]:
+def question_lengths(tokenizer: Any, questions: Iterable[Question]) -> list[int]:
     """The tokens of every question's prompt.
 
     Args:
@@ -111,12 +111,12 @@ def question_lengths(tokenizer: Any, questions: Sequence[Question]) -> list[int]
     return lengths
 
 
-def check_room(questions: Sequence[Question], lengths: Sequence[int], answer: int, room: int, limit: str) -> str:
+def check_room(places: Sequence[str], lengths: Sequence[int], answer: int, room: int, limit: str) -> str:
     """Every question can be asked.
 
     Args:
-        questions: what the model will be asked.
-        lengths: their tokens.
+        places: of what the model will be asked.
+        lengths: the tokens of each question.
         answer: the tokens of the longest answer that is waited for.
         room: the tokens that hold a question and its answer.
         limit: what sets the room, for the message: "the base was made for 2,048".
@@ -129,16 +129,16 @@ def check_room(questions: Sequence[Question], lengths: Sequence[int], answer: in
     """
     if not lengths:
         return ""
-    for question, length in zip(questions, lengths, strict=True):
+    for place, length in zip(places, lengths, strict=True):
         if length >= room:
             raise UserError(
-                f"{question.place}: the question has {length:,} tokens, and {limit} tokens with the answer: shorten "
+                f"{place}: the question has {length:,} tokens, and {limit} tokens with the answer: shorten "
                 "it, or leave the row out"
             )
     longest = max(range(len(lengths)), key=lengths.__getitem__)
     if lengths[longest] + answer <= room:
         return ""
     return (
-        f"{questions[longest].place}: the question has {lengths[longest]:,} tokens, and {limit} tokens with the "
+        f"{places[longest]}: the question has {lengths[longest]:,} tokens, and {limit} tokens with the "
         f"answer: one of more than {room - lengths[longest]:,} is cut, and eval.max_new_tokens is {answer:,}"
     )

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable
-from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pipeline.data.checks import Leaks, digest
 from pipeline.data.findings import Findings
-from pipeline.data.formats import Conversation
+from pipeline.data.leaks import Leaks
 from pipeline.data.sources import file_of
 from pipeline.data.token_file import TokenFile, put_in_order
-from pipeline.prompt.encoder_pool import EncoderPool
-from pipeline.prompt.labels import IGNORED, Tokenized, decode, leading_bos, trained_parts
-from pipeline.prompt.sequences import Outcome
+from pipeline.prompt.labels import decode, trained_parts
+from pipeline.prompt.prepared import Packed, Prepared
 
-# Rows that are tokenized in one call, enough to be quick; fewer where they have so much text, which needs memory.
-BATCH, _CHARACTERS = 500, 2_000_000
-# Batches encoded while further rows are read: as many whoever encodes them, so that findings come in one order.
-_AHEAD = 8
 EXAMPLES = 3  # sequences shown in data.json
 _BARS = 20  # of the histogram of lengths
 
@@ -34,10 +27,10 @@ class TrainingSet:
         name: the set's.
         rows: the file of the conversations, JSON lines.
         tokens: the file of their sequences, Arrow.
-        encoders: make the sequences.
+        tokenizer: made the sequences.
         findings: takes what is wrong with a row, or was done with it.
         leaks: held-out sets that every kept row is compared with.
-        shuffle: the seed of the order in which the conversations stand in the end; None for the order in which they
+        shuffle: whether the conversations stand in the end in an order that is drawn, instead of that in which they
             come. A conversation's place among the others is drawn by what it holds: the same rows stand in the same
             order, whatever files they come from.
     """
@@ -47,20 +40,18 @@ class TrainingSet:
         name: str,
         rows: Path,
         tokens: Path,
-        encoders: EncoderPool,
+        tokenizer: Any,
         findings: Findings,
         leaks: Iterable[Leaks] = (),
-        shuffle: int | None = None,
+        *,
+        shuffle: bool = False,
     ) -> None:
         self.name = name
         self._paths, self._shuffle = (rows, tokens), shuffle
         self._order: list[tuple[bytes, int]] = []  # of each conversation what draws its place, and its sequences
-        self._rows = rows.open("w", encoding="utf-8", newline="\n")
+        self._rows = rows.open("wb")
         self._tokens = TokenFile(tokens)
-        self._encoders, self._findings, self._leaks = encoders, findings, tuple(leaks)
-        self._waiting: list[Conversation] = []
-        self._characters = 0  # in them
-        self._begun: deque[Future[list[Outcome]]] = deque()
+        self._tokenizer, self._findings, self._leaks = tokenizer, findings, tuple(leaks)
         self._lengths: Counter[int] = Counter()
         self._ends: set[int] = set()
         self._leading_bos: set[int] = set()
@@ -74,65 +65,56 @@ class TrainingSet:
         self.texts = 0  # rows of `out` that are whole texts
         self.openings = 0  # answers that open a conversation, which nobody asks for
 
-    def add(self, row: Conversation) -> None:
-        """Take a row."""
-        self._waiting.append(row)
-        self._characters += row.size
-        if len(self._waiting) == BATCH or self._characters > _CHARACTERS:
-            self._begin()
-            if len(self._begun) > _AHEAD:
-                self._write_first()
+    def add(self, row: Prepared, times: int = 1) -> None:
+        """Take a row.
 
-    def _begin(self) -> None:
-        self._begun.append(self._encoders.begin(self._waiting))
-        self._waiting, self._characters = [], 0
-
-    def _write_first(self) -> None:
-        for outcome in self._encoders.outcomes(self._begun.popleft()):
-            self._write(outcome)
-
-    def _write(self, outcome: Outcome) -> None:
-        row = outcome.row
-        notes = dict(reversed(outcome.notes))  # the first of each kind
-        if outcome.error is not None:
-            self._findings.error(row.place, outcome.error)
-        elif not outcome.kept:
-            kind, words = outcome.notes[-1]
+        Args:
+            row: an encoded one.
+            times: how often it is trained.
+        """
+        encoded = row.encoded
+        assert encoded is not None
+        notes = dict(reversed(encoded.notes))  # the first of each kind
+        if encoded.error is not None:
+            self._findings.error(row.place, encoded.error)
+        elif not encoded.kept:
+            kind, words = encoded.notes[-1]
             self._findings.leave_out(row.place, kind, words)
             notes.pop(kind)
         for kind, words in notes.items():
             self._findings.note(row.place, kind, words)
-        if not outcome.kept:
+        if not encoded.kept:
             return
         self.out += 1
-        self.left_off += row.cut
-        self.openings += bool(row.messages) and row.messages[0]["role"] == "assistant"
-        self.texts += row.text is not None
-        for leaks in self._leaks:
-            leaks.add(row)
-        for conversation, sequences in outcome.kept * row.times:
-            self.kept += 1
-            if self._shuffle is not None:
-                self._order.append((digest(conversation.as_row(), self._shuffle), len(sequences)))
-            self._rows.write(conversation.as_line())
-            for sequence in sequences:
-                self._tokens.add(sequence.input_ids, sequence.labels)
-                self._count(row, sequence)
-            for sequence in sequences if row.text is None else sequences[-1:]:  # a window of a text ends anywhere
-                self._ends.add(next(label for label in reversed(sequence.labels) if label != IGNORED))
-
-    def _count(self, row: Conversation, sequence: Tokenized) -> None:
-        tokenizer = self._encoders.encoder.tokenizer
-        length, trained = len(sequence.input_ids), sequence.trained
-        self._lengths[length] += 1
-        self._trained += trained
-        self.merged += sequence.merged
-        self._leading_bos.add(leading_bos(tokenizer, sequence.input_ids))
+        self.left_off += encoded.left_off
+        self.openings += encoded.opens
+        self.texts += encoded.is_text
+        for leaks, near in zip(self._leaks, row.leaks, strict=bool(self._leaks)):
+            leaks.add(row.place, near)
         of_source = self.sources.setdefault(file_of(row.place), Counter())
-        of_source.update(sequences=1, tokens=length, tokens_trained=trained)
+        for conversation in encoded.kept * times:
+            self.kept += 1
+            if self._shuffle:
+                self._order.append((conversation.draw, len(conversation.sequences)))
+            self._rows.write(conversation.line)
+            for sequence in conversation.sequences:
+                self._tokens.add(sequence.ids, sequence.labels)
+                self._count(sequence, of_source)
+            # A window of a text ends anywhere.
+            self._ends.update(one.last for one in conversation.sequences[-1 if encoded.is_text else 0 :])
+
+    def _count(self, sequence: Packed, of_source: Counter[str]) -> None:
+        self._lengths[sequence.length] += 1
+        self._trained += sequence.trained
+        self.merged += sequence.merged
+        self._leading_bos.add(sequence.leading_bos)
+        of_source["sequences"] += 1
+        of_source["tokens"] += sequence.length
+        of_source["tokens_trained"] += sequence.trained
         if len(self.examples) < EXAMPLES:
-            text = decode(tokenizer, sequence.input_ids)
-            self.examples.append({"text": text, "trained": trained_parts(tokenizer, sequence)})
+            whole = sequence.unpacked()
+            text = decode(self._tokenizer, whole.input_ids)
+            self.examples.append({"text": text, "trained": trained_parts(self._tokenizer, whole)})
 
     def __enter__(self) -> TrainingSet:
         return self
@@ -140,13 +122,9 @@ class TrainingSet:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            self._begin()
-            while self._begun:
-                self._write_first()
         self._rows.close()
         self._tokens.__exit__(kind, error, trace)
-        if error is None and self._shuffle is not None:
+        if error is None and self._shuffle:
             self._put_in_order()
 
     def _put_in_order(self) -> None:
@@ -177,7 +155,7 @@ class TrainingSet:
             "length_percentiles": {str(p): _at(self._lengths, (sequences - 1) * p // 100) for p in (50, 90, 99)}
             if sequences
             else {},
-            "end_of_turn": sorted(decode(self._encoders.encoder.tokenizer, [token]) for token in self._ends),
+            "end_of_turn": sorted(decode(self._tokenizer, [token]) for token in self._ends),
             "leading_bos": sorted(self._leading_bos),
         }
 

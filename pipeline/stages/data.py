@@ -11,20 +11,22 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.console import progress
-from pipeline.data.checks import NEAR, Leaks, Seen, check_expected, position
+from pipeline.data.checks import Seen, check_expected
 from pipeline.data.expression import Expression
 from pipeline.data.findings import Findings, MarkedRow
-from pipeline.data.formats import Conversation, Reading, conversations, no_rows
+from pipeline.data.formats import Reading, conversations, no_rows
+from pipeline.data.leaks import Leaks, asked_in
 from pipeline.data.near_duplicates import NearDuplicates
-from pipeline.data.questions import Question, chosen, question_of
-from pipeline.data.sources import files_of
+from pipeline.data.questions import chosen, questions_in
+from pipeline.data.sources import Rows, files_of, unparsed_rows
+from pipeline.data.word_pairs import NEAR
 from pipeline.errors import UserError
 from pipeline.model import targets
 from pipeline.model.added_tokens import shown_or_not
@@ -36,6 +38,7 @@ from pipeline.ollama.parameters import served_context
 from pipeline.prompt.chat_templates import DEFAULT, OF_TEXTS
 from pipeline.prompt.encoder_pool import EncoderPool
 from pipeline.prompt.lengths import check_room, question_lengths
+from pipeline.prompt.prepared import Batch, Prepared, Preparer
 from pipeline.prompt.sequences import TOO_LONG_CUT, TOO_LONG_DROPPED, TOO_LONG_SPLIT, Encoder
 from pipeline.prompt.template import render
 from pipeline.prompt.tokenizer import beyond_embedding, saved_tokenizer
@@ -44,6 +47,9 @@ from pipeline.run.stage import Stage, Task
 
 if TYPE_CHECKING:
     from pipeline.config import Config
+
+# Rows that are prepared in one call, enough to be quick; fewer where they have so much text, which needs memory.
+BATCH, _CHARACTERS = 500, 2_000_000
 
 # Kinds of findings.
 NEARLY = "a near duplicate of another row"
@@ -79,32 +85,24 @@ def main(task: Task) -> dict[str, Any]:
         The figures of data.json: rows, tokens, trained tokens, lengths in tokens, what was left out.
     """
     data, model = task.config.data, task.config.model
-    reading = _reading(task)
     base = base_folder(model)
     encoder = _encoder(task, base)
+    preparer = Preparer(_reading(task), encoder, task.config.train.seed, data.shuffle)
     figures: dict[str, Any] = {} if data.train is None else _adapter(task, base)
-    with (
-        EncoderPool(encoder) as encoders,
-        task.new(task.layout.findings).open("w", encoding="utf-8", newline="\n") as file,
-    ):
+    with task.new(task.layout.findings).open("w", encoding="utf-8", newline="\n") as file:
         found = {name: Findings(name, file) for name in ("test", "validation")}
-        test = _asked(_read(data.test, reading, found["test"]), found["test"])
-        _settle(task, found["test"])
-        _check_test(task, test)
-        questions = chosen(map(question_of, test), task.config.eval.limit)
-        lengths = question_lengths(encoder.tokenizer, questions)
+        leaks = {"validation": Leaks(), "test": Leaks()}
+        test = _test(task, preparer.reading, found["test"], leaks["test"])
+        asked, lengths = _asked(task, encoder.tokenizer, test)
         figures |= {"test_rows": len(test), "test_longest_question": max(lengths, default=0)}
-        held_out = _read(data.validation, reading, found["validation"])
-        leaks = {"validation": Leaks(held_out), "test": Leaks(test)}
-        found["train"], sets = _train_and_validation(task, reading, encoders, file, leaks)
+        sets: dict[str, TrainingSet] = {}
         if data.validation is not None:
-            with _new_set(task, "validation", encoders, found["validation"]) as sets["validation"]:
-                for row in held_out:
-                    sets["validation"].add(row)
-            _settle(task, found["validation"])
-    task.new(task.layout.rows("test")).write_text(
-        "".join(row.as_line() for row in test), encoding="utf-8", newline="\n"
-    )
+            sets["validation"] = _validation(task, preparer, found["validation"], leaks["validation"])
+        for of_set in leaks.values():
+            of_set.ready()
+        preparer = replace(preparer, leaks=tuple(leaks.values()))
+        found["train"], of_train = _train_and_validation(task, preparer, file)
+        sets = of_train | sets
     if data.train is not None and not sets["train"].kept:
         raise UserError(f"{data.train}: no row is left to train on; see data.on_overlong and the marks of the rows")
     if data.train is not None:
@@ -112,7 +110,7 @@ def main(task: Task) -> dict[str, Any]:
     for name, one in sets.items():
         figures |= {f"{name}_{key}": value for key, value in one.figures().items()}
     figures |= _say(task, found, sets, leaks)
-    figures["context_needed"] = _check_context(task, base, questions, lengths, figures)
+    figures["context_needed"] = _check_context(task, base, asked, lengths, figures)
     out = {"test": len(test), **{name: one.out for name, one in sets.items()}}
     if data.validation is None:
         out |= {"train": out["train"] + out["validation"], "validation": 0}  # all of them are rows of data.train
@@ -162,38 +160,106 @@ def _adapter(task: Task, base: Path) -> dict[str, Any]:
     }
 
 
-def _usable(path: Path, reading: Reading, findings: Findings, limit: int | None = None) -> Iterator[Conversation]:
+class _TestRow(NamedTuple):
+    """What stays of a test row."""
+
+    place: str
+    tools: bool
+
+
+def _test(task: Task, reading: Reading, findings: Findings, leaks: Leaks) -> list[_TestRow]:
+    """Write the test rows, all of which are held out of the training data.
+
+    Raises:
+        UserError: rows cannot be used, or their answers not be judged.
+    """
+    path, rows, texts, refused = task.config.data.test, [], [], None
+    with task.new(task.layout.rows("test")).open("w", encoding="utf-8", newline="\n") as file:
+        for place, row in conversations(path, reading) if path is not None else ():
+            findings.rows += 1
+            if isinstance(row, UserError):
+                _unusable(findings, place, row)
+            elif row.text is not None:  # asks nothing
+                findings.leave_out(place, NOT_ASKED, f"{place}: is a whole text, which asks nothing")
+                texts.append(place)
+            else:
+                file.write(row.as_line())
+                rows.append(_TestRow(place, bool(row.tools)))
+                leaks.hold_out(place, asked_in([row])[0])
+                try:
+                    check_expected([row], task.config.eval.metric)
+                except UserError as error:
+                    refused = refused or error
+    if path is not None and not findings.rows:
+        raise no_rows(path)
+    if texts and not rows:
+        raise UserError(
+            f"data.test: every row is a whole text ({texts[0]}), which asks nothing and has no right answer: give "
+            "them as data.validation, and their loss is measured at every rung"
+        )
+    _settle(task, findings)
+    if refused is not None:
+        raise refused
+    if path is not None and (with_tools := sum(row.tools for row in rows)):
+        if with_tools == len(rows):
+            raise UserError(
+                f"data.test: every row of {path} has tools, and calls of tools are not judged: add rows without, "
+                "or leave data.test out"
+            )
+        task.warn(f"{path.name}: {with_tools:,} of {len(rows):,} rows have tools; they are not asked")
+    return rows
+
+
+def _asked(task: Task, tokenizer: Any, test: Sequence[_TestRow]) -> tuple[list[str], list[int]]:
+    """The places of the test rows that are asked, and their questions' lengths in tokens."""
+    asked = chosen(test, task.config.eval.limit)
+    wanted = {row.place for row in asked}
+    questions = zip(test, questions_in(task.new(task.layout.rows("test"))), strict=True)
+    lengths = question_lengths(
+        tokenizer, (replace(question, place=row.place) for row, question in questions if row.place in wanted)
+    )
+    return [row.place for row in asked], lengths
+
+
+def _unusable(findings: Findings, place: str, error: UserError) -> None:
+    """Keep why a row is no conversation that is trained."""
+    if isinstance(error, MarkedRow):
+        findings.leave_out(place, error.kind, str(error))
+    else:
+        findings.error(place, error)
+
+
+def _usable(
+    path: Path,
+    encoders: EncoderPool[Batch, list[Prepared]],
+    findings: Findings,
+    system: str | None,
+    limit: int | None = None,
+) -> Iterator[Prepared]:
     """The first rows of a file that are conversations; of the others it is kept why they are none."""
     before = findings.rows
-    for place, row in itertools.islice(conversations(path, reading), limit):
+    rows = itertools.islice(unparsed_rows(path), limit)
+    for row in itertools.chain.from_iterable(encoders.map(_batches(rows, system))):
         findings.rows += 1
-        if isinstance(row, MarkedRow):
-            findings.leave_out(place, row.kind, str(row))
-        elif isinstance(row, UserError):
-            findings.error(place, row)
+        if row.error is not None:
+            _unusable(findings, row.place, row.error)
         else:
             yield row
     if findings.rows == before:
         raise no_rows(path)
 
 
-def _read(path: Path | None, reading: Reading, findings: Findings) -> list[Conversation]:
-    """A whole held-out set, which training rows are compared with."""
-    return list(_usable(path, reading, findings)) if path is not None else []
-
-
-def _asked(test: Sequence[Conversation], findings: Findings) -> list[Conversation]:
-    """The test rows that are conversations; a whole text asks nothing."""
-    for row in test:
-        if row.text is not None:
-            findings.leave_out(row.place, NOT_ASKED, f"{row.place}: is a whole text, which asks nothing")
-    conversations = [row for row in test if row.text is None]
-    if test and not conversations:
-        raise UserError(
-            f"data.test: every row is a whole text ({test[0].place}), which asks nothing and has no right answer: give "
-            "them as data.validation, and their loss is measured at every rung"
-        )
-    return conversations
+def _batches(rows: Rows, system: str | None) -> Iterator[Batch]:
+    batch: list[tuple[str, Any]] = []
+    size = 0
+    for place, row in rows:
+        batch.append((place, row))
+        size += len(row if isinstance(row, bytes) else str(row))
+        if len(batch) == BATCH or size > _CHARACTERS:
+            yield Batch(batch, system)
+            batch, size = [], 0
+    if batch:
+        yield Batch(batch, system)
 
 
 def _check_texts(task: Task, base: Path, train: TrainingSet) -> None:
@@ -223,56 +289,61 @@ def _settle(task: Task, findings: Findings) -> None:
         task.warn(words)
 
 
-def _check_test(task: Task, test: Sequence[Conversation]) -> None:
-    path = task.config.data.test
-    check_expected(test, task.config.eval.metric)
-    if with_tools := sum(bool(row.tools) for row in test):
-        assert path is not None
-        if with_tools == len(test):
-            raise UserError(
-                f"data.test: every row of {path} has tools, and calls of tools are not judged: add rows without, "
-                "or leave data.test out"
-            )
-        task.warn(f"{path.name}: {with_tools:,} of {len(test):,} rows have tools; they are not asked")
+def _new_set(task: Task, name: str, preparer: Preparer, findings: Findings, leaks: Iterable[Leaks] = ()) -> TrainingSet:
+    rows, tokens = task.new(task.layout.rows(name)), task.new(task.layout.tokens(name))
+    assert preparer.encoder is not None
+    return TrainingSet(name, rows, tokens, preparer.encoder.tokenizer, findings, leaks, shuffle=preparer.shuffle)
 
 
-def _new_set(
-    task: Task, name: str, encoders: EncoderPool, findings: Findings, leaks: Sequence[Leaks] = ()
-) -> TrainingSet:
-    layout = task.layout
-    seed = task.config.train.seed if task.config.data.shuffle else None
-    return TrainingSet(
-        name, task.new(layout.rows(name)), task.new(layout.tokens(name)), encoders, findings, leaks, seed
-    )
+def _validation(task: Task, preparer: Preparer, findings: Findings, leaks: Leaks) -> TrainingSet:
+    """Write the validation rows that are given, all of which are held out of the training data."""
+    path = task.config.data.validation
+    assert path is not None
+    held_out = replace(preparer, held_out=True)
+    with (
+        EncoderPool(held_out.prepare) as encoders,
+        _new_set(task, "validation", preparer, findings) as rows,
+        progress("data, validation", None, "rows") as update,
+    ):
+        for row in _usable(path, encoders, findings, preparer.reading.system):
+            if findings.rows % 1000 == 0:
+                update(findings.rows)
+            assert row.asked is not None
+            leaks.hold_out(row.place, row.asked)
+            rows.add(row)
+    _settle(task, findings)
+    return rows
 
 
-def _train_and_validation(
-    task: Task, reading: Reading, encoders: EncoderPool, file: IO[str], leaks: dict[str, Leaks]
-) -> tuple[Findings, dict[str, TrainingSet]]:
+def _train_and_validation(task: Task, preparer: Preparer, file: IO[str]) -> tuple[Findings, dict[str, TrainingSet]]:
     """Write the training set, and what is split off it; where there are two rows to split, one in each."""
     data = task.config.data
     share = data.validation_fraction if data.validation is None else 0.0
     start, again = file.tell(), False
-    near = _nearly_repeated(task, reading) if data.duplicates == "near" else {}
-    while True:
-        findings, sets, least, most = _one_pass(task, reading, encoders, file, leaks, near, share, again=again)
-        train, validation = (sets[name].kept for name in ("train", "validation"))
-        if not share or (train and (validation or again or least >= most)):
-            return findings, sets
-        # So few rows that none, or each, lies below the share: it is moved to the nearest row.
-        share = 0.0 if again or least >= most else math.nextafter(least, 1) if train else most
-        again = True
-        file.seek(start)
-        file.truncate()
+    near = _nearly_repeated(task, preparer) if data.duplicates == "near" else {}
+    with EncoderPool(preparer.prepare) as encoders:
+        while True:
+            findings, sets, least, most = _one_pass(task, preparer, encoders, file, near, share, again=again)
+            train, validation = (sets[name].kept if name in sets else 0 for name in ("train", "validation"))
+            if not share or (train and (validation or again or least >= most)):
+                return findings, sets
+            # So few rows that none, or each, lies below the share: it is moved to the nearest row.
+            share = 0.0 if again or least >= most else math.nextafter(least, 1) if train else most
+            again = True
+            file.seek(start)
+            file.truncate()
 
 
-def _nearly_repeated(task: Task, reading: Reading) -> dict[str, str]:
+def _nearly_repeated(task: Task, preparer: Preparer) -> dict[str, str]:
     """The places of rows that are nearly a row before them which is kept, each with what is said of it."""
     near, repeated = NearDuplicates(), {}
     # What is wrong with a row is found by the pass that trains.
-    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
-        for row, _ in _training_rows(task, reading, Findings("train", nowhere)):
-            near.add(row)
+    with (
+        Path(os.devnull).open("w", encoding="utf-8") as nowhere,
+        EncoderPool(replace(preparer, encoder=None, leaks=()).prepare) as readers,
+    ):
+        for row, _ in _training_rows(task, readers, Findings("train", nowhere)):
+            near.add(row.place, row.signature)
     for place, other, similarity, _ in near.found():
         if other not in repeated:
             repeated[place] = _nearly(place, other, similarity)
@@ -285,10 +356,9 @@ def _nearly(place: str, other: str, similarity: float) -> str:
 
 def _one_pass(
     task: Task,
-    reading: Reading,
-    encoders: EncoderPool,
+    preparer: Preparer,
+    encoders: EncoderPool[Batch, list[Prepared]],
     file: IO[str],
-    leaks: dict[str, Leaks],
     nearly_repeated: dict[str, str],
     share: float,
     *,
@@ -299,37 +369,38 @@ def _one_pass(
     Returns:
         What was found, the sets, and between which positions the rows lie.
     """
-    data, seed = task.config.data, task.config.train.seed
+    data = task.config.data
     findings, seen, near = Findings("train", file), Seen(), NearDuplicates()
     least, most = 1.0, 0.0
     with ExitStack() as stack:
-        sets = {
-            "train": stack.enter_context(_new_set(task, "train", encoders, findings, tuple(leaks.values()))),
-            "validation": stack.enter_context(_new_set(task, "validation", encoders, findings)),
-        }
+        sets = {"train": stack.enter_context(_new_set(task, "train", preparer, findings, preparer.leaks))}
+        if data.validation is None:
+            sets["validation"] = stack.enter_context(_new_set(task, "validation", preparer, findings))
         update = stack.enter_context(progress("data, split anew" if again else "data", None, "rows"))
-        for row, weight in _training_rows(task, reading, findings):
+        for row, weight in _training_rows(task, encoders, findings):
+            place, identity = row.place, row.identity
+            assert identity is not None
             if findings.rows % 1000 == 0:
                 update(findings.rows)
-            if data.duplicates != "keep" and (first := seen.repeated(row)):
-                findings.leave_out(row.place, REPEATED, f"{row.place}: repeats {first}")
+            if data.duplicates != "keep" and (first := seen.repeated(identity, place)):
+                findings.leave_out(place, REPEATED, f"{place}: repeats {first}")
                 continue
-            if words := nearly_repeated.get(row.place):
-                findings.leave_out(row.place, NEARLY_DROPPED, words)
+            if words := nearly_repeated.get(place):
+                findings.leave_out(place, NEARLY_DROPPED, words)
                 continue
-            if first := seen.contradicted(row):
-                findings.note(row.place, CONTRADICTED, f"{row.place}: answers the question of {first} otherwise")
-            at = position(row, seed)
-            near.add(row, held_out=at < share)
-            if at >= share:  # what is held out is held out once
+            if first := seen.contradicted(identity, place):
+                findings.note(place, CONTRADICTED, f"{place}: answers the question of {first} otherwise")
+            at = identity.position
+            near.add(place, row.signature, held_out=at < share)
+            times = 1  # what is held out is held out once
+            if at >= share:
                 part = weight % 1
-                times = int(weight) + (part > 0 and position(row, seed + 1) < part)
+                times = int(weight) + (part > 0 and identity.drawn < part)
                 if not times:
-                    findings.leave_out(row.place, WEIGHED, f"{row.place}: left out by its source's weight, {weight}")
+                    findings.leave_out(place, WEIGHED, f"{place}: left out by its source's weight, {weight}")
                     continue
-                row = replace(row, times=times)
             least, most = min(least, at), max(most, at)
-            sets["validation" if at < share else "train"].add(row)
+            sets["validation" if at < share else "train"].add(row, times)
         for place, other, similarity, apart in near.found():
             findings.note(place, APART if apart else NEARLY, _nearly(place, other, similarity))
         update(findings.rows)
@@ -337,14 +408,17 @@ def _one_pass(
     return findings, sets, least, most
 
 
-def _training_rows(task: Task, reading: Reading, findings: Findings) -> Iterator[tuple[Conversation, float]]:
+def _training_rows(
+    task: Task, encoders: EncoderPool[Batch, list[Prepared]], findings: Findings
+) -> Iterator[tuple[Prepared, float]]:
     """The rows of data.train and of every further source, each with the weight of its source."""
     data = task.config.data
     if data.train is not None:
-        yield from ((row, 1.0) for row in _usable(data.train, reading, findings))
+        yield from ((row, 1.0) for row in _usable(data.train, encoders, findings, data.system))
     for source in data.sources:
-        of_source = reading if source.system is None else replace(reading, system=source.system)
-        yield from ((row, source.weight) for row in _usable(source.path, of_source, findings, source.limit))
+        system = data.system if source.system is None else source.system
+        rows = _usable(source.path, encoders, findings, system, source.limit)
+        yield from ((row, source.weight) for row in rows)
 
 
 def _say(
@@ -392,7 +466,7 @@ def _say(
 
 
 def _check_context(
-    task: Task, base: Path, questions: Sequence[Question], lengths: Sequence[int], figures: dict[str, Any]
+    task: Task, base: Path, asked: Sequence[str], lengths: Sequence[int], figures: dict[str, Any]
 ) -> int:
     """Say before training what the model will not be able to remember when it is served.
 
@@ -410,7 +484,7 @@ def _check_context(
         limit = f"the base was made for {served:,}"
     else:
         limit = f"num_ctx, which ollama.parameters can set, holds {served:,}"
-    if words := check_room(questions, lengths, answer, served, limit):
+    if words := check_room(asked, lengths, answer, served, limit):
         task.warn(words)
     if longest > served:
         task.warn(

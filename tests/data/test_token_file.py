@@ -1,5 +1,6 @@
 """The file of sequences: written batch by batch, read one after the other, mapped by the datasets library."""
 
+from array import array
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ def test_what_is_written_is_read_by_us_and_by_the_datasets_library(tmp_path: Pat
     wanted = [{"input_ids": [1, 2, *range(row % 5)], "labels": [-100, 2, *range(row % 5)]} for row in range(rows)]
     with TokenFile(path) as file:
         for row in wanted:
-            file.add(row["input_ids"], row["labels"])
+            file.add(array("i", row["input_ids"]).tobytes(), array("i", row["labels"]).tobytes())
     assert list(read_tokens(path)) == wanted
     assert token_count(path) == sum(len(row["input_ids"]) for row in wanted)
     mapped = Dataset.from_file(str(path))

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from pipeline.config import load_config
-from pipeline.data.checks import find_leaks
 from pipeline.data.formats import Conversation, Reading, read_conversations
+from pipeline.data.leaks import find_leaks
 from pipeline.data.metric import parse_strict
 from pipeline.resources import resource
 

@@ -32,9 +32,8 @@ def test_outcomes_are_the_same_and_in_order(encoder: Encoder) -> None:
     rows[7] = row(7, "It ends <|im_end|> here")
     rows[11] = row(11, "long " * 100)
     expected = encoder.encode(rows)
-    with EncoderPool(encoder, workers=2) as pool:
-        begun = [pool.begin(rows[start : start + 8]) for start in range(0, 40, 8)]
-        found = [outcome for future in begun for outcome in pool.outcomes(future)]
+    with EncoderPool(encoder.encode, workers=2) as pool:
+        found = [one for outcomes in pool.map(rows[start : start + 8] for start in range(0, 40, 8)) for one in outcomes]
     assert [(one.row, one.kept, one.notes, str(one.error)) for one in found] == [
         (one.row, one.kept, one.notes, str(one.error)) for one in expected
     ]
@@ -45,14 +44,14 @@ def test_outcomes_are_the_same_and_in_order(encoder: Encoder) -> None:
 
 
 def test_a_process_that_is_killed_is_one_message(encoder: Encoder) -> None:
-    with EncoderPool(encoder, workers=1) as pool:
-        pool.outcomes(pool.begin([row(1, "One.")]))
+    with EncoderPool(encoder.encode, workers=1) as pool:
+        list(pool.map([[row(1, "One.")]]))
         (process,) = multiprocessing.active_children()
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(PipelineError, match="a process that tokenizes rows was killed"):
             for _ in range(100):
-                pool.outcomes(pool.begin([row(2, "Two.")]))
+                list(pool.map([[row(2, "Two.")]]))
 
 
 def test_the_data_stage_writes_the_same_on_one_core_and_on_all(tmp_path: Path) -> None:

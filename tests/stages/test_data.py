@@ -19,7 +19,6 @@ from pipeline.data.token_file import read_tokens
 from pipeline.defaults import Facts, resolve
 from pipeline.errors import UserError
 from pipeline.model.held_out import read_held_out
-from pipeline.prompt import training_set
 from pipeline.prompt.labels import IGNORED
 from pipeline.prompt.tokenizer import saved_tokenizer
 from pipeline.run.layout import Layout
@@ -332,7 +331,7 @@ def test_json_metric_asks_for_json_answers(project: Project) -> None:
 
 def test_the_same_bytes_every_time_and_in_any_batch_size(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     project.run(name="first")
-    monkeypatch.setattr(training_set, "BATCH", 7)
+    monkeypatch.setattr(data, "BATCH", 7)
     project.run(name="second")
     for path in (project.folder / "first").iterdir():
         assert path.read_bytes() == (project.folder / "second" / path.name).read_bytes(), path.name
