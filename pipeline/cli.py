@@ -125,7 +125,9 @@ def configured(command: Callable[..., None]) -> Callable[..., None]:
     return click.argument("config", type=click.Path(path_type=Path), default="pipeline.toml", help=words)(command)
 
 
-def resolved(path: Path, overrides: Sequence[str], *, gpu_memory: int | None = None) -> tuple[Config, dict[str, str]]:
+def resolved(
+    path: Path, overrides: Sequence[str], *, gpu_memory: int | None = None, reads_input: bool = False
+) -> tuple[Config, dict[str, str]]:
     """The configuration with every default filled in, and where each value came from.
 
     Args:
@@ -133,17 +135,20 @@ def resolved(path: Path, overrides: Sequence[str], *, gpu_memory: int | None = N
         overrides: "key=value" each.
         gpu_memory: the defaults are those for a card of so many bytes, 0: for a machine without one; None: for the
             machine that the run began on, or this one.
+        reads_input: what comes on standard input is data, where the configuration says so.
     """
     from pipeline.config import load_config
     from pipeline.defaults import Facts, resolve
     from pipeline.model.facts import facts
     from pipeline.run.folder import read_manifest
     from pipeline.run.provenance import first_machine
+    from pipeline.run.standard_input import with_standard_input
     from pipeline.setup import gpu
 
     if path.is_dir():
         path = path / "pipeline.toml"
     config, given = load_config(path, overrides)
+    config = with_standard_input(config, read=reads_input)
     parameters, context = facts(config.model.base, config.model.revision)
     first = first_machine(read_manifest(config.run_folder), config.model)
     if gpu_memory is not None:
@@ -183,7 +188,7 @@ def run(config: Path, overrides: tuple[str, ...], until: str | None, no_prefligh
 
     if until is not None and until not in stages.NAMES:
         raise UserError(f"--until {until}: no such stage; one of {', '.join(stages.NAMES)}")
-    settings, sources = resolved(config, overrides)
+    settings, sources = resolved(config, overrides, reads_input=True)
     names = stages.NAMES[: stages.NAMES.index(until) + 1] if until else stages.NAMES
     bring_up_to_date(settings, sources, [name for name in names if not (no_preflight and name == "preflight")])
     _say_where(settings)
@@ -276,7 +281,7 @@ def export(
         overrides = (*overrides, f"export.quant={json.dumps(list(quant))}")
     if form:
         overrides = (*overrides, f"export.as={form}")
-    settings, sources = resolved(config, overrides)
+    settings, sources = resolved(config, overrides, reads_input=True)
     bring_up_to_date(settings, sources, ["modelfile"])
     from pipeline.console import say
     from pipeline.figures import size
@@ -383,7 +388,7 @@ def _plain_stage_command(name: str) -> None:
     @force_option
     def command(config: Path, overrides: tuple[str, ...], force: bool) -> None:
         """What it needs from earlier stages is brought up to date first."""
-        settings, sources = resolved(config, overrides)
+        settings, sources = resolved(config, overrides, reads_input=True)
         bring_up_to_date(settings, sources, [name], force)
 
 
@@ -393,7 +398,7 @@ def preflight(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """The base is converted, quantized, served and verified; disk, memory and versions are looked at, every time.
     `pipeline run` does this first, once. Exit status 2 if something would fail.
     """
-    settings, sources = resolved(config, overrides)
+    settings, sources = resolved(config, overrides, reads_input=True)
     bring_up_to_date(settings, sources, ["preflight"], force=True)
     content = json.loads(Layout(settings.run_folder).preflight_json.read_text(encoding="utf-8"))
     _print_checks(content, as_json)
@@ -420,7 +425,7 @@ def data(config: Path, overrides: tuple[str, ...], show: int | None, ids: bool, 
 
     if ids and show is None:
         raise UserError("--ids goes with --show, e.g. --show 3 --ids")
-    settings, sources = resolved(config, overrides)
+    settings, sources = resolved(config, overrides, reads_input=True)
     bring_up_to_date(settings, sources, ["data"], force)
     if show is not None:
         _show_rows(settings, show, ids)
@@ -454,7 +459,7 @@ def deploy(
     overrides = (*overrides, *(f"ollama.{key}={json.dumps(value)}" for key, value in given.items() if value))
     if replace:
         overrides = (*overrides, "ollama.replace=true")
-    settings, sources = resolved(config, overrides)
+    settings, sources = resolved(config, overrides, reads_input=True)
     if dry_run:
         bring_up_to_date(settings, sources, ["modelfile"])
         from pipeline.stages.deploy import preview
@@ -499,7 +504,7 @@ def verify(
     elif Layout(config).config.is_file():
         content = verify_folder(config.absolute(), stages.judged_stages(), overrides)
     else:
-        settings, sources = resolved(config, overrides)
+        settings, sources = resolved(config, overrides, reads_input=True)
         bring_up_to_date(settings, sources, ["verify"], force)
         content = json.loads(Layout(settings.run_folder).verify_json.read_text(encoding="utf-8"))
     _print_checks(content, as_json)

@@ -89,8 +89,8 @@ class Data(Section):
 
     train: File | None = Field(
         description="conversations to train on: a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow; also .gz, .zst), "
-        "a folder of them, a pattern such as parts/*.jsonl, or a data set of a hub, "
-        "hf:OWNER/NAME:CONFIGURATION:SPLIT@REVISION; not with adapter.path"
+        "a folder of them, a pattern such as parts/*.jsonl, a data set of a hub, "
+        "hf:OWNER/NAME:CONFIGURATION:SPLIT@REVISION, or - for standard input; not with adapter.path"
     )
     sources: Annotated[tuple[Source, ...], Field(strict=False)] = Field(
         (),
@@ -154,9 +154,9 @@ class Data(Section):
         if value == "split":
             raise ValueError(
                 'data.control_tokens = "split": a control token in a text would be trained as ordinary tokens, and '
-                "Ollama and llama-server read it as the control token, wherever it stands in a prompt: the model would "
-                'be served what it was not trained on. Take it out of the texts ("error" names them all), or "keep" it '
-                "as the token that it is"
+                "Ollama and llama-server read it as the control token, wherever it stands in a prompt, and end an "
+                "answer at it: the model would be served what it was not trained on. Take it out of the texts "
+                '("error" names them all), or "keep" it as the token that it is'
             )
         return value
 
@@ -497,6 +497,7 @@ _TOO_MUCH = "holds a number with thousands of digits, or lists or tables nested 
 
 # Paths that are taken from the folder of pipeline.toml, not from where the command was typed.
 HUB = "hf:"  # begins the name of a data set of a hub; see pipeline.data.hub_files
+STANDARD_INPUT = Path("-")  # a run keeps what came on it; see pipeline.run.standard_input
 _PATHS = (
     ("data", "train"),
     ("data", "validation"),
@@ -589,6 +590,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict
     if (folder := config.train.from_adapter) is not None and not folder.is_dir():
         where = f"{places.get('train.from_adapter', path)}: train.from_adapter"
         raise UserError(f"{where}: {folder}: no such folder; give the one with adapter_config.json")
+    once = [*(f"data.{key}" for key in ("train", "validation", "test") if getattr(config.data, key) == STANDARD_INPUT)]
+    once += ["data.sources" for source in config.data.sources if source.path == STANDARD_INPUT]
+    if len(once) > 1:
+        raise UserError(f"{places.get(once[1], path)}: {once[1]}: -: {once[0]} is standard input already: one can be")
     for source in config.data.sources:
         if problem := _unreadable(source.path, many=True):
             raise UserError(f"{places.get('data.sources', path)}: data.sources: {source.path}: {problem}")
@@ -607,18 +612,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict
 
 
 def _source(given: str, folder: Path, where: str) -> Path:
-    """A path in full, from the folder of pipeline.toml; the name of a data set of a hub as it is.
-
-    What can be read once is no source: every command of a run looks at its data again.
-    """
+    """A path in full, from the folder of pipeline.toml; the name of a data set of a hub as it is."""
     if given.startswith(HUB):
         return Path(given)
-    if given in ("-", "/dev/stdin"):
-        raise UserError(
-            f"{where}: {given}: standard input can be read only once, and a run looks at its data again, to tell "
-            "whether anything has changed: write it to a file first (`... > train.jsonl`) and give that"
-        )
-    return folder / expanded(given, where)
+    return STANDARD_INPUT if given in ("-", "/dev/stdin") else folder / expanded(given, where)
 
 
 def _from_elsewhere(values: dict[str, Any], places: dict[str, str]) -> None:
@@ -675,7 +672,7 @@ def is_pattern(file: Path) -> bool:
 def _unreadable(file: Path, *, many: bool = False) -> str | None:
     """Why a file cannot be read, if it cannot; `many`: a folder or a pattern will do."""
     try:
-        if many and (is_on_hub(file) or file.is_dir() or is_pattern(file)):
+        if many and (file == STANDARD_INPUT or is_on_hub(file) or file.is_dir() or is_pattern(file)):
             return None
         if file.is_dir():
             return "is a folder; give the file in it"

@@ -109,8 +109,10 @@ def test_only_base_and_data_must_be_given(tmp_path: Path) -> None:
             MINIMAL + 'control_tokens = "split"\n',
             ['pipeline.toml:6: data.control_tokens = "split"', "llama-server read it as the control token"],
         ),
-        (MINIMAL.replace('"train.jsonl"', '"-"'), ["data.train: -: standard input can be read only once"]),
-        (MINIMAL + "[[data.sources]]\npath = '/dev/stdin'\n", ["data.sources: /dev/stdin: standard input"]),
+        (
+            MINIMAL.replace('"train.jsonl"', '"-"') + "[[data.sources]]\npath = '/dev/stdin'\n",
+            ["data.sources: -: data.train is standard input already"],
+        ),
         (MINIMAL + "[data]\ntrain = 'y'\n", ["not valid TOML"]),
         (MINIMAL + "validation = '~no-such-user/x'\n", ["pipeline.toml:6: data.validation: ~no-such-user/x: the home"]),
         (MINIMAL + "[ollama]\ntemplate = '~no-such-user/x'\n", ["pipeline.toml:7: ollama.template: ~no-such-user/x"]),

@@ -36,6 +36,11 @@ class Layout:
         return self.run / "config.json"
 
     @property
+    def standard_input(self) -> Path | None:
+        """The rows that came on standard input, in a file whose name says their kind; None where none came yet."""
+        return next(iter(sorted(self.run.glob("standard-input.*"))), None)
+
+    @property
     def events(self) -> Path:
         """What happened, one JSON object a line."""
         return self.run / "events.jsonl"
