@@ -30,16 +30,17 @@ def signatures(texts: Sequence[str]) -> list[bytes]:
     pairs, starts = word_pairs(texts)
     numbers = ((pairs >> np.uint64(32)) * np.uint64(_OF_FIRST) + (pairs & np.uint64(0xFFFFFFFF))) % np.uint64(_PRIME)
     found = np.empty((len(texts), _PLACES), np.uint32)
-    high, prime, bits = np.empty_like(numbers), np.uint64(_PRIME), np.uint64(_BITS)
+    values, quotient = np.empty_like(numbers), np.empty_like(numbers)
+    prime, bits, one = np.uint64(_PRIME), np.uint64(_BITS), np.uint64(1)
     for place, (factor, term) in enumerate(_functions()):
-        values = numbers * factor
+        np.multiply(numbers, factor, out=values)
         values += term
-        # Modulo 2^31 - 1: what stands above 31 bits counts as much as what stands in them.
-        for _ in range(2):
-            np.right_shift(values, bits, out=high)
-            values &= prime
-            values += high
-        values[values == prime] = 0
+        # Modulo 2^31 - 1 without a division: the quotient is (y + (y >> 31)) >> 31 for y = values + 1.
+        np.add(values, one, out=quotient)
+        quotient += quotient >> bits
+        quotient >>= bits
+        values += quotient
+        values &= prime
         found[:, place] = np.minimum.reduceat(values, starts)
     return [signature.tobytes() for signature in found]
 

@@ -240,6 +240,21 @@ def test_tools_and_their_calls_are_rendered() -> None:
     assert json.dumps(tool) in decode(tokenizer("byte-level", template), row.input_ids)
 
 
+def test_labels_are_the_same_where_added_tokens_are_not_found_in_the_text_as_it_is() -> None:
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    made = tokenizer("byte-level")
+    whole = json.loads(made.backend_tokenizer.to_str())
+    for token in whole["added_tokens"]:
+        token["normalized"] = True
+    backend = tokenizers.Tokenizer.from_str(json.dumps(whole))
+    other = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="<|im_end|>")
+    other.chat_template = CHATML
+    answers = [*CHAT, {"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "\n\n<|im_start|>"}]
+    assert rows_of(other, answers) == rows_of(made, answers)
+
+
 TEXTS = st.text(
     st.characters(exclude_categories=["Cs"]) | st.sampled_from("\n\n  <|>é👨‍👩‍👧你\u0301\u3000"), max_size=30
 )
