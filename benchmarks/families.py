@@ -52,6 +52,7 @@ class Family:
         chat_template: whether the tokenizer comes with one; a raw base has none.
         model: further keys of [model].
         added: special tokens beyond the tokenizer's own.
+        taking: the white space that its special tokens take: "lstrip", "rstrip".
         rows: of the embedding; 0: one for every token.
         four_bit: stored in bitsandbytes' 4 bits.
         gguf: given as a GGUF file of this type of llama-quantize.
@@ -62,6 +63,7 @@ class Family:
     chat_template: bool = True
     model: str = ""
     added: tuple[str, ...] = ()
+    taking: tuple[str, ...] = ()
     rows: int = 0
     four_bit: bool = False
     gguf: str = ""
@@ -84,8 +86,8 @@ FAMILIES = {
     "Gemma 2": Family("gemma2", "gemma2", model='chat_template = "gemma"\n'),
     "Gemma 3, text": Family("gemma3", "gemma3_text", rows=262144),
     "Gemma 3, vision": Family("gemma3", "gemma3"),
-    "Phi-3": Family("llama2", "phi3", added=_PHI3, model='chat_template = "phi-3"\n'),
-    "Phi-4": Family("gpt4", "phi3"),
+    "Phi-3": Family("llama2", "phi3", added=_PHI3, taking=("rstrip",), model='chat_template = "phi-3"\n'),
+    "Phi-4": Family("gpt4", "phi3", added=("<|im_sep|>",), taking=("lstrip", "rstrip")),
     "Granite": Family("smollm2-135m-instruct", "granite"),
     "SmolLM2": Family("smollm2-135m-instruct"),
     "SmolLM3": Family("llama3_1", "smollm3"),
@@ -108,6 +110,7 @@ def project(folder: Path, family: Family, *, rows: int = 48) -> Path:
         chat_template=family.chat_template,
         rows=family.rows,
         added=family.added,
+        taking=family.taking,
         four_bit=family.four_bit,
     )
     if family.gguf:

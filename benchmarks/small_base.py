@@ -45,7 +45,14 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 _TIED = ("gemma2", "gemma3_text", "gemma3", "gpt2", "falcon", "granite", "smollm3")
 
 
-def tokenizer_files(name: str, folder: Path, *, chat_template: bool = True, added: tuple[str, ...] = ()) -> Path:
+def tokenizer_files(
+    name: str,
+    folder: Path,
+    *,
+    chat_template: bool = True,
+    added: tuple[str, ...] = (),
+    taking: tuple[str, ...] = (),
+) -> Path:
     """Copy the files of a tokenizer into a folder.
 
     Args:
@@ -53,6 +60,7 @@ def tokenizer_files(name: str, folder: Path, *, chat_template: bool = True, adde
         folder: where to.
         chat_template: whether it keeps its own.
         added: special tokens that the family has beyond this tokenizer's own.
+        taking: the white space that its special tokens take: "lstrip", "rstrip".
 
     Raises:
         FileNotFoundError: the tokenizer is not on this machine.
@@ -68,25 +76,26 @@ def tokenizer_files(name: str, folder: Path, *, chat_template: bool = True, adde
     elif (source / "chat_template.jinja").is_file():
         shutil.copyfile(source / "chat_template.jinja", folder / "chat_template.jinja")
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    if added:
-        _add_tokens(folder, added)
+    if added or taking:
+        _change_tokens(folder, added, taking)
     return folder
 
 
-def _add_tokens(folder: Path, words: tuple[str, ...]) -> None:
-    """Write further special tokens into a tokenizer, as Phi-3's: they take the white space that follows them.
+def _change_tokens(folder: Path, words: tuple[str, ...], taking: tuple[str, ...]) -> None:
+    """Write further special tokens into a tokenizer, and what all take, but for those that take nothing in Phi-3.
 
     The files themselves are changed: a family's own class would write their other parts anew.
     """
     file, settings_file = folder / "tokenizer.json", folder / "tokenizer_config.json"
     content, settings = (json.loads(path.read_text(encoding="utf-8")) for path in (file, settings_file))
     first = max(*content["model"]["vocab"].values(), *(token["id"] for token in content["added_tokens"])) + 1
-    flags = {"single_word": False, "lstrip": False, "normalized": False, "special": True}
+    flags = {"single_word": False, "normalized": False, "special": True}
     content["added_tokens"] += [{"id": first + n, "content": word, **flags} for n, word in enumerate(words)]
     for token in content["added_tokens"]:
-        token["rstrip"] = token["content"] not in ("<unk>", "<s>", "<|endoftext|>")
+        for side in ("lstrip", "rstrip"):
+            token[side] = side in taking and token["content"] not in ("<unk>", "<s>", "<|endoftext|>")
     every = {
-        str(token["id"]): {key: token[key] for key in ("content", "rstrip", *flags)}
+        str(token["id"]): {key: token[key] for key in ("content", "lstrip", "rstrip", *flags)}
         for token in content["added_tokens"]
     }
     file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
@@ -101,6 +110,7 @@ def write_small_base(
     chat_template: bool = True,
     rows: int = 0,
     added: tuple[str, ...] = (),
+    taking: tuple[str, ...] = (),
     four_bit: bool = False,
 ) -> Path:
     """Write a model of two layers with rows of 256, in bfloat16.
@@ -111,13 +121,13 @@ def write_small_base(
         model_type: the architecture, as config.json names it.
         chat_template: whether the tokenizer keeps its own.
         rows: of the embedding; 0: one for every token.
-        added: special tokens beyond the tokenizer's own.
+        added, taking: as in `tokenizer_files`.
         four_bit: as bitsandbytes saves it in NF4.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    tokenizer_files(tokenizer, folder, chat_template=chat_template, added=added)
+    tokenizer_files(tokenizer, folder, chat_template=chat_template, added=added, taking=taking)
     loaded = AutoTokenizer.from_pretrained(folder)
     settings: dict[str, Any] = {
         "vocab_size": rows or max(loaded.get_vocab().values()) + 1,  # GPT-4's has a gap in its ids

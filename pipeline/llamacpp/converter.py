@@ -1,7 +1,6 @@
 """llama.cpp's pinned convert_hf_to_gguf.py and convert_lora_to_gguf.py, run in processes with their own gguf-py."""
 
 import json
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from pipeline.errors import PipelineError
 from pipeline.llamacpp.gguf_file import GGUFInfo, inspect
 from pipeline.llamacpp.programs import source_tree
 from pipeline.processes import failure, follow
+from pipeline.prompt.token_white_space import PHI3, taking
 
 _EXPLANATIONS = {
     "BPE pre-tokenizer was not recognized": (
@@ -30,30 +30,24 @@ def command(model: Path, target: Path, outtype: str, name: str | None = None) ->
         model: the folder.
         target: the GGUF file.
         outtype: "f32", "f16" or "bf16".
-        name: the model's name in the file; default: what the folder says.
+        name: the model's name in the file; default: the folder's. llama.cpp takes a name for more than that.
     """
-    if _takes_white_space(model) and not re.search(r"phi-?3", name or "", re.I):
-        name = f"phi-3-{name or model.name}"
-    named = ("--model-name", name) if name else ()
+    name = name or model.name
+    if not _takes_white_space(model):
+        name = PHI3.sub("phi_3", name)
+    elif not PHI3.search(name):
+        name = f"phi-3-{name}"
     script = source_tree() / "convert_hf_to_gguf.py"
-    return [sys.executable, script, model, "--outfile", target, "--outtype", outtype, *named]
+    return [sys.executable, script, model, "--outfile", target, "--outtype", outtype, "--model-name", name]
 
 
 def _takes_white_space(model: Path) -> bool:
-    """Whether the special tokens of a model take the white space that follows them, as Phi-3's do.
-
-    No key of a GGUF file says so: llama.cpp goes by the model's name alone, and then takes </s> for one of them
-    (llama_vocab::impl::load in its src/llama-vocab.cpp).
-    """
+    """Whether tokens of a model take the white space that follows them, which llama.cpp knows by the name alone."""
     try:
-        tokens = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+        added = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
     except (OSError, ValueError, KeyError):  # no tokenizer.json, which is for the converter to say
         return False
-    special = {token["content"]: bool(token.get("rstrip")) for token in tokens if token.get("special")}
-    ordinary = {"<unk>", "<s>", "<|endoftext|>", "</s>"}
-    taking = [word for word, takes in special.items() if takes and word not in ordinary]
-    has_end = any(token["content"] == "</s>" and token.get("rstrip") for token in tokens)
-    return has_end and bool(taking) and len(taking) == len(special.keys() - ordinary)
+    return any(taking({token["content"]: bool(token.get("rstrip")) for token in added}).values())
 
 
 def adapter_command(adapter: Path, base: Path, target: Path) -> list[str | Path]:

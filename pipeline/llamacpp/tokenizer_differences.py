@@ -7,59 +7,64 @@ llama.cpp reads it must be, id for id, what llama.cpp makes of it.
 from __future__ import annotations
 
 import re
-import unicodedata
+from functools import lru_cache
 from typing import Any
 
+from pipeline.llamacpp.library import LlamaModel
 from pipeline.llamacpp.llama_server import LlamaServer
 from pipeline.prompt.template import with_bos
+from pipeline.prompt.token_white_space import left, parts
+from pipeline.prompt.tokenizer import as_served
 
 
 def known_habit(
-    server: LlamaServer,
-    tokenizer: Any,
-    trained: str,
-    prompt: str,
-    expected: list[int],
-    served: list[int],
-    *,
-    add_special: bool = True,
+    server: LlamaServer | LlamaModel, tokenizer: Any, trained: str, served: list[int], *, add_special: bool = True
 ) -> str:
-    """Which habit of llama.cpp's tokenizer explains other ids completely; "" if none does.
+    """Which habits of llama.cpp's tokenizer explain other ids completely; "" if none do.
 
     Args:
         server: has the served vocabulary.
         tokenizer: the trained one, of transformers.
         trained: the text as it was trained.
-        prompt: the text as it is served, without a BOS that the server adds.
-        expected: the trained ids of `trained`.
-        served: the served ids of `prompt`.
-        add_special: BOS is added to `prompt`.
+        served: the served ids of it.
+        add_special: they begin with BOS, where the tokenizer adds it.
     """
-    for form in (None, "NFC", "NFKC"):
-        normal = unicodedata.normalize(form, prompt) if form else prompt
-        if form and normal == prompt:
-            continue
-        ids = server.tokenize(normal, add_special=add_special, parse_special=True) if form else served
-        reasons = [f"the trained tokenizer normalises texts ({form}), llama.cpp does not"] if form else []
-        if ids == expected:
-            return reasons[0]
-        # Words such as </s> are special to llama.cpp in any vocabulary that has them.
-        pieces = {tokenizer.convert_ids_to_tokens(token): token for token in set(ids) - set(expected)}
+    twin, habits = _as_served(tokenizer)
+    if left(twin, trained):
+        habits = [*habits, "of the white space after a special token only that of ASCII is taken"]
+    ids = [id for part in parts(twin, trained) for id in _ids(twin, part)]
+    if _whole(twin, ids, add_special) != served:
+        # Further words may be special to llama.cpp in any vocabulary that has them.
+        pieces = {tokenizer.convert_ids_to_tokens(token): token for token in set(served) - set(ids)}
         words = sorted(
             piece
             for piece, token in pieces.items()
             if piece in trained and server.tokenize(piece, parse_special=False) != [token]
         )
-        split = _split(tokenizer, trained, {word: pieces[word] for word in words})
-        if words and (with_bos(tokenizer, split) if add_special else split) == ids:
-            read = f"llama.cpp reads {', '.join(words)} in a text as a special token, the trained tokenizer does not"
-            return "; ".join([*reasons, read])
-    return ""
+        split = _split(twin, trained, {word: pieces[word] for word in words})
+        if not words or _whole(twin, split, add_special) != served:
+            return ""
+        habits = [*habits, f"special tokens in a text: {', '.join(words)}"]
+    return f"llama.cpp reads otherwise than the trained tokenizer: {'; '.join(habits)}"
+
+
+@lru_cache(maxsize=8)
+def _as_served(tokenizer: Any) -> tuple[Any, list[str]]:
+    return as_served(tokenizer)
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    return ids
+
+
+def _whole(tokenizer: Any, ids: list[int], add_special: bool) -> list[int]:
+    return with_bos(tokenizer, ids) if add_special else ids
 
 
 def _split(tokenizer: Any, text: str, special: dict[str, int]) -> list[int]:
-    """The trained tokenizer's ids of a text in which some words are special tokens."""
+    """The tokenizer's ids of a text in which some words are special tokens."""
     ids: list[int] = []
     for part in re.split(f"({'|'.join(map(re.escape, special))})", text):
-        ids += [special[part]] if part in special else tokenizer(part, add_special_tokens=False).input_ids
+        ids += [special[part]] if part in special else _ids(tokenizer, part)
     return ids

@@ -17,6 +17,8 @@ FILE = "tokenizer.model"
 def write_sentencepiece(folder: Path) -> None:
     """Write tokenizer.model into a folder whose tokenizer.json needs it and where there is none.
 
+    Where the converter would ask for one that is not needed, it is told so.
+
     Args:
         folder: a model's, with config.json.
     """
@@ -25,8 +27,17 @@ def write_sentencepiece(folder: Path) -> None:
     tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     # Gemma 3's converter reads the merges themselves.
-    if _is_sentencepiece(tokenizer) and not str(config.get("model_type")).startswith("gemma3"):
+    if not _is_sentencepiece(tokenizer):
+        if config.get("model_type") == "phi3":
+            _say_that_it_needs_none(folder / "tokenizer_config.json")
+    elif not str(config.get("model_type")).startswith("gemma3"):
         (folder / FILE).write_bytes(_model(tokenizer))
+
+
+def _say_that_it_needs_none(file: Path) -> None:
+    """Phi-4's is a BPE over bytes in Phi-3's architecture, which the converter knows by the name of its class alone."""
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(settings | {"tokenizer_class": "GPT2Tokenizer"}, indent=2) + "\n", encoding="utf-8")
 
 
 def _is_sentencepiece(tokenizer: dict[str, Any]) -> bool:

@@ -81,7 +81,7 @@ def prove_prompts(
             served = server.tokenize(prompt, add_special=True, parse_special=True)
             if expected == served:
                 equal += 1
-            elif reason := known_habit(server, tokenizer, trained, prompt, expected, served):
+            elif reason := known_habit(server, tokenizer, trained, served):
                 other[case.name] = reason
             else:
                 place = len(os.path.commonprefix([expected, served]))

@@ -1,12 +1,14 @@
 """The tokenizer that a model is trained with: the base's, made to read every text as llama.cpp will read it.
 
-llama.cpp has no Unicode normalisation, and some words are control tokens to it in whatever vocabulary has them. It
-cannot be taught otherwise by a GGUF file, so a model is trained on the ids that it will be served.
+llama.cpp has no Unicode normalisation, some words are control tokens to it in whatever vocabulary has them, and few
+tokens take white space from the texts beside them. It cannot be taught otherwise by a GGUF file, so a model is trained
+on the ids that it will be served.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +17,7 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.prompt.chat_templates import DEFAULT, put_on
 from pipeline.prompt.control_tokens import CONTROL_WORDS
+from pipeline.prompt.token_white_space import taking
 from pipeline.resources import chat_templates
 
 # In a vocabulary with one of these, llama.cpp takes </s> for an ordinary word again.
@@ -80,8 +83,8 @@ class Beyond:
     rows: int
 
     def __str__(self) -> str:
-        names = ", ".join(list(self.tokens)[:5]) + ", ..." * (len(self.tokens) > 5)
-        return f"{names} have no row in the embedding (the tokenizer has {self.size:,} tokens, it {self.rows:,} rows)"
+        sizes = f"the tokenizer has {self.size:,} tokens, it {self.rows:,} rows"
+        return f"{_first(list(self.tokens))} have no row in the embedding ({sizes})"
 
     def refuse_in(self, text: str, place: str) -> None:
         """Refuse a text that spells one of them.
@@ -242,19 +245,38 @@ def as_served(tokenizer: Any) -> tuple[Any, list[str]]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return tokenizer, []
-    normalized = isinstance(backend.normalizer, normalizers.NFC)
+    normalized = isinstance(backend.normalizer, normalizers.NFC | normalizers.NFKC | normalizers.NFD | normalizers.NFKD)
+    form = type(backend.normalizer).__name__
     words = _ordinary_control_words(tokenizer)
+    added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
+    takes = taking({word: token.rstrip for word, token in added.items()} | dict.fromkeys(words, False))
+    fewer = [word for word, token in added.items() if token.lstrip or token.rstrip > takes[word]]
+    more = [word for word, token in added.items() if takes[word] > token.rstrip]
     changes = []
-    if normalized or words:
-        tokenizer = _from_its_files(tokenizer)
+    if normalized or words or fewer or more:
+
+        def edit(whole: dict[str, Any]) -> None:
+            if normalized:
+                whole["normalizer"] = None
+            for token in whole["added_tokens"]:
+                token |= {"lstrip": False, "rstrip": takes[token["content"]]}
+
+        tokenizer = _from_its_files(tokenizer, edit)
     if normalized:
-        tokenizer.backend_tokenizer.normalizer = None
-        changes.append("texts are not normalised (NFC)")
+        changes.append(f"texts are not normalised ({form})")
     if words:
-        added = [AddedToken(word, normalized=False, special=True) for word in words]
-        tokenizer.add_tokens(added, special_tokens=True)
+        tokens = [AddedToken(word, rstrip=takes[word], normalized=False, special=True) for word in words]
+        tokenizer.add_tokens(tokens, special_tokens=True)
         changes.append(f"special tokens in a text: {', '.join(words)}")
+    if fewer:
+        changes.append(f"no white space is taken from the texts beside {_first(fewer)}")
+    if more:
+        changes.append(f"the white space after {_first(more)} is taken")
     return tokenizer, changes
+
+
+def _first(words: Sequence[str]) -> str:
+    return ", ".join(words[:5]) + ", ..." * (len(words) > 5)
 
 
 def _ordinary_control_words(tokenizer: Any) -> list[str]:
@@ -280,10 +302,17 @@ def _saved_as_it_is(tokenizer: Any) -> bool:
     return bool(saved.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str())
 
 
-def _from_its_files(tokenizer: Any) -> Any:
-    """The same in the class that reads tokenizer.json as it is: a family's own class builds its normaliser anew."""
+def _from_its_files(tokenizer: Any, edit: Callable[[dict[str, Any]], None]) -> Any:
+    """The same, once its tokenizer.json is edited, in the class that reads that as it is.
+
+    A family's own class builds its normaliser anew.
+    """
     from transformers import PreTrainedTokenizerFast
 
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
+        file = Path(folder) / "tokenizer.json"
+        whole = json.loads(file.read_text(encoding="utf-8"))
+        edit(whole)
+        file.write_text(json.dumps(whole, ensure_ascii=False), encoding="utf-8")
         return PreTrainedTokenizerFast.from_pretrained(folder)

@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
@@ -20,11 +20,11 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 from pipeline.console import progress
 from pipeline.data.checks import Seen, check_expected
 from pipeline.data.expression import Expression
-from pipeline.data.findings import Findings, MarkedRow
-from pipeline.data.formats import Reading, conversations, no_rows
+from pipeline.data.findings import Findings, MarkedRow, RowError
+from pipeline.data.formats import Conversation, Reading, conversations, no_rows
 from pipeline.data.leaks import Leaks, asked_in
 from pipeline.data.near_duplicates import NearDuplicates
-from pipeline.data.questions import chosen, questions_in
+from pipeline.data.questions import chosen, question_of, questions_in
 from pipeline.data.sources import Rows, files_of, unparsed_rows
 from pipeline.data.word_pairs import NEAR
 from pipeline.errors import UserError
@@ -40,7 +40,8 @@ from pipeline.prompt.encoder_pool import EncoderPool
 from pipeline.prompt.lengths import check_room, question_lengths
 from pipeline.prompt.prepared import Batch, Prepared, Preparer
 from pipeline.prompt.sequences import TOO_LONG_CUT, TOO_LONG_DROPPED, TOO_LONG_SPLIT, Encoder
-from pipeline.prompt.template import render
+from pipeline.prompt.template import TemplateRefused, render
+from pipeline.prompt.token_white_space import refuse_left
 from pipeline.prompt.tokenizer import beyond_embedding, saved_tokenizer
 from pipeline.prompt.training_set import TrainingSet
 from pipeline.run.stage import Stage, Task
@@ -92,7 +93,7 @@ def main(task: Task) -> dict[str, Any]:
     with task.new(task.layout.findings).open("w", encoding="utf-8", newline="\n") as file:
         found = {name: Findings(name, file) for name in ("test", "validation")}
         leaks = {"validation": Leaks(), "test": Leaks()}
-        test = _test(task, preparer.reading, found["test"], leaks["test"])
+        test = _test(task, preparer.reading, encoder.tokenizer, found["test"], leaks["test"])
         asked, lengths = _asked(task, encoder.tokenizer, test)
         figures |= {"test_rows": len(test), "test_longest_question": max(lengths, default=0)}
         sets: dict[str, TrainingSet] = {}
@@ -167,7 +168,7 @@ class _TestRow(NamedTuple):
     tools: bool
 
 
-def _test(task: Task, reading: Reading, findings: Findings, leaks: Leaks) -> list[_TestRow]:
+def _test(task: Task, reading: Reading, tokenizer: Any, findings: Findings, leaks: Leaks) -> list[_TestRow]:
     """Write the test rows, all of which are held out of the training data.
 
     Raises:
@@ -182,6 +183,8 @@ def _test(task: Task, reading: Reading, findings: Findings, leaks: Leaks) -> lis
             elif row.text is not None:  # asks nothing
                 findings.leave_out(place, NOT_ASKED, f"{place}: is a whole text, which asks nothing")
                 texts.append(place)
+            elif error := _served_otherwise(tokenizer, row):
+                findings.error(place, error)
             else:
                 file.write(row.as_line())
                 rows.append(_TestRow(place, bool(row.tools)))
@@ -208,6 +211,21 @@ def _test(task: Task, reading: Reading, findings: Findings, leaks: Leaks) -> lis
             )
         task.warn(f"{path.name}: {with_tools:,} of {len(rows):,} rows have tools; they are not asked")
     return rows
+
+
+def _served_otherwise(tokenizer: Any, row: Conversation) -> RowError | None:
+    """Why a test row cannot be asked with the ids that it would be trained with; None where it can."""
+    question = question_of(row)
+
+    def prompt() -> Iterator[str]:
+        with suppress(TemplateRefused):  # which is said where its tokens are counted, if it is asked
+            yield render(tokenizer, question.messages, add_generation_prompt=True, tools=question.tools)
+
+    try:
+        refuse_left(tokenizer, prompt(), row.place)
+    except RowError as error:
+        return error
+    return None
 
 
 def _asked(task: Task, tokenizer: Any, test: Sequence[_TestRow]) -> tuple[list[str], list[int]]:

@@ -77,7 +77,7 @@ def check_file(
         with LlamaServer(path, context=256, template=shipped) as server:
             report = judge(template, suite, lambda case: ask_llama_server(server, template, case), joins=False)
             yield _judged(rendered, report, f"guarded as it is served: {report.summary}; bare: {bare}" if bare else "")
-            yield _same_tokens(tokens, template, tokenizer, server, suite)
+            yield from _same_tokens(tokens, template, tokenizer, server, suite)
     except PipelineError as error:
         yield rendered.holds(False, f"llama-server cannot use it: {error}")
 
@@ -108,8 +108,9 @@ def _judged(claim: Claim, report: Report, summary: str = "") -> Result:
 
 def _same_tokens(
     claim: Claim, template: ChatTemplate, tokenizer: Any, server: LlamaServer, suite: Sequence[Case]
-) -> Result:
+) -> Iterator[Result]:
     differing, compared, words = 0, 0, ""
+    habits: dict[str, list[str]] = {}
     for case in suite:
         try:
             trained = template.render(case.messages, case.tools, case.think)
@@ -117,13 +118,22 @@ def _same_tokens(
             continue
         compared += 1
         expected = token_ids(tokenizer, trained)
-        prompt = template.served(trained)
-        served = server.tokenize(prompt, add_special=True)
-        if served != expected and not known_habit(server, tokenizer, trained, prompt, expected, served):
+        served = server.tokenize(template.served(trained), add_special=True)
+        if served == expected:
+            continue
+        if habit := known_habit(server, tokenizer, trained, served):
+            habits.setdefault(habit, []).append(case.name)
+        else:
             differing += 1
             words = words or f"conversation {case.name!r} is served as {served[:8]}, trained as {expected[:8]}"
     more = f" ({differing} of {compared} differ)" if differing else ""
-    return claim.at_most(differing, 0, words + more)
+    yield claim.at_most(differing, 0, words + more)
+    if habits:
+        known = "; ".join(f"{', '.join(map(repr, names))}: {habit}" for habit, names in habits.items())
+        sentence = f"left out, because it is known why they are served with other ids: {known}"
+        yield Claim("prompt.habits", claim.rung, sentence).holds(
+            True, figure=sum(map(len, habits.values())), threshold="explained"
+        )
 
 
 def _modelfiles(artefacts: Artefacts, suite: Sequence[Case]) -> Iterator[Result]:

@@ -137,9 +137,7 @@ def _same_ids(artefacts: Artefacts, claim: Claim, server: LlamaServer) -> Iterat
             served = server.tokenize(text)
             if served == ids:
                 pass
-            elif text not in own and (
-                habit := known_habit(server, tokenizer, text, text, ids, served, add_special=False)
-            ):
+            elif text not in own and (habit := known_habit(server, tokenizer, text, served, add_special=False)):
                 habits[habit] += 1
             else:
                 differing += 1

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from support import bases, servers, small_models
+from tokenizers import normalizers
 from transformers import AutoTokenizer
 
 from pipeline.data.token_file import read_tokens
@@ -73,6 +74,10 @@ def test_a_tokenizer_that_reads_as_llama_cpp_is_left_as_it_is() -> None:
     tokenizer, changes = as_served(own)
     assert tokenizer is own
     assert changes == []
+    own.backend_tokenizer.normalizer = normalizers.NFKC()
+    tokenizer, changes = as_served(own)
+    assert changes == ["texts are not normalised (NFKC)"]
+    assert ids(tokenizer, "\ufb01") != ids(own, "\ufb01") == ids(own, "fi")
     again, changes = as_served(as_served(AutoTokenizer.from_pretrained(servers.family("qwen3")))[0])
     assert changes == []
     assert again.backend_tokenizer.normalizer is None
