@@ -15,11 +15,12 @@ from support.small_models import make_config, make_task
 from benchmarks.small_base import write_small_base
 from pipeline.config import Config
 from pipeline.errors import UserError
+from pipeline.model import derived_folder
 from pipeline.model.base import resolve_base
 from pipeline.model.facts import facts
 from pipeline.model.four_bit import in_16bit, is_4bit
 from pipeline.model.nf4 import Record
-from pipeline.model.sixteen_bit import check_bits, merge_files
+from pipeline.model.sixteen_bit import check_bits, merge_files, sixteen_bit_base
 from pipeline.model.weights_file import read_weights
 from pipeline.resources import resource
 from pipeline.stages import merge
@@ -130,33 +131,47 @@ def test_what_cannot_be_merged_into(four_bit: Path, base: str, named: str, words
             merge_files(settings)
 
 
-def test_an_adapter_on_it_becomes_part_of_the_model_that_is_named(four_bit: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("way", "added"), [("tensors", ()), ("tensors", ("<|im_start|>", "<|im_end|>")), ("peft", ("<|im_start|>",))]
+)
+def test_an_adapter_on_it_becomes_part_of_the_model_that_is_named(
+    four_bit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, added: tuple[str, ...]
+) -> None:
     """In bytes: its weights and the adapter, summed in float32 and rounded once; not what the 4 bits unpack to."""
     import torch
 
-    plain, run = bases.base("llama-16bit", "llama2"), tmp_path / "run"
-    adapter = random_adapter(plain, run / "train" / "adapter", target_modules=["q_proj", "down_proj"])
+    monkeypatch.setattr(derived_folder, "cache_folder", lambda: tmp_path / "cache")
+    given, run = bases.base("llama-16bit", "llama2"), tmp_path / "run"
+    model = {"base": str(four_bit), "chat_template": "zephyr", "add_tokens": added}
+    sections = {"model": model, "merge": {"model": str(given), "base": "16bit", "way": way}}
+    named = sixteen_bit_base(make_config(**sections), tmp_path / "unpacked")
+    rows = list(range(32_000, 32_000 + len(added)))
+    new = {"trainable_token_indices": {"model.embed_tokens": rows, "lm_head": rows}} if added else {}
+    adapter = random_adapter(named, run / "train" / "adapter", target_modules=["q_proj", "down_proj"], **new)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(plain / name, adapter / name)
+        shutil.copy(named / name, adapter / name)
     shutil.copy(resource("templates/chat/zephyr.jinja"), adapter / "chat_template.jinja")
-    projections = [name.removesuffix(".weight") for name in read_weights(plain).shapes if "_proj." in name]
+    projections = [name.removesuffix(".weight") for name in read_weights(named).shapes if "_proj." in name]
     Record(frozenset(projections)).write(run / "train")
-    sections = {"model": {"base": str(four_bit)}, "merge": {"model": str(plain), "base": "16bit"}}
     figures = merge.main(make_task(run, "merge", **sections))
     assert figures["merged_into"] == "16bit"
-    assert json.loads((run / "merge" / "base.json").read_text())["why"] == f"merge.model names it: {plain}"
+    assert json.loads((run / "merge" / "base.json").read_text())["why"] == f"merge.model names it: {given}"
 
-    expected, found = merged_by_peft(plain, adapter), read_weights(run / "merge" / "model")
-    assert set(found.shapes) == set(read_weights(plain).shapes)
+    expected, found = merged_by_peft(named, adapter), read_weights(run / "merge" / "model")
+    before = read_weights(named)
+    assert set(found.shapes) == set(before.shapes)
     for name in found.shapes:
         assert torch.equal(found[name], expected[name].to(torch.bfloat16)), name
+    changed = (found["lm_head.weight"] != before["lm_head.weight"]).any(1).nonzero().flatten().tolist()
+    assert changed == rows
 
     artefacts = Artefacts.of_run(run, make_task(run, "verify", **sections).config, tmp_path)
     assert {result.verdict for result in check_merge(artefacts)} == {PASS}
     (said,) = merge_base.check(artefacts)
-    assert said.words == f"nothing was measured: merge.model names it: {plain}"
-    unpacked = Artefacts.of_run(run, make_config(model=sections["model"]), tmp_path)
-    assert FAIL in {result.verdict for result in check_merge(unpacked)}
+    assert said.words == f"nothing was measured: merge.model names it: {given}"
+    if not added:
+        unpacked = Artefacts.of_run(run, make_config(model=model), tmp_path)
+        assert FAIL in {result.verdict for result in check_merge(unpacked)}
 
 
 def test_its_weights_unpack_to_what_an_adapter_sees(four_bit: Path, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from pipeline.errors import PipelineError, UserError
 from pipeline.model.adapter_file import read_adapter
 from pipeline.model.layer_by_layer import Layers
 from pipeline.model.merging import MergedWeights, write_merged
+from pipeline.model.nf4 import Record
+from pipeline.model.peft_merging import PeftMerge
 from pipeline.model.weights_file import read_weights
 
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -85,6 +87,21 @@ def test_every_byte_is_that_of_peft(kind: str, tmp_path: Path) -> None:
     before = sum(float(weights[name].float().norm()) ** 2 for name in merged.additions)
     assert sums.base == pytest.approx(before, rel=1e-3)
     assert 0 < sums.rounding**0.5 < merged.change
+
+
+@pytest.mark.parametrize("kind", ["single tokens of both", "single tokens, tied", "saved and tied", "biases"])
+def test_the_way_of_peft_leaves_the_same(kind: str, tmp_path: Path) -> None:
+    """`merge.way = "peft"` with what is more than matrices."""
+    model_type, sizes, lora = KINDS[kind]
+    base = random_base(tmp_path / "base", model_type, **sizes)
+    adapter = random_adapter(base, tmp_path / "adapter", **lora)
+    expected = merged_by_peft(base, adapter)
+    by_peft = PeftMerge(read_weights(base), adapter, Record(), dequantizes=False, trust_remote_code=False)
+    by_peft.merge(tmp_path / "merged")
+    found = read_weights(tmp_path / "merged")
+    assert found.shapes.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor.detach().to(torch.bfloat16)), name
 
 
 def test_names_that_begin_otherwise_in_the_files(tmp_path: Path) -> None:
