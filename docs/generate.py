@@ -97,6 +97,8 @@ def configuration_page() -> str:
         "# Configuration",
         "Every key of `pipeline.toml`. Only `model.base` and `data.train`, or `adapter.path` or "
         "`[[adapters]]` in its place, must be given. A path is taken from the folder of the file. "
+        "Each of [`[[trainings]]`](train.md#several-adapters-on-one-base) has a `name` and keys of its own out of "
+        "these, all but those of the base, the run and adapters. "
         "`pipeline config` prints the same keys with the values that a run would have, and where "
         "each came from; `--set section.key=value` overrides one for one command. Written by `docs/generate.py`.",
     ]
@@ -129,7 +131,7 @@ def _defaults_table() -> str:
     config = Config(model=Model(base="a-base"), data=Data(train=Path("train.jsonl")))
     columns = [resolve(config, {}, facts)[0].model_dump(mode="json") for facts in MACHINES.values()]
     rows = [_row("key", *MACHINES), "|---" * (1 + len(MACHINES)) + "|"]
-    for section, key in (name.split(".") for name in RULES):
+    for section, key in (name.split(".") for name, _ in fields() if name in RULES):
         values = [column[section][key] for column in columns]
         if any(value != values[0] for value in values):
             rows.append(_row(f"`{section}.{key}`", *("not set" if v is None else f"`{json.dumps(v)}`" for v in values)))

@@ -26,7 +26,7 @@ def write_project(
     adapters: Sequence[Path],
     base: str | None,
     template: str | None,
-    data: Path | None,
+    data: Sequence[Path],
     quant: Sequence[str],
     form: str | None = None,
     *,
@@ -40,7 +40,7 @@ def write_project(
         adapters: their folders; several are combined.
         base: the base; without it the one that the first names.
         template: the chat template that they were trained with.
-        data: test questions.
+        data: test questions: none, a file for all, or one for each of several, in their order.
         quant: quantization types; none for the default.
         form: "merged" or "adapter", as export.as; None for the default.
         weights: what each of several counts, in their order; none for 1 each.
@@ -56,6 +56,9 @@ def write_project(
     base = base or base_of(read_given_adapter(folders[0]))
     if weights and len(weights) != len(folders):
         raise UserError(f"--weight: {len(weights)} of them for {len(folders)} --adapter: give one for each, or none")
+    if len(data) > 1 and len(data) != len(folders):
+        raise UserError(f"--data: {len(data)} of them for {len(folders)} --adapter: give one for all, or one for each")
+    tests = [str(expanded(file, "--data").absolute()) for file in data]
     several = len(folders) > 1 or bool(weights)
     name, path = _name(*folders), project_of(*folders)
     if path.is_file() and not path.read_text(encoding="utf-8", errors="replace").startswith(_MARK):
@@ -65,7 +68,7 @@ def write_project(
     sections: dict[str, dict[str, Any]] = {
         "model": {"base": _in_full(base), "chat_template": template and _in_full(template)},
         "adapter": {"path": None if several else str(folders[0]), "combine": combine, "density": density},
-        "data": {"test": data and str(expanded(data, "--data").absolute())},
+        "data": {"test": tests[0] if len(tests) == 1 else None},
         "export": {"quant": list(quant), "as": form},
         "ollama": {"name": name},
     }
@@ -73,8 +76,11 @@ def write_project(
     for section, values in sections.items():
         given = [f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items() if value]
         lines += [f"\n[{section}]\n", *given] if given else []
-    for folder, weight in zip(folders, weights or [1.0] * len(folders), strict=True) if several else ():
-        lines.append(f"\n[[adapters]]\npath = {json.dumps(str(folder), ensure_ascii=False)}\nweight = {weight}\n")
+    for place, folder in enumerate(folders) if several else ():
+        table = {"path": str(folder), "weight": weights[place] if weights else 1.0}
+        table |= {"test": tests[place]} if len(tests) > 1 else {}
+        given = [f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in table.items()]
+        lines += ["\n[[adapters]]\n", *given]
     path.parent.mkdir(exist_ok=True)
     write_whole(path, "".join(lines))
     return path

@@ -8,7 +8,7 @@ import inspect
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import click
 from pipeline import __version__, stages
 from pipeline.errors import PipelineError, full_disk
 from pipeline.run.layout import Layout
+from pipeline.trainings import COMBINED
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -116,8 +117,17 @@ def main() -> None:
     """
 
 
+training_option = click.option(
+    "--training",
+    default="",
+    metavar="NAME",
+    help='One of the [[trainings]] of CONFIG, or "combined", instead of each in turn.',
+)
+
+
 def configured(command: Callable[..., None]) -> Callable[..., None]:
-    """The argument and the option of every command that works on a configuration."""
+    """The argument and the options of every command that works on a configuration."""
+    command = training_option(command)
     command = click.option(
         "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value, e.g. train.epochs=2."
     )(command)
@@ -125,14 +135,49 @@ def configured(command: Callable[..., None]) -> Callable[..., None]:
     return click.argument("config", type=click.Path(path_type=Path), default="pipeline.toml", help=words)(command)
 
 
+def each(
+    path: Path,
+    overrides: Sequence[str],
+    training: str,
+    *,
+    gpu_memory: int | None = None,
+    reads_input: bool = False,
+) -> Iterator[tuple[Config, dict[str, str]]]:
+    """As `resolved`, of every one of a configuration's trainings in turn, or of the one that is named.
+
+    A mistake in the last of them is found before anything is done with the first.
+    """
+    from pipeline.console import say
+
+    names = (training,) if training else _trainings(path) or ("",)
+    for name in names[1:]:
+        resolved(path, overrides, name, gpu_memory=gpu_memory, reads_input=reads_input)
+    for name in names:
+        if len(names) > 1:
+            say(f"training {name}" if name != COMBINED else "the trainings, combined")
+        yield resolved(path, overrides, name, gpu_memory=gpu_memory, reads_input=reads_input)
+
+
+def _trainings(path: Path) -> tuple[str, ...]:
+    from pipeline.config import trainings_of
+
+    return trainings_of(path / "pipeline.toml" if path.is_dir() else path)
+
+
 def resolved(
-    path: Path, overrides: Sequence[str], *, gpu_memory: int | None = None, reads_input: bool = False
+    path: Path,
+    overrides: Sequence[str],
+    training: str = "",
+    *,
+    gpu_memory: int | None = None,
+    reads_input: bool = False,
 ) -> tuple[Config, dict[str, str]]:
     """The configuration with every default filled in, and where each value came from.
 
     Args:
         path: a pipeline.toml, or its folder.
         overrides: "key=value" each.
+        training: one of the configuration's trainings; "" where it has none.
         gpu_memory: the defaults are those for a card of so many bytes, 0: for a machine without one; None: for the
             machine that the run began on, or this one.
         reads_input: what comes on standard input is data, where the configuration says so.
@@ -147,7 +192,7 @@ def resolved(
 
     if path.is_dir():
         path = path / "pipeline.toml"
-    config, given = load_config(path, overrides)
+    config, given = load_config(path, overrides, training)
     config = with_standard_input(config, read=reads_input)
     parameters, context = facts(config.model.base, config.model.revision)
     first = first_machine(read_manifest(config.run_folder), config.model)
@@ -179,7 +224,7 @@ def bring_up_to_date(config: Config, sources: dict[str, str], names: Sequence[st
 @configured
 @click.option("--until", metavar="STAGE", help="Stop after this stage.")
 @click.option("--no-preflight", is_flag=True, help="Do not try the untouched base first.")
-def run(config: Path, overrides: tuple[str, ...], until: str | None, no_preflight: bool) -> None:
+def run(config: Path, overrides: tuple[str, ...], training: str, until: str | None, no_preflight: bool) -> None:
     """Run every stage that is not up to date.
 
     After an interruption the same command goes on where it was. Exit status 1 if a stage or a check of `verify` failed.
@@ -188,12 +233,17 @@ def run(config: Path, overrides: tuple[str, ...], until: str | None, no_prefligh
 
     if until is not None and until not in stages.NAMES:
         raise UserError(f"--until {until}: no such stage; one of {', '.join(stages.NAMES)}")
-    settings, sources = resolved(config, overrides, reads_input=True)
     names = stages.NAMES[: stages.NAMES.index(until) + 1] if until else stages.NAMES
-    bring_up_to_date(settings, sources, [name for name in names if not (no_preflight and name == "preflight")])
-    _say_where(settings)
-    if "verify" in names:
-        _say_proof(settings)
+    if not training and "train" in names:
+        every = [resolved(config, overrides, name, reads_input=True) for name in _trainings(config)]
+        for settings, sources in every:
+            if settings.data.train:  # what is wrong with the rows of the last one is said before the first is trained
+                bring_up_to_date(settings, sources, ["data"])
+    for settings, sources in each(config, overrides, training, reads_input=True):
+        bring_up_to_date(settings, sources, [name for name in names if not (no_preflight and name == "preflight")])
+        _say_where(settings)
+        if "verify" in names:
+            _say_proof(settings)
 
 
 def _say_proof(config: Config) -> None:
@@ -244,10 +294,17 @@ def _say_where(config: Config) -> None:
 @click.option("--density", type=float, metavar="NUMBER", help="With --combine: the share of the values that is kept.")
 @click.option("--base", metavar="MODEL", help="With --adapter: its base; without it, the one that it names.")
 @click.option("--template", metavar="TEMPLATE", help="With --adapter: the chat template that it was trained with.")
-@click.option("--data", type=click.Path(path_type=Path), metavar="FILE", help="With --adapter: test questions.")
+@click.option(
+    "--data",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="With --adapter: test questions, for all or, repeated, for each.",
+)
 def export(
     config: Path,
     overrides: tuple[str, ...],
+    training: str,
     quant: tuple[str, ...],
     form: str | None,
     adapters: tuple[Path, ...],
@@ -256,7 +313,7 @@ def export(
     density: float | None,
     base: str | None,
     template: str | None,
-    data: Path | None,
+    data: tuple[Path, ...],
 ) -> None:
     """Make the GGUF files and their Modelfiles from the trained adapter.
 
@@ -281,8 +338,12 @@ def export(
         overrides = (*overrides, f"export.quant={json.dumps(list(quant))}")
     if form:
         overrides = (*overrides, f"export.as={form}")
-    settings, sources = resolved(config, overrides, reads_input=True)
-    bring_up_to_date(settings, sources, ["modelfile"])
+    for settings, sources in each(config, overrides, training, reads_input=True):
+        bring_up_to_date(settings, sources, ["modelfile"])
+        _say_exported(settings)
+
+
+def _say_exported(settings: Config) -> None:
     from pipeline.console import say
     from pipeline.figures import size
     from pipeline.ollama.target import names_of
@@ -298,7 +359,7 @@ def export(
 @main.command(epilog="Example: pipeline status my/pipeline.toml")
 @configured
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def status(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+def status(config: Path, overrides: tuple[str, ...], training: str, as_json: bool) -> None:
     """Show every stage, its state and its main figures.
 
     A stage is fresh, stale (and why) or missing. CONFIG may also be a run's folder.
@@ -306,9 +367,13 @@ def status(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     if Layout(config).config.is_file():
         from pipeline.config import read_run
 
-        settings = read_run(config.absolute())
-    else:
-        settings, _ = resolved(config, overrides)
+        _show_status(read_run(config.absolute()), as_json)
+        return
+    for settings, _ in each(config, overrides, training):
+        _show_status(settings, as_json)
+
+
+def _show_status(settings: Config, as_json: bool) -> None:
     rows = _graph(settings).status(settings)
     if as_json:
         click.echo(json.dumps({"run": str(settings.run_folder), "stages": rows}, indent=1, ensure_ascii=False))
@@ -336,14 +401,18 @@ def status(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 @main.command("config", epilog="Example: pipeline config my/pipeline.toml --set model.base=my-model-folder")
 @configured
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: values, sources and meanings.")
-def show_config(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+def show_config(config: Path, overrides: tuple[str, ...], training: str, as_json: bool) -> None:
     """Print every key of the configuration: its value, meaning, and where the value came from.
 
     What is printed is a pipeline.toml itself.
     """
+    for settings, sources in each(config, overrides, training):
+        _show_config(settings, sources, as_json)
+
+
+def _show_config(settings: Config, sources: dict[str, str], as_json: bool) -> None:
     from pipeline.config import meanings
 
-    settings, sources = resolved(config, overrides)
     values, meaning = settings.model_dump(mode="json"), meanings()
     if as_json:
         document = {"values": values, "sources": sources, "meanings": meaning}
@@ -386,22 +455,22 @@ force_option = click.option("--force", is_flag=True, help="Run it even when it i
 def _plain_stage_command(name: str) -> None:
     @stage_command(name, f"pipeline {name} my/pipeline.toml")
     @force_option
-    def command(config: Path, overrides: tuple[str, ...], force: bool) -> None:
+    def command(config: Path, overrides: tuple[str, ...], training: str, force: bool) -> None:
         """What it needs from earlier stages is brought up to date first."""
-        settings, sources = resolved(config, overrides, reads_input=True)
-        bring_up_to_date(settings, sources, [name], force)
+        for settings, sources in each(config, overrides, training, reads_input=True):
+            bring_up_to_date(settings, sources, [name], force)
 
 
 @stage_command("preflight", "pipeline preflight my/pipeline.toml")
 @click.option("--json", "as_json", is_flag=True, help="Print preflight.json.")
-def preflight(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+def preflight(config: Path, overrides: tuple[str, ...], training: str, as_json: bool) -> None:
     """The base is converted, quantized, served and verified; disk, memory and versions are looked at, every time.
     `pipeline run` does this first, once. Exit status 2 if something would fail.
     """
-    settings, sources = resolved(config, overrides, reads_input=True)
-    bring_up_to_date(settings, sources, ["preflight"], force=True)
-    content = json.loads(Layout(settings.run_folder).preflight_json.read_text(encoding="utf-8"))
-    _print_checks(content, as_json)
+    for settings, sources in each(config, overrides, training, reads_input=True):
+        bring_up_to_date(settings, sources, ["preflight"], force=True)
+        content = json.loads(Layout(settings.run_folder).preflight_json.read_text(encoding="utf-8"))
+        _print_checks(content, as_json)
 
 
 def _print_checks(content: dict[str, Any], as_json: bool) -> None:
@@ -417,7 +486,7 @@ def _print_checks(content: dict[str, Any], as_json: bool) -> None:
 @click.option("--show", type=click.IntRange(min=1), metavar="N", help="Print the first rows as the model sees them.")
 @click.option("--ids", is_flag=True, help="With --show: every token with its id.")
 @force_option
-def data(config: Path, overrides: tuple[str, ...], show: int | None, ids: bool, force: bool) -> None:
+def data(config: Path, overrides: tuple[str, ...], training: str, show: int | None, ids: bool, force: bool) -> None:
     """What stands in brackets is trained, and nothing else. What was found in the rows, with its place, is in
     data/findings.jsonl of the run's folder.
     """
@@ -425,10 +494,10 @@ def data(config: Path, overrides: tuple[str, ...], show: int | None, ids: bool, 
 
     if ids and show is None:
         raise UserError("--ids goes with --show, e.g. --show 3 --ids")
-    settings, sources = resolved(config, overrides, reads_input=True)
-    bring_up_to_date(settings, sources, ["data"], force)
-    if show is not None:
-        _show_rows(settings, show, ids)
+    for settings, sources in each(config, overrides, training, reads_input=True):
+        bring_up_to_date(settings, sources, ["data"], force)
+        if show is not None:
+            _show_rows(settings, show, ids)
 
 
 def _show_rows(config: Config, count: int, ids: bool) -> None:
@@ -448,6 +517,7 @@ def _show_rows(config: Config, count: int, ids: bool) -> None:
 def deploy(
     config: Path,
     overrides: tuple[str, ...],
+    training: str,
     host: str | None,
     name: str | None,
     replace: bool,
@@ -459,14 +529,14 @@ def deploy(
     overrides = (*overrides, *(f"ollama.{key}={json.dumps(value)}" for key, value in given.items() if value))
     if replace:
         overrides = (*overrides, "ollama.replace=true")
-    settings, sources = resolved(config, overrides, reads_input=True)
-    if dry_run:
-        bring_up_to_date(settings, sources, ["modelfile"])
-        from pipeline.stages.deploy import preview
+    for settings, sources in each(config, overrides, training, reads_input=True):
+        if dry_run:
+            bring_up_to_date(settings, sources, ["modelfile"])
+            from pipeline.stages.deploy import preview
 
-        click.echo("\n".join(preview(settings, settings.run_folder)))
-        return
-    bring_up_to_date(settings, sources, ["deploy"], force)
+            click.echo("\n".join(preview(settings, settings.run_folder)))
+        else:
+            bring_up_to_date(settings, sources, ["deploy"], force)
 
 
 @stage_command("verify", "pipeline verify --hf merged/ --gguf model-Q4_K_M.gguf")
@@ -482,6 +552,7 @@ def verify(
     context: click.Context,
     config: Path,
     overrides: tuple[str, ...],
+    training: str,
     hf: Path | None,
     gguf: Path | None,
     ollama: str | None,
@@ -499,17 +570,25 @@ def verify(
     from pipeline.verify.folders import Export, verify_export, verify_folder
 
     export = Export(hf, gguf, ollama, adapter, base)
+    contents: Iterable[dict[str, Any]]
     if export.given:
-        content = verify_export(export, stages.judged_stages(), overrides)
+        contents = [verify_export(export, stages.judged_stages(), overrides)]
     elif Layout(config).config.is_file():
-        content = verify_folder(config.absolute(), stages.judged_stages(), overrides)
+        contents = [verify_folder(config.absolute(), stages.judged_stages(), overrides)]
     else:
-        settings, sources = resolved(config, overrides, reads_input=True)
-        bring_up_to_date(settings, sources, ["verify"], force)
-        content = json.loads(Layout(settings.run_folder).verify_json.read_text(encoding="utf-8"))
-    _print_checks(content, as_json)
-    if content["verdict"] != "pass":
+        contents = (_verified(*run, force) for run in each(config, overrides, training, reads_input=True))
+    failed = False
+    for content in contents:
+        _print_checks(content, as_json)
+        failed |= content["verdict"] != "pass"
+    if failed:
         context.exit(1)
+
+
+def _verified(settings: Config, sources: dict[str, str], force: bool) -> dict[str, Any]:
+    bring_up_to_date(settings, sources, ["verify"], force)
+    content: dict[str, Any] = json.loads(Layout(settings.run_folder).verify_json.read_text(encoding="utf-8"))
+    return content
 
 
 for _name in stages.NAMES:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
+from pipeline import trainings
 from pipeline.errors import UserError
 from pipeline.resources import chat_templates, expanded
 from pipeline.run.layout import Layout
@@ -201,13 +202,19 @@ class GivenAdapter(Section):
     """One of the adapters that were trained elsewhere, each on the same base, and are combined into one."""
 
     path: File = Field(description="its folder, as adapter.path is")
+    training: str = Field("", description="one of [[trainings]] by its name, in the place of path")
     weight: float = Field(1.0, ge=-100, le=100, description="what it counts; below 0 it is taken away")
     name: str = Field("", description="what it is called; without it, as its folder is")
+    test: File | None = Field(
+        None,
+        description="its own test questions, which it is asked alone and the combination too; without it and without "
+        "data.test those of the run that trained it, where its folder is a run's",
+    )
 
     @property
     def called(self) -> str:
         """Its name, as a folder's name can be."""
-        return re.sub(r"[^\w.-]+", "-", self.name or self.path.name)
+        return re.sub(r"[^\w.-]+", "-", self.name or self.training or self.path.name)
 
 
 class Adapter(Section):
@@ -486,6 +493,12 @@ class Config(Section):
         return tuple(adapter.path for adapter in self.adapters)
 
     @property
+    def tests(self) -> dict[str, Path]:
+        """The files of test questions: data.test by "", those of the adapters by what these are called."""
+        own = {adapter.called: adapter.test for adapter in self.adapters}
+        return {name: test for name, test in ({"": self.data.test} | own).items() if test is not None}
+
+    @property
     def run_folder(self) -> Path:
         """The run's folder."""
         return self.run.folder
@@ -508,19 +521,18 @@ _PATHS = (
 )
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, str]]:
-    """Read a configuration.
-
-    Args:
-        path: the TOML file.
-        overrides: "section.key=value" strings; they win over the file.
-
-    Returns:
-        The configuration, and for every dotted key that was given the place it came from.
+def trainings_of(path: Path) -> tuple[str, ...]:
+    """The names of a configuration's [[trainings]], in their order, and of their combination; none where it has none.
 
     Raises:
-        UserError: with file, line and key, and what is allowed there.
+        UserError: as `load_config`.
     """
+    path, text, values = _read(path)
+    return trainings.names_of(values, text, path)
+
+
+def _read(path: Path) -> tuple[Path, str, dict[str, Any]]:
+    """A file's path in full, its text, and its values."""
     path = expanded(path, "CONFIG").absolute()
     if _NO_TEXT.search(str(path)):
         raise UserError(f"{str(path)!r}: the path is not UTF-8 text; rename the file or its folder")
@@ -536,11 +548,40 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict
         raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     try:
         values = tomllib.loads(text)
-        places = {key: _place(path, text, key) for key in _dotted(values)}
+        list(_dotted(values))  # where that is too deep, so is it for all that comes after
+        return path, text, values
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
     except (ValueError, RecursionError):
         raise UserError(f"{path}: {_TOO_MUCH}") from None
+
+
+def load_config(path: Path, overrides: Sequence[str] = (), training: str = "") -> tuple[Config, dict[str, str]]:
+    """Read a configuration.
+
+    Args:
+        path: the TOML file.
+        overrides: "section.key=value" strings; they win over the file.
+        training: which of `trainings_of` is meant; "" where it has none.
+
+    Returns:
+        The configuration, and for every dotted key that was given the place it came from.
+
+    Raises:
+        UserError: with file, line and key, and what is allowed there.
+    """
+    path, text, values = _read(path)
+    places = {key: _place(path, text, key) for key in _dotted(values)}
+    of_training: dict[str, Any] = {}
+    if names := trainings.names_of(values, text, path):
+        if training not in names:
+            which = f"--training {training}: there is none of this name" if training else "has several trainings"
+            raise UserError(f"{path}: {which}: name one of them with --training: {', '.join(names)}")
+        of_training, lines = trainings.take(values, text, training)
+        places |= {key: _place(path, lines, key) for key in _dotted(of_training)}
+        trainings.place_before(of_training, values)
+    elif training:
+        raise UserError(f"{path}: --training {training}: it has no [[trainings]]")
 
     for override in overrides:
         key, value = parse_override(override)
@@ -559,8 +600,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict
         ("adapters", values.get("adapters")),
     ):
         for table in tables if isinstance(tables, list) else ():
-            if isinstance(table, dict) and isinstance(table.get("path"), str):
-                table["path"] = _source(table["path"], path.parent, f"{places.get(key)}: {key}")
+            if isinstance(table, dict) and isinstance(table.get("training"), str) and key == "adapters":
+                if "path" in table:
+                    raise UserError(f"{places.get(key)}: {key}: path and training exclude each other: keep one")
+                runs = values["run"].get("folder") if isinstance(values.get("run"), dict) else None
+                table["path"] = Layout(path.parent / (runs or Run().folder) / table["training"]).adapter
+            for name in ("path", "test"):
+                if isinstance(table, dict) and isinstance(table.get(name), str):
+                    table[name] = _source(table[name], path.parent, f"{places.get(key)}: {key}")
     _from_elsewhere(values, places)
     template = values.get("ollama", {}).get("template") if isinstance(values.get("ollama"), dict) else None
     if isinstance(template, str) and template not in TEMPLATE_WAYS:
@@ -594,9 +641,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict
     once += ["data.sources" for source in config.data.sources if source.path == STANDARD_INPUT]
     if len(once) > 1:
         raise UserError(f"{places.get(once[1], path)}: {once[1]}: -: {once[0]} is standard input already: one can be")
-    for source in config.data.sources:
-        if problem := _unreadable(source.path, many=True):
-            raise UserError(f"{places.get('data.sources', path)}: data.sources: {source.path}: {problem}")
+    for key, more in (
+        *(("data.sources", source.path) for source in config.data.sources),
+        *(("adapters", adapter.test) for adapter in config.adapters),
+    ):
+        if more is not None and (problem := _unreadable(more, many=True)):
+            raise UserError(f"{places.get(key, path)}: {key}: {more}: {problem}")
     # Judged here and not in Config, by which runs of before are read too.
     if config.model.trust_remote_code and "/" in config.model.base and not Path(config.model.base).is_absolute():
         raise UserError(
@@ -604,7 +654,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict
             "no Python files are fetched from a hub: read them, put the whole model into a folder, and give that as "
             "model.base"
         )
-    config = _anchored(config, path)
+    config = _anchored(config, path, training, named="name" in of_training.get("ollama", {}))
     if config.run_folder == path.parent.resolve():
         place = places.get("run.folder", str(path))
         raise UserError(f"{place}: run.folder: is the folder of {path.name}; give one of its own, e.g. run")
@@ -626,11 +676,14 @@ def _from_elsewhere(values: dict[str, Any], places: dict[str, str]) -> None:
     """
     one, several = values.get("adapter"), values.get("adapters")
     given = [("adapter.path", one.get("path"))] if isinstance(one, dict) else []
+    made_here: set[Any] = set()  # by trainings that may be yet to come
     if isinstance(several, list):
         given += [("adapters", table.get("path")) for table in several if isinstance(table, dict)]
+        made_here = {table["path"] for table in several if isinstance(table, dict) and table.get("training")}
+        _ask_as_trained(values, several)
     given = [(key, path) for key, path in given if path is not None]
     for key, path in given:
-        if isinstance(path, str | Path) and not Path(path).is_dir():
+        if isinstance(path, str | Path) and not Path(path).is_dir() and path not in made_here:
             raise UserError(f"{places.get(key)}: {key}: {path}: no such folder; give the one with adapter_config.json")
     if not given:
         return
@@ -643,6 +696,19 @@ def _from_elsewhere(values: dict[str, Any], places: dict[str, str]) -> None:
             places[f"{section}.{name}"] = said
     if places.get("data.train", said) != said:
         raise UserError(f"{places['data.train']}: data.train: nothing is trained with {key}: remove one of them")
+
+
+def _ask_as_trained(values: dict[str, Any], adapters: list[Any]) -> None:
+    """Where no questions are given, each adapter of a run has those of its run."""
+    of_data = values.get("data", {})
+    tables = [table for table in adapters if isinstance(table, dict) and isinstance(table.get("path"), Path)]
+    if not isinstance(of_data, dict) or any("test" in table for table in (of_data, *tables)):
+        return
+    for table in tables:
+        run = Layout(table["path"].resolve().parent.parent)
+        rows = run.rows("test")
+        if run.adapter == table["path"].resolve() and rows.is_file() and rows.stat().st_size:
+            table["test"] = rows
 
 
 def _base(base: str, folder: Path, where: str) -> str:
@@ -684,10 +750,12 @@ def _unreadable(file: Path, *, many: bool = False) -> str | None:
     return None
 
 
-def _anchored(config: Config, path: Path) -> Config:
-    """Defaults that depend on where the file lies."""
-    folder = config.run.folder if config.run.folder.is_absolute() else path.parent / config.run.folder
+def _anchored(config: Config, path: Path, training: str, *, named: bool) -> Config:
+    """Defaults that depend on where the file lies. Each of its trainings has a folder and, if it names none, a name."""
+    folder = path.parent / config.run.folder / training
     name = config.ollama.name or re.sub(r"[^a-z0-9._-]+", "-", path.parent.name.lower())[:80].strip("-._") or "model"
+    if training and not named:
+        name = f"{name}-{training.lower()}"
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"folder": folder.resolve()}),

@@ -34,6 +34,7 @@ RULES = {
     "adapter.path": "none: one is trained",
     "adapter.density": "none: nothing is left out",
     "adapter.rank": "the largest rank among the adapters",
+    "adapters.test": "those of its run, without data.test; else the questions of data.test are asked",
     "data.validation": "the rows that data.validation_fraction splits off",
     "data.test": "none: no rung is asked",
     "data.group": "rows of one question stay together",
@@ -96,7 +97,7 @@ def resolve(config: Config, given: dict[str, str], facts: Facts) -> tuple[Config
 
     Raises:
         UserError: Ollama would not take the name, the address or a parameter, llama-quantize has no such type, or the
-            experiment tracker is not installed.
+            experiment tracker is not installed; or a folder holds no adapter that can be used.
     """
     _check(config, given)
     chosen: dict[str, tuple[Any, str]] = {}
@@ -163,6 +164,7 @@ def _given_table(key: str, given: dict[str, str]) -> str | None:
 def _check(config: Config, given: dict[str, str]) -> None:
     from pipeline.llamacpp.programs import installed
     from pipeline.llamacpp.quantizer import quantization_type
+    from pipeline.model.adapter import check_folder
     from pipeline.ollama.address import normal_host, without_password
     from pipeline.ollama.parameters import check_parameters
     from pipeline.ollama.target import names_of
@@ -177,6 +179,14 @@ def _check(config: Config, given: dict[str, str]) -> None:
                 place = without_password(place)
             raise UserError(f"{place}: {error}" if place else str(error)) from None
 
+    from_adapter = config.train.from_adapter
+    for key, folder in (
+        *(("adapter.path" if config.adapter.path else "adapters", folder) for folder in config.given_adapters),
+        *((("train.from_adapter", from_adapter),) if from_adapter else ()),
+    ):
+        if folder.is_dir():  # what a training of this file makes may be yet to come
+            with at(key):
+                check_folder(folder)
     if installed("llama-quantize"):
         with at("export.quant"):
             for name in config.export.quant:

@@ -67,13 +67,15 @@ def examine(config: Path | None) -> Iterator[Finding]:
     Raises:
         UserError: a configuration that was named cannot be read.
     """
-    from pipeline.config import load_config
+    from pipeline.config import load_config, trainings_of
     from pipeline.setup import gpu, libraries, machine, places
     from pipeline.setup.pins import load_pins
 
     path = config or Path("pipeline.toml")
     path = path / "pipeline.toml" if path.is_dir() else path
-    settings = load_config(path)[0] if config is not None or path.is_file() else None
+    settings = None
+    if config is not None or path.is_file():  # of several trainings the first stands for all: they share the machine
+        settings, _ = load_config(path, training=next(iter(trainings_of(path)), ""))
     programs = places.llamacpp_folder()
     yield machine.python()
     yield libraries.look()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.cli import configured, resolved
+from pipeline.cli import configured, each
 from pipeline.processes import cores
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ class Row:
 def plan(
     config: Path,
     overrides: tuple[str, ...],
+    training: str,
     gpu: int | None,
     memory: int | None,
     disk: int | None,
@@ -91,8 +92,14 @@ def plan(
     Nothing is downloaded but the base's config.json. Without options this machine is meant. Exit status 1 where
     something does not fit; the nearest settings that do are named.
     """
-    settings, _ = resolved(config, overrides, gpu_memory=gpu)
-    machine = _machine(settings, gpu, memory, disk)
+    failed = False
+    for settings, _ in each(config, overrides, training, gpu_memory=gpu):
+        failed |= _plan(settings, _machine(settings, gpu, memory, disk), as_json)
+    sys.exit(failed)
+
+
+def _plan(settings: Config, machine: Machine, as_json: bool) -> bool:
+    """Show it; whether something does not fit."""
     shape, rows, longest = count(settings, machine)
     wrong = list(problems(settings, shape, machine, rows, longest))
     if as_json:
@@ -106,7 +113,7 @@ def plan(
         click.echo(json.dumps(document, indent=1))
     else:
         _show(settings, shape, machine, rows, wrong, longest)
-    sys.exit(bool(wrong))
+    return bool(wrong)
 
 
 def _machine(settings: Config, gpu: int | None, memory: int | None, disk: int | None) -> Machine:

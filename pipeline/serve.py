@@ -111,8 +111,7 @@ def together(runs: Sequence[Path], quant: str | None) -> list[Served]:
         UserError: a run has no GGUF adapter or is not as it was made, two have one name, or their base files differ.
     """
     served: list[Served] = []
-    for given in runs:
-        config = _config(given, quant)
+    for config in (config for given in runs for config in _configs(given, quant)):
         quant = quant or config.export.quant[0]
         served.append(_served(config, quant.lower()))
     names = [each.name for each in served]
@@ -125,24 +124,27 @@ def together(runs: Sequence[Path], quant: str | None) -> list[Served]:
     return served
 
 
-def _config(given: Path, quant: str | None) -> Config:
-    """The configuration of a run; an adapter's folder is exported for it, unless it was before."""
-    from pipeline.config import load_config, read_run
+def _configs(given: Path, quant: str | None) -> list[Config]:
+    """The configuration of a run, or those of all trainings of one; an adapter's folder is exported, unless it was."""
+    from pipeline.config import load_config, read_run, trainings_of
 
     path = expanded(given, "RUN")
     if Layout(path).config.is_file() and Layout(path).manifest.is_file():
-        return read_run(path.absolute())
+        return [read_run(path.absolute())]
     if (path / "adapter_config.json").is_file():
         from pipeline.adapter_project import project_of, write_project
         from pipeline.cli import bring_up_to_date, resolved
 
         if not (project := project_of(path)).is_file():  # it may say of the adapter what its folder does not
-            write_project([path], None, None, None, (quant,) if quant else (), "adapter")
+            write_project([path], None, None, (), (quant,) if quant else (), "adapter")
         settings, sources = resolved(project, ())
         if settings.export.as_ == "adapter":
             bring_up_to_date(settings, sources, ["modelfile"])
-        return settings
-    return load_config(path / "pipeline.toml" if path.is_dir() else path)[0]
+        return [settings]
+    file = path / "pipeline.toml" if path.is_dir() else path
+    if path.is_dir() and not file.is_file() and (runs := sorted(path.glob("*/config.json"))):  # of a file's trainings
+        return [read_run(run.parent.absolute()) for run in runs]
+    return [load_config(file, training=name)[0] for name in trainings_of(file) or ("",)]
 
 
 def _served(config: Config, kind: str) -> Served:

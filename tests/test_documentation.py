@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from pipeline.cli import main
-from pipeline.config import Config, fields, load_config
+from pipeline.config import Config, fields, load_config, trainings_of
 from pipeline.stages import NAMES
 
 ROOT = Path(__file__).parent.parent
@@ -124,14 +124,15 @@ def test_every_configuration_loads(tmp_path: Path) -> None:
     assert {place.partition(":")[0] for place, _ in shown} >= {
         f"docs/{name}.md" for name in ("train", "data", "export", "ollama", "verify", "gpu")
     }
-    for name in ("train", "validation", "test"):
+    for name in ("train", "validation", "test", "sql", "tone", "sql-test", "tone-test"):
         (tmp_path / f"{name}.jsonl").touch()
     for name in ("their", "sql", "tone"):
         (tmp_path / f"{name}-adapter").mkdir()
     for place, text in shown:
         file = tmp_path / f"{place.replace('/', '-')}.toml"
         file.write_text(text, encoding="utf-8")
-        load_config(file)
+        for training in trainings_of(file) or ("",):
+            load_config(file, training=training)
 
 
 def test_every_key_that_is_named_exists() -> None:

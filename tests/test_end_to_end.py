@@ -118,10 +118,15 @@ def test_every_link_is_proven(run: Path) -> None:
 def test_talking_to_every_rung(run: Path) -> None:
     """Each is given the system text that was trained, and so begins its answer as the others do."""
     question = ("--message", "turn on the kitchen light")
-    answers = [pipeline("chat", run.parent, *rung, *question) for rung in ((), ("--gguf",), ("--adapter",))]
-    for answer in answers:
-        assert answer.returncode == 0, answer.stderr
-    assert len({answer.stdout[:8] for answer in answers}) == 1, [answer.stdout for answer in answers]
+    answers = [pipeline("chat", run.parent, *question).stdout]
+    for first, second, rungs in (("ollama", "gguf", ["--gguf"]), ("gguf", "adapter", ["--gguf", "--adapter"])):
+        told = pipeline("chat", run, *rungs, "--compare", *question)
+        assert told.returncode == 0, told.stderr
+        compared = re.fullmatch(rf"{first}: (.*)\n{second}: (.*)\n", told.stdout)
+        assert compared, told.stdout
+        assert told.stderr.splitlines()[-1].startswith("(the same" if compared[1] == compared[2] else "(they part at")
+        answers += compared.groups()
+    assert len({answer[:8] for answer in answers}) == 1, answers
 
 
 def test_the_page_is_whole_and_needs_nothing_else(run: Path) -> None:

@@ -54,6 +54,11 @@ _REASONS = {
 }
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
 _STORED = ("F16", "BF16", "F32")
+_OF_MLX = "adapters.safetensors"
+_MLX = (
+    "is an adapter of MLX, whose tensors have other names and shapes: merge it there (`mlx_lm.fuse --save-path DIR`), "
+    "and convert what comes of it; `pipeline verify --hf DIR --gguf FILE` judges that"
+)
 
 
 @dataclass(frozen=True)
@@ -95,8 +100,8 @@ class Fit:
     remarks: tuple[str, ...] = ()
 
 
-def read_given_adapter(folder: Path) -> Adapter:
-    """Read a folder's settings and the headers of its tensors.
+def check_folder(folder: Path) -> tuple[dict[str, Any], Path]:
+    """What can be said of an adapter's folder at once, without a heavy library: its settings, and its tensors' file.
 
     Raises:
         UserError: it is no adapter that can be merged, and why.
@@ -104,8 +109,16 @@ def read_given_adapter(folder: Path) -> Adapter:
     if not folder.is_dir():
         what = "is a file; give the folder that it is in" if folder.is_file() else "no such folder"
         raise UserError(f"{folder}: {what}")
-    settings = _settings(folder)
-    path = _weights(folder)
+    return _settings(folder), _weights(folder)
+
+
+def read_given_adapter(folder: Path) -> Adapter:
+    """Read a folder's settings and the headers of its tensors.
+
+    Raises:
+        UserError: it is no adapter that can be merged, and why.
+    """
+    settings, path = check_folder(folder)
     weights = read_weights(folder, [path])
     if odd := [f"{name} is stored as {kind}" for name, kind in weights.types.items() if kind not in _STORED]:
         raise UserError(f"{path}: {odd[0]}: an adapter is stored in 16 or 32 bits")
@@ -125,8 +138,8 @@ def _settings(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path}: holds no settings")
-    if "lora_parameters" in settings or ("peft_type" not in settings and (folder / "adapters.safetensors").is_file()):
-        raise UserError(f"{folder}: an adapter of MLX: merge it there (`mlx_lm.fuse`), or train it with PEFT")
+    if "lora_parameters" in settings or ("peft_type" not in settings and (folder / _OF_MLX).is_file()):
+        raise UserError(f"{folder}: {_MLX}")
     kind, task = settings.get("peft_type"), settings.get("task_type")
     if kind != "LORA":
         raise UserError(f"{path}: peft_type = {kind!r}: only LoRA can become part of the weights")
@@ -153,6 +166,8 @@ def _no_adapter(folder: Path) -> str:
         return f"holds adapters in folders of its own ({', '.join(inside[:4])}): give one of them"
     if (folder / "config.json").is_file():
         return "is a whole model, into which nothing is left to be merged: give the adapter's folder"
+    if (folder / _OF_MLX).is_file():
+        return _MLX
     if list(folder.glob("*.gguf")):
         return "holds GGUF files, which cannot be turned back: give the folder that PEFT saved"
     if list(folder.glob("adapter_model.*")):

@@ -168,9 +168,11 @@ class Client:
         answer = self._ask("POST", "/api/chat", json=body).json()
         return {**answer, "content": answer["message"].get("content") or ""}
 
-    def stream(self, name: str, messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-        """Ask, and yield the answer piece by piece."""
-        for step in self._stream("/api/chat", _chat_body(name, messages)):
+    def stream(
+        self, name: str, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any] | None = None
+    ) -> Iterator[str]:
+        """Ask, and yield the answer piece by piece; `options` go before the model's own."""
+        for step in self._stream("/api/chat", _chat_body(name, messages) | {"options": dict(options or {})}):
             yield step["message"].get("content") or ""
 
     def show(self, name: str) -> dict[str, Any]:

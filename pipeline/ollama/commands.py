@@ -125,7 +125,7 @@ def _show(chosen: Choice) -> None:
     "config",
     type=click.Path(path_type=Path),
     default="pipeline.toml",
-    help="The pipeline.toml of a run that is done, or its folder; without it, the one in this folder.",
+    help="The pipeline.toml of a run that is done, its folder or the run's; without it, the one in this folder.",
 )
 @click.option(
     "--gguf",
@@ -137,6 +137,7 @@ def _show(chosen: Choice) -> None:
 @click.option("--adapter", is_flag=True, help="Ask the trained adapter on its base, with transformers.")
 @click.option("--server", metavar="URL", help="Ask adapters that are served there, e.g. http://127.0.0.1:8080.")
 @click.option("--model", "models", multiple=True, metavar="NAME", help="With --server: the adapter; twice to compare.")
+@click.option("--training", "trainings", multiple=True, metavar="NAME", help="One of CONFIG's; twice to compare.")
 @click.option("--compare", is_flag=True, help="Ask two: those that are named, or the one that is and Ollama.")
 @click.option("-m", "--message", help="Ask this, and end.")
 @click.option("--system", help="A system message instead of the trained one.")
@@ -146,6 +147,7 @@ def chat(
     adapter: bool,
     server: str | None,
     models: tuple[str, ...],
+    trainings: tuple[str, ...],
     compare: bool,
     message: str | None,
     system: str | None,
@@ -158,14 +160,19 @@ def chat(
     if models and server is None:
         raise UserError("--model goes with --server, the address of a `pipeline serve`")
     rungs: list[tuple[str, AbstractContextManager[tuple[Stream, str]]]] = []
-    if gguf is not None:
-        rungs.append(("gguf", _rung(config, gguf, adapter=False)))
-    if adapter:
-        rungs.append(("adapter", _rung(config, None, adapter=True)))
+    for training in trainings or ("",):
+        if gguf is not None:
+            rungs.append((f"{training} gguf".strip(), _rung(config, training, gguf, adapter=False, greedy=compare)))
+        if adapter:
+            rungs.append((f"{training} adapter".strip(), _rung(config, training, None, adapter=True, greedy=compare)))
     if server is not None:
-        rungs += [(name or "server", _on_server(server, name)) for name in models or ("",)]
+        rungs += [(name or "server", _on_server(server, name, greedy=compare)) for name in models or ("",)]
     if not rungs or (compare and len(rungs) == 1):
-        rungs.insert(0, ("ollama", _rung(config, None, adapter=False)))
+        in_ollama = [
+            (f"{training} ollama".strip(), _rung(config, training, None, adapter=False, greedy=compare))
+            for training in trainings or ("",)
+        ]
+        rungs = in_ollama + rungs
     if len(rungs) != 1 + compare:
         named = ", ".join(name for name, _ in rungs)
         raise UserError(f"{named}: exclude each other" if not compare else f"{named}: --compare asks two")
@@ -222,8 +229,9 @@ _NO_SWITCH = "(only a server has adapters to change to: --server asks one)"
 class _OnServer:
     """One of the adapters of a `pipeline serve`; another one after `change_to`."""
 
-    def __init__(self, client: httpx.Client, model: str) -> None:
+    def __init__(self, client: httpx.Client, model: str, *, greedy: bool) -> None:
         self.client = client
+        self.options = {"temperature": 0} if greedy else {}
         names = self.models()
         if model and model not in names:
             raise UserError(f"--model {model}: there is none at {client.base_url}; there are {', '.join(names)}")
@@ -252,11 +260,11 @@ class _OnServer:
     def __call__(self, messages: list[dict[str, Any]]) -> Iterator[str]:
         from pipeline.llamacpp.llama_server import stream_chat
 
-        return stream_chat(self.client, {"model": self.model, "messages": messages})
+        return stream_chat(self.client, {"model": self.model, "messages": messages, **self.options})
 
 
 @contextmanager
-def _on_server(url: str, model: str) -> Iterator[tuple[Stream, str]]:
+def _on_server(url: str, model: str, *, greedy: bool) -> Iterator[tuple[Stream, str]]:
     """An adapter on a server, which puts the trained system text in front by itself."""
     import httpx
 
@@ -272,23 +280,29 @@ def _on_server(url: str, model: str) -> Iterator[tuple[Stream, str]]:
     except httpx.InvalidURL as error:
         raise UserError(f"--server {url}: is no address: {error}") from None
     with client:
-        yield _OnServer(client, model), ""
+        yield _OnServer(client, model, greedy=greedy), ""
 
 
 @contextmanager
-def _rung(path: Path, gguf: str | None, *, adapter: bool) -> Iterator[tuple[Stream, str]]:
-    """What answers, and the system text that it has to be given; in Ollama the model has its own."""
+def _rung(path: Path, training: str, gguf: str | None, *, adapter: bool, greedy: bool) -> Iterator[tuple[Stream, str]]:
+    """What answers, and the system text that it has to be given; in Ollama the model has its own.
+
+    The rungs before Ollama answer greedily; Ollama by the model's own parameters, unless it has to be `greedy` too.
+    """
     from pipeline.ollama.serving import llama_server
 
     if gguf:
         with llama_server(Path(gguf)) as server:
             yield server.stream, ""
         return
-    from pipeline.config import load_config
+    from pipeline.config import load_config, read_run
     from pipeline.ollama.modelfile_text import served_system
     from pipeline.run.layout import Layout
 
-    config, _ = load_config(path / "pipeline.toml" if path.is_dir() else path)
+    if Layout(path).config.is_file():
+        config = read_run(path.absolute())
+    else:
+        config, _ = load_config(path / "pipeline.toml" if path.is_dir() else path, training=training)
     run = config.run_folder
     layout = Layout(run)
     if gguf == "":
@@ -306,7 +320,8 @@ def _rung(path: Path, gguf: str | None, *, adapter: bool) -> Iterator[tuple[Stre
             if served is None:
                 raise UserError(f"{run}: the model is not in Ollama; `pipeline chat --gguf` asks its file")
             client, name = served
-            yield lambda messages: client.stream(name, messages), ""
+            options = {"temperature": 0} if greedy else {}
+            yield lambda messages: client.stream(name, messages, options), ""
 
 
 def _remembered(layout: Layout, kind: str) -> int | None:

@@ -8,6 +8,7 @@ name the proxy for hosts that are not this machine:
 """
 
 import os
+import socket
 import ssl
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -131,7 +132,9 @@ def unreachable(address: str, error: Exception) -> str:
                 "name is wrong, give the one that the certificate is for"
             )
         if isinstance(found, ssl.SSLError):
-            return f"{address} speaks no https that is understood here ({found.reason}): is it http://?"
+            return f"{address} speaks no https that is understood here ({found.reason}): try http://"
+        if isinstance(found, socket.gaierror) and not proxy_for(address):
+            return f"there is no host {urlsplit(address).hostname} that is known here ({found.strerror}): see its name"
     if proxy := proxy_for(address):
         variable, name = proxy
         if isinstance(error, httpx.ProxyError) or not isinstance(error, ValueError):
@@ -140,4 +143,6 @@ def unreachable(address: str, error: Exception) -> str:
                 f"no Ollama answers at {address} through the proxy {without_password(name)} of {variable} ({words}); "
                 "if it is to be reached without one, name its host in NO_PROXY"
             )
+    if isinstance(error, httpx.ReadError | httpx.RemoteProtocolError) and address.startswith("http:"):
+        return f"what listens at {address} hangs up ({type(error).__name__}): try https://"
     return f"no Ollama answers at {address} ({type(error).__name__}); start it with `ollama serve`"

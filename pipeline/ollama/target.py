@@ -62,9 +62,9 @@ def find(host: str | None) -> Found:
         return Found(running=Client(address))
     except UserError as error:
         if host:
-            raise UserError(f"{error}, or leave ollama.host out: then one is started for the run") from None
+            raise UserError(f"{error}. Without ollama.host one is started for the run") from None
         if given:
-            raise UserError(f"OLLAMA_HOST={given}: {error}, or unset it: then one is started for the run") from None
+            raise UserError(f"OLLAMA_HOST={given}: {error}. Without OLLAMA_HOST one is started for the run") from None
         return Found(program=find_ollama(), why=str(error))
 
 

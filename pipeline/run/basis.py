@@ -41,8 +41,8 @@ class Basis:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over all of it. A file counts by its content, wherever it lies."""
-        parts = asdict(self) | {"inputs": sorted(self.inputs.values())}
+        """SHA-256 over all of it. A file from outside the run counts by its content, wherever it lies."""
+        parts = asdict(self) | {"inputs": sorted(_told_apart(self.inputs).values())}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def record(self) -> dict[str, Any]:
@@ -59,8 +59,9 @@ class Basis:
         for key, value in self.settings.items():
             if key in before and before[key] != value:
                 return f"{key} has changed"
-        for name, digest in self.inputs.items():
-            if digest not in recorded["inputs"].values():  # the same file may lie elsewhere now
+        known = _told_apart(recorded["inputs"]).values()
+        for name, file in _told_apart(self.inputs).items():
+            if file not in known:
                 return f"{Path(name).name} has changed"
         was = recorded.get("versions", {})
         for name, now in self.versions.items():
@@ -72,6 +73,11 @@ class Basis:
             more = f" and of {len(changed) - 1} more modules" if len(changed) > 1 else ""
             return f"the code of {changed[0]}{more} has changed"
         return "it was made by another version of this program"
+
+
+def _told_apart(inputs: dict[str, str]) -> dict[str, str]:
+    """What a file counts by: one from outside the run, which may lie elsewhere tomorrow, by its content alone."""
+    return {name: digest if Path(name).is_absolute() else f"{name} {digest}" for name, digest in inputs.items()}
 
 
 def settings_of(stage: Stage, variant: str, config: Config) -> dict[str, Any]:

@@ -73,6 +73,11 @@ class Layout:
         """The conversations of a set: train, validation or test."""
         return self.data / f"{name}.jsonl"
 
+    @property
+    def test_sets(self) -> Path:
+        """How many of the test rows are whose, where adapters that are combined have some of their own."""
+        return self.data / "test-sets.json"
+
     def tokens(self, name: str) -> Path:
         """The token ids and labels of a set: train or validation."""
         return self.data / f"{name}.tokens.arrow"

@@ -11,9 +11,9 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
@@ -31,6 +31,7 @@ from pipeline.errors import UserError
 from pipeline.model import targets
 from pipeline.model.added_tokens import shown_or_not
 from pipeline.model.base import base_folder
+from pipeline.model.continued_adapter import read_continued_adapter
 from pipeline.model.facts import base_files, context_of
 from pipeline.model.sixteen_bit import check_bits
 from pipeline.model.trained_tokenizer import adapter_files, trained_tokenizer
@@ -73,7 +74,7 @@ def files(config: Config, _: str) -> list[Path]:
 
 def _given(config: Config) -> list[Path]:
     data = config.data
-    paths = (data.train, *(source.path for source in data.sources), data.validation, data.test)
+    paths = (data.train, *(source.path for source in data.sources), data.validation, *config.tests.values())
     return [path for path in paths if path is not None]
 
 
@@ -93,9 +94,10 @@ def main(task: Task) -> dict[str, Any]:
     with task.new(task.layout.findings).open("w", encoding="utf-8", newline="\n") as file:
         found = {name: Findings(name, file) for name in ("test", "validation")}
         leaks = {"validation": Leaks(), "test": Leaks()}
-        test = _test(task, preparer.reading, encoder.tokenizer, found["test"], leaks["test"])
-        asked, lengths = _asked(task, encoder.tokenizer, test)
-        figures |= {"test_rows": len(test), "test_longest_question": max(lengths, default=0)}
+        tests = _tests(task, preparer.reading, encoder.tokenizer, found["test"], leaks["test"])
+        asked, lengths = _asked(task, encoder.tokenizer, tests)
+        test_rows = sum(len(one.rows) for one in tests.values())
+        figures |= {"test_rows": test_rows, "test_longest_question": max(lengths, default=0)}
         sets: dict[str, TrainingSet] = {}
         if data.validation is not None:
             sets["validation"] = _validation(task, preparer, found["validation"], leaks["validation"])
@@ -112,7 +114,7 @@ def main(task: Task) -> dict[str, Any]:
         figures |= {f"{name}_{key}": value for key, value in one.figures().items()}
     figures |= _say(task, found, sets, leaks)
     figures["context_needed"] = _check_context(task, base, asked, lengths, figures)
-    out = {"test": len(test), **{name: one.out for name, one in sets.items()}}
+    out = {"test": test_rows, **{name: one.out for name, one in sets.items()}}
     if data.validation is None:
         out |= {"train": out["train"] + out["validation"], "validation": 0}  # all of them are rows of data.train
     summary = figures | {f"{name}_{key}": value for name, one in sets.items() for key, value in one.account().items()}
@@ -149,6 +151,8 @@ def _encoder(task: Task, base: Path) -> Encoder:
 def _adapter(task: Task, base: Path) -> dict[str, Any]:
     """What the adapter will be, which is known before it is trained."""
     check_bits(base, task.config)
+    if task.config.train.from_adapter is not None:
+        read_continued_adapter(task.config)
     adapter = targets.of_base(base, task.config.lora, trust_remote_code=task.config.model.trust_remote_code)
     if adapter.experts:
         task.warn(
@@ -168,49 +172,79 @@ class _TestRow(NamedTuple):
     tools: bool
 
 
-def _test(task: Task, reading: Reading, tokenizer: Any, findings: Findings, leaks: Leaks) -> list[_TestRow]:
+@dataclass
+class _TestSet:
+    """The test rows that are asked for all adapters, or for one of several.
+
+    Attributes:
+        rows: what stays of them.
+        text: the place of a whole text, which is not asked; "" for none.
+        refused: why an answer cannot be judged.
+    """
+
+    rows: list[_TestRow] = field(default_factory=list)
+    text: str = ""
+    refused: UserError | None = None
+
+
+def _tests(task: Task, reading: Reading, tokenizer: Any, findings: Findings, leaks: Leaks) -> dict[str, _TestSet]:
     """Write the test rows, all of which are held out of the training data.
+
+    Returns:
+        By the name of the adapter whose they are, "" for all.
 
     Raises:
         UserError: rows cannot be used, or their answers not be judged.
     """
-    path, rows, texts, refused = task.config.data.test, [], [], None
+    files = task.config.tests
+    tests = {name: _TestSet() for name in files}
     with task.new(task.layout.rows("test")).open("w", encoding="utf-8", newline="\n") as file:
-        for place, row in conversations(path, reading) if path is not None else ():
-            findings.rows += 1
-            if isinstance(row, UserError):
-                _unusable(findings, place, row)
-            elif row.text is not None:  # asks nothing
-                findings.leave_out(place, NOT_ASKED, f"{place}: is a whole text, which asks nothing")
-                texts.append(place)
-            elif error := _served_otherwise(tokenizer, row):
-                findings.error(place, error)
-            else:
-                file.write(row.as_line())
-                rows.append(_TestRow(place, bool(row.tools)))
-                leaks.hold_out(place, asked_in([row])[0])
-                try:
-                    check_expected([row], task.config.eval.metric)
-                except UserError as error:
-                    refused = refused or error
-    if path is not None and not findings.rows:
-        raise no_rows(path)
-    if texts and not rows:
-        raise UserError(
-            f"data.test: every row is a whole text ({texts[0]}), which asks nothing and has no right answer: give "
-            "them as data.validation, and their loss is measured at every rung"
-        )
+        for name, one in tests.items():
+            before = findings.rows
+            for place, row in conversations(files[name], reading):
+                findings.rows += 1
+                if isinstance(row, UserError):
+                    _unusable(findings, place, row)
+                elif row.text is not None:  # asks nothing
+                    findings.leave_out(place, NOT_ASKED, f"{place}: is a whole text, which asks nothing")
+                    one.text = one.text or place
+                elif error := _served_otherwise(tokenizer, row):
+                    findings.error(place, error)
+                else:
+                    file.write(row.as_line())
+                    one.rows.append(_TestRow(place, bool(row.tools)))
+                    leaks.hold_out(place, asked_in([row])[0])
+                    try:
+                        check_expected([row], task.config.eval.metric)
+                    except UserError as error:
+                        one.refused = one.refused or error
+            if findings.rows == before:
+                raise no_rows(files[name])
     _settle(task, findings)
-    if refused is not None:
-        raise refused
-    if path is not None and (with_tools := sum(row.tools for row in rows)):
-        if with_tools == len(rows):
+    for name, one in tests.items():
+        _check_test(task, name, files[name], one)
+    if tests.keys() - {""}:
+        sizes = {name: len(one.rows) for name, one in tests.items()}
+        task.new(task.layout.test_sets).write_text(json.dumps(sizes) + "\n", encoding="utf-8")
+    return tests
+
+
+def _check_test(task: Task, name: str, path: Path, test: _TestSet) -> None:
+    key = f"adapters: test of {name}" if name else "data.test"
+    if test.text and not test.rows:
+        raise UserError(
+            f"{key}: every row is a whole text ({test.text}), which asks nothing and has no right answer: give them as "
+            "data.validation, and their loss is measured at every rung"
+        )
+    if test.refused is not None:
+        raise test.refused
+    if with_tools := sum(row.tools for row in test.rows):
+        if with_tools == len(test.rows):
             raise UserError(
-                f"data.test: every row of {path} has tools, and calls of tools are not judged: add rows without, "
-                "or leave data.test out"
+                f"{key}: every row of {path} has tools, and calls of tools are not judged: add rows without, or leave "
+                "it out"
             )
-        task.warn(f"{path.name}: {with_tools:,} of {len(rows):,} rows have tools; they are not asked")
-    return rows
+        task.warn(f"{path.name}: {with_tools:,} of {len(test.rows):,} rows have tools; they are not asked")
 
 
 def _served_otherwise(tokenizer: Any, row: Conversation) -> RowError | None:
@@ -228,15 +262,15 @@ def _served_otherwise(tokenizer: Any, row: Conversation) -> RowError | None:
     return None
 
 
-def _asked(task: Task, tokenizer: Any, test: Sequence[_TestRow]) -> tuple[list[str], list[int]]:
+def _asked(task: Task, tokenizer: Any, tests: Mapping[str, _TestSet]) -> tuple[list[str], list[int]]:
     """The places of the test rows that are asked, and their questions' lengths in tokens."""
-    asked = chosen(test, task.config.eval.limit)
-    wanted = {row.place for row in asked}
-    questions = zip(test, questions_in(task.new(task.layout.rows("test"))), strict=True)
+    asked = [row.place for one in tests.values() for row in chosen(one.rows, task.config.eval.limit)]
+    wanted, rows = set(asked), itertools.chain.from_iterable(one.rows for one in tests.values())
+    questions = zip(rows, questions_in(task.new(task.layout.rows("test"))), strict=True)
     lengths = question_lengths(
         tokenizer, (replace(question, place=row.place) for row, question in questions if row.place in wanted)
     )
-    return [row.place for row in asked], lengths
+    return asked, lengths
 
 
 def _unusable(findings: Findings, place: str, error: UserError) -> None:
@@ -520,9 +554,13 @@ STAGE = Stage(
         *("data", "model", "lora.r", "lora.dora", "lora.target_modules", "lora.exclude"),
         *("lora.save_modules", "train.max_length", "train.seed"),
         *("eval.metric", "eval.limit", "eval.max_new_tokens", "ollama.parameters.num_ctx"),
+        "adapters",  # whose test rows are whose
     ),
-    # What is only checked before training, and adapters, which count by their content.
-    indifferent_to=("train.load_in_4bit", "merge.base", "merge.model", "adapter.path", "adapters"),
+    # What is only checked before training, and an adapter, which counts by its content.
+    indifferent_to=(
+        *("train.load_in_4bit", "merge.base", "merge.model", "adapter.path", "train.from_adapter"),
+        *("lora.alpha", "lora.rslora", "lora.bias"),
+    ),
     files=files,
     libraries=("transformers", "tokenizers", "jinja2", "pyarrow", "datasets"),
     # Without data, as an adapter from elsewhere may come, there is nothing to do.

@@ -287,7 +287,7 @@ STAGE = Stage(
     summary="Create the model in Ollama, prove it, and ask it test questions.",
     run=main,
     needs=("data", "merge", "convert", "quantize", "modelfile"),
-    reads={"data": ("test.jsonl", "validation.jsonl", "train.jsonl"), "convert": ("adapter.gguf",)},
+    reads={"data": ("test.jsonl", "test-sets.json", "validation.jsonl", "train.jsonl"), "convert": ("adapter.gguf",)},
     settings=(
         *("ollama.name", "ollama.host", "export.quant"),
         *("eval.metric", "eval.limit", "eval.max_new_tokens", "verify.stopping"),

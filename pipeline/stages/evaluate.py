@@ -14,11 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config
+from pipeline.config import Config, GivenAdapter
 from pipeline.console import progress
 from pipeline.data.metric import score
 from pipeline.data.questions import Question, asked
 from pipeline.data.sources import read_rows
+from pipeline.model.adapter import CONFIG, WEIGHTS
 from pipeline.model.facts import base_files
 from pipeline.model.trained_tokenizer import adapter_files, trained_tokenizer
 from pipeline.run.stage import Stage, Task
@@ -32,7 +33,7 @@ _ON_THE_BASE = (BASE, ADAPTER, ADAPTER_16BIT)
 
 def variants(config: Config) -> tuple[str, ...]:
     """The rungs in the order of the task, then the table that joins them; none without test data."""
-    if config.data.test is None:
+    if not config.tests:
         return ()
     return (*rungs(config), TABLE)
 
@@ -68,9 +69,15 @@ def settings(variant: str) -> tuple[str, ...]:
 
 
 def files(config: Config, variant: str) -> list[Path]:
-    """The base's files, where a rung reads it, and those of the adapters, where it asks one alone."""
+    """The base's files, where a rung reads it, and those of the adapter that it asks alone."""
     base = base_files(config.model) if variant in _ON_THE_BASE or is_alone(variant) else []
-    return [*base, *(adapter_files(config) if is_alone(variant) else ())]
+    if (folder := _alone(config, variant)) is None:
+        return base
+    # Its own, and what the tokenizer of all is read from.
+    return [
+        *base,
+        *(path for path in adapter_files(config) if path.parent == folder or path.name not in (CONFIG, WEIGHTS)),
+    ]
 
 
 def main(task: Task) -> dict[str, Any]:
@@ -220,6 +227,7 @@ def _table(task: Task) -> dict[str, Any]:
     rows = [
         {
             "messages": question.messages,
+            **({"adapter": question.adapter} if question.adapter else {}),
             "expected": question.expected,
             "answers": {rung: results[place]["answer"] for rung, results in answered.items() if place < len(results)},
             "correct": {rung: results[place]["correct"] for rung, results in answered.items() if place < len(results)},
@@ -238,25 +246,41 @@ def _table(task: Task) -> dict[str, Any]:
                 "asked": len(results),
                 "interval_95": wilson_interval(correct, len(results)),
             }
-    lost = {} if config.eval.metric == "none" else _lost(config, answered)
-    document = {"metric": config.eval.metric, "rungs": scores, **({"lost": lost} if lost else {}), "rows": rows}
+    adapters = {} if config.eval.metric == "none" else {a.called: _of_adapter(a, rows) for a in config.adapters}
+    document = {
+        "metric": config.eval.metric,
+        "rungs": scores,
+        **({"adapters": adapters} if adapters else {}),
+        "rows": rows,
+    }
     text = json.dumps(document, indent=1, ensure_ascii=False)
     task.new(task.layout.evaluation).write_text(text + "\n", encoding="utf-8")
     shares = {rung: values["exact_match"] for rung, values in scores.items()}
-    return shares | {f"lost of {name}": len(places) for name, places in lost.items()}
+    for name, of_adapter in adapters.items():
+        own = {alone(name): "alone", ADAPTER: "combined"}
+        shares |= {f"{name} {own[rung]}": share for rung, share in of_adapter["rungs"].items() if rung in own}
+        shares[f"lost of {name}"] = len(of_adapter["lost"])
+    return shares
 
 
-def _lost(config: Config, answered: dict[str, list[dict[str, Any]]]) -> dict[str, list[int]]:
-    """For each of the combined adapters, the rows that it answers rightly alone and the combination does not."""
-    together = answered.get(ADAPTER, [])
-    return {
-        adapter.called: [
-            place
-            for place, (one, all_) in enumerate(zip(answered.get(alone(adapter.called), []), together, strict=False))
-            if one["correct"] and not all_["correct"]
-        ]
-        for adapter in config.adapters
-    }
+def _of_adapter(adapter: GivenAdapter, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What every rung makes of the test rows of one of several adapters: its own, where it has some, or those of all.
+
+    Returns:
+        asked: how many they are.
+        rungs: the share that each rung answers rightly, of those that it was asked.
+        lost: the places of those that the adapter answers rightly alone and the combination does not.
+    """
+    whose = adapter.called if adapter.test else ""
+    own = {place: row["correct"] for place, row in enumerate(rows) if row.get("adapter", "") == whose}
+    rungs = dict.fromkeys(rung for correct in own.values() for rung in correct)
+    shares = {}
+    for rung in rungs:
+        marks = [correct[rung] for correct in own.values() if rung in correct]
+        shares[rung] = sum(marks) / len(marks)
+    one = alone(adapter.called)
+    lost = [place for place, correct in own.items() if correct.get(one) and correct.get(ADAPTER) is False]
+    return {"asked": len(own), "rungs": shares, "lost": lost}
 
 
 STAGE = Stage(
@@ -265,7 +289,7 @@ STAGE = Stage(
     run=main,
     needs=needs,
     reads={
-        "data": ("test.jsonl",),
+        "data": ("test.jsonl", "test-sets.json"),
         "train": ("adapter/*", "!adapter/README.md"),
         "convert": ("*.gguf",),
         "deploy": ("deploy.json",),

@@ -55,6 +55,7 @@ def main(task: Task) -> dict[str, Any]:
         scores=scores,
         asked=len(evaluation.get("rows", ())),
         metric=task.config.eval.metric,
+        adapters=evaluation.get("adapters", {}),
         proof=_proof(proof),
         loss_chart=_image(task.layout.loss_curve) if task.layout.loss_curve.is_file() else "",
         ladder_chart=_ladder(task, evaluation, proof),

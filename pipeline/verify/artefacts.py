@@ -155,7 +155,7 @@ class Artefacts:
     @property
     def without_metric(self) -> bool:
         """Answers are not judged: then the held-out loss takes their place at every rung that has one."""
-        return self.config is not None and (self.config.eval.metric == "none" or self.config.data.test is None)
+        return self.config is not None and (self.config.eval.metric == "none" or not self.config.tests)
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -107,6 +107,12 @@ def of_checkpoints(folder: Path) -> None:
 
 def of_mlx(folder: Path) -> None:
     (folder / CONFIG).write_text('{"fine_tune_type": "lora", "lora_parameters": {"rank": 8, "scale": 20}}')
+    (folder / WEIGHTS).rename(folder / "adapters.safetensors")
+
+
+def of_mlx_without_settings(folder: Path) -> None:
+    of_mlx(folder)
+    (folder / CONFIG).unlink()
 
 
 def another_vocabulary(folder: Path) -> None:
@@ -135,6 +141,7 @@ BROKEN: dict[str, tuple[Damage, str]] = {
     "merged model": (merged, "is a whole model, into which nothing is left to be merged"),
     "trainer's folder": (of_checkpoints, r"in folders of its own \(checkpoint-20\): give one of them"),
     "MLX": (of_mlx, "an adapter of MLX"),
+    "MLX, its settings gone": (of_mlx_without_settings, "an adapter of MLX"),
     "no tensors": (lambda f: (f / WEIGHTS).unlink(), "adapter_model.safetensors is missing"),
     "pickle": (pickled, "only as adapter_model.bin, a pickle, which can run code"),
     "cut short": (cut_short, "is cut short or damaged"),

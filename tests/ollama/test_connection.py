@@ -43,8 +43,18 @@ def test_a_certificate_of_ones_own(certificate: Path, tmp_path: Path, monkeypatc
 
 
 def test_https_where_there_is_none() -> None:
-    with pytest.raises(UserError, match="speaks no https .*is it http://"):
+    with pytest.raises(UserError, match="speaks no https .*try http://"):
         Client(servers.ollama().host.replace("http:", "https:"))
+
+
+def test_http_where_it_is_https_and_a_host_that_there_is_not(certificate: Path) -> None:
+    with (
+        proxy("http://127.0.0.1:9", certificate=certificate) as host,
+        pytest.raises(UserError, match="hangs up .*try https://"),
+    ):
+        Client(host.replace("https:", "http:"))
+    with pytest.raises(UserError, match="there is no host nowhere.invalid that is known here"):
+        Client("http://nowhere.invalid:11434")
 
 
 def test_through_the_proxy_of_the_environment(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,10 +162,11 @@ def test_changed_python_of_a_base_that_may_run_it(project: Path) -> None:
 
 
 def test_a_reason_is_the_first_difference_in_words() -> None:
-    was = Basis("x", {"a.b": 1}, {"m": "1", "n": "1"}, {"lib": "1"}, {"f/x.txt": "1"})
+    was = Basis("x", {"a.b": 1}, {"m": "1", "n": "1"}, {"lib": "1"}, {"/f/x.txt": "1", "a/1": "2", "b/1": "3"})
     cases = {
         "a.b has changed": replace(was, settings={"a.b": 2}),
-        "x.txt has changed": replace(was, inputs={"f/x.txt": "2"}),
+        "x.txt has changed": replace(was, inputs=was.inputs | {"/f/x.txt": "2"}),
+        "1 has changed": replace(was, inputs=was.inputs | {"a/1": "3", "b/1": "2"}),
         "lib is 2, was 1": replace(was, versions={"lib": "2"}),
         "lib is not installed, was 1": replace(was, versions={"lib": None}),
         "the code of n has changed": replace(was, code={"m": "1", "n": "2"}),
@@ -173,7 +174,7 @@ def test_a_reason_is_the_first_difference_in_words() -> None:
         "it was made by another version of this program": replace(was, versions={"lib": "1", "other": "1"}),
     }
     assert {words: now.changed_since(was.record()) for words, now in cases.items()} == {words: words for words in cases}
-    assert replace(was, inputs={"moved/x.txt": "1"}).changed_since(was.record()) is None
+    assert replace(was, inputs={"/moved/x.txt": "1", "a/1": "2", "b/1": "3"}).changed_since(was.record()) is None
 
 
 def test_status_of_a_program_whose_code_has_changed(project: Path) -> None:

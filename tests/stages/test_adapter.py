@@ -1,6 +1,7 @@
 """An adapter from elsewhere in the place of training: what a run makes of it, and what the command writes down."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -114,15 +115,18 @@ def test_several_in_one(tmp_path: Path) -> None:
     )
 
 
-def test_each_adapter_is_asked_alone_beside_the_combination(questions: Path, tmp_path: Path) -> None:
-    """What was lost of one is seen: the rows that it answers rightly alone, here all, and the combination does not."""
-    tables = [{"path": peft_adapter(tmp_path / "one", small_base())}, {"path": trl_checkpoint(), "name": "the other"}]
-    tables[0]["weight"] = -3.0
-    settings = sections(Path(), adapters=tables, adapter={}, data={"train": None, "test": questions})
-    settings |= {"eval": {"metric": "text", "max_new_tokens": 4}}
-    run, asked = tmp_path / "run", ("alone-one", "alone-the-other", "adapter", "table")
+def test_each_adapter_and_the_combination_are_asked_the_questions_of_each(questions: Path, tmp_path: Path) -> None:
+    """What was lost of one is seen: of its own rows those that it answers rightly alone, here all."""
+    own = tmp_path / "own.jsonl"
+    own.write_text("".join(questions.read_text().replace("Say", "Write").splitlines(keepends=True)[:2]))
+    tables: list[dict[str, Any]] = [
+        {"path": peft_adapter(tmp_path / "one", small_base()), "weight": -3.0, "test": questions},
+        {"path": trl_checkpoint(), "name": "the other", "test": own},
+    ]
+    settings = sections(Path(), adapters=tables, adapter={}, eval={"metric": "text", "max_new_tokens": 4, "limit": 3})
+    run, (one, other) = tmp_path / "run", ("alone-one", "alone-the-other")
     rungs = evaluate.STAGE.variants(make_config(**settings))
-    assert rungs[:4] == ("base", *asked[:3])
+    assert rungs[:4] == ("base", one, other, "adapter")
 
     def ask(rung: str) -> dict[str, Any]:
         output = run / "evaluate" / rung
@@ -132,17 +136,35 @@ def test_each_adapter_is_asked_alone_beside_the_combination(questions: Path, tmp
 
     run_stage(data, run, **settings)
     run_stage(adapter, run, **settings)
-    ask("alone-one")
-    answers = [json.loads(line)["answer"] for line in (run / "evaluate/alone-one/answers.jsonl").open()]
     rows = [json.loads(line) for line in (run / "data" / "test.jsonl").open()]
-    for row, answer in zip(rows, answers, strict=True):
-        row["messages"][-1]["content"] = answer
+    assert [row["messages"][0]["content"].partition(" ")[0] for row in rows] == ["Say"] * 3 + ["Write"] * 2
+    for rung, places in ((one, {0: 0, 1: 2, 2: 4}), (other, {3: 1, 4: 3})):  # they are asked in turn
+        ask(rung)
+        answers = [json.loads(line)["answer"] for line in (run / "evaluate" / rung / "answers.jsonl").open()]
+        for row, place in places.items():
+            rows[row]["messages"][-1]["content"] = answers[place]
     (run / "data" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    figures = {rung: ask(rung) for rung in asked}
-    assert [figures[rung].get("correct") for rung in asked[:3]] == [3, 0, 0]
-    assert (figures["table"]["lost of one"], figures["table"]["lost of the-other"]) == (3, 0)
-    assert figures["table"]["alone-one"] == 1.0
-    assert json.loads((run / "evaluate/table/evaluation.json").read_text())["lost"]["one"] == [0, 1, 2]
+    figures = {rung: ask(rung) for rung in (one, other, "adapter", "table")}
+    assert [figures[rung].get("correct") for rung in (one, other, "adapter")] == [3, 2, 0]
+    table = figures["table"]
+    assert (table["one alone"], table["one combined"], table["lost of one"]) == (1.0, 0.0, 3)
+    assert json.loads((run / "evaluate/table/evaluation.json").read_text())["adapters"] == {
+        "one": {"asked": 3, "rungs": {one: 1.0, other: 0.0, "adapter": 0.0}, "lost": [0, 2, 4]},
+        "the-other": {"asked": 2, "rungs": {one: 0.0, other: 1.0, "adapter": 0.0}, "lost": [1, 3]},
+    }
+
+
+def test_an_adapter_of_a_run_has_the_questions_of_that_run(bare: Path, tmp_path: Path, questions: Path) -> None:
+    run = tmp_path / "other" / "run"
+    (run / "data").mkdir(parents=True)
+    shutil.copy(questions, run / "data" / "test.jsonl")
+    shutil.copytree(bare, run / "train" / "adapter")
+    text = f'[model]\nbase = "{small_base()}"\n[[adapters]]\npath = "other/run/train/adapter"\nname = "a"\n{ALONE}'
+    config, _ = load_config(project(tmp_path, text))
+    assert config.tests == {"a": run / "data" / "test.jsonl"}
+    assert load_config(tmp_path / "pipeline.toml", [f"data.test={questions}"])[0].tests == {"": questions}
+    with pytest.raises(UserError, match=r"toml:3: adapters: .*nowhere.jsonl: no such file"):
+        load_config(project(tmp_path, text + 'test = "nowhere.jsonl"\n'))
 
 
 def project(folder: Path, text: str) -> Path:
@@ -184,7 +206,10 @@ ALONE, OTHER = '[[adapters]]\npath = "."\n', '[[adapters]]\npath = ".."\n'
         ),
         ('[[adapters]]\npath = "."\nweight = nan\n', "pipeline.toml:3: adapters: weight = nan: input should be"),
         ('[[adapters]]\npath = "."\nweight = 0.0\n', "pipeline.toml:3: adapters: .*: weight = 0 leaves nothing of it"),
-        ('[[adapters]]\npath = "."\nwieght = 1.0\n', "adapters: wieght: unknown key; known are: path, weight, name"),
+        (
+            '[[adapters]]\npath = "."\nwieght = 1.0\n',
+            "adapters: wieght: unknown key; known are: path, weight, name, test",
+        ),
         ("[[adapters]]\nweight = 1.0\n", "adapters: path: must be given"),
         ('[[adapters]]\npath = "."\n[adapter]\npath = "."\n', "adapter.path and .* exclude each other"),
         (
@@ -244,6 +269,11 @@ def test_the_command_writes_a_configuration(
     assert [(given.path, given.weight) for given in config.adapters] == [(bare, 0.5), (trl_checkpoint(), -1.0)]
     assert (config.adapter.combine, config.adapter.density) == ("ties", 0.4)
     assert "one for each" in CliRunner().invoke(main, [*several, "--weight", "1"]).stderr
+    told = CliRunner().invoke(main, [*several, *("--data", questions.name) * 2])
+    assert told.exit_code == 0, told.output
+    config, _ = load_config(tmp_path / "bare-trl-checkpoint-2-export" / "pipeline.toml")
+    assert config.tests == {"bare": questions, "checkpoint-2": questions}
+    assert "one for all, or one for each" in CliRunner().invoke(main, [*several, *("--data", "x") * 3]).stderr
     assert "belong to --adapter" in CliRunner().invoke(main, ["export", "--base", "x"]).stderr
     assert "in the place of CONFIG" in CliRunner().invoke(main, ["export", "x.toml", "--adapter", str(bare)]).stderr
     assert "no such folder" in CliRunner().invoke(main, ["export", "--adapter", "nowhere"]).stderr

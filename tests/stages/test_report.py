@@ -55,7 +55,8 @@ def made_up(folder: Path, text: Callable[[str], str] = str, *, gpu: bool = False
         "answers": answers,
         "correct": dict(zip(answers, (True, False), strict=True)),
     }
-    evaluation = {"rungs": rungs, "rows": [row]}
+    adapters = {text("adapter"): {"asked": 7, "rungs": {"base": 0.125}, "lost": [3, 4]}}
+    evaluation = {"rungs": rungs, "adapters": adapters, "rows": [row]}
     (run / "evaluate" / "table" / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
     deployed = {"deployed": True, "models": [{"name": text("served")}]}
     (run / "deploy" / "deploy.json").write_text(json.dumps(deployed), encoding="utf-8")
@@ -99,6 +100,8 @@ def test_no_text_of_a_run_becomes_markup_and_every_one_is_there(tmp_path: Path) 
         return [(tag, [pair for pair in attributes if pair[0] != "src"]) for tag, attributes in page.elements]
 
     assert without_pictures(page) == without_pictures(harmless)
+    assert "adapter (7)" in harmless.text
+    assert "0.125" in harmless.text
     # A value of the configuration is shown as JSON, with quotation marks of its own.
     assert json.dumps(hostile("value"), ensure_ascii=False) in page.text
     assert {place for place in [*places] if hostile(place) not in page.text} == {"value"}
