@@ -186,7 +186,10 @@ def _check(config: Config, given: dict[str, str]) -> None:
     ):
         if folder.is_dir():  # what a training of this file makes may be yet to come
             with at(key):
-                check_folder(folder)
+                try:
+                    check_folder(folder)
+                except UserError as error:
+                    raise UserError(f"{key}: {error}") from None
     if installed("llama-quantize"):
         with at("export.quant"):
             for name in config.export.quant:

@@ -1,6 +1,7 @@
 """An adapter from elsewhere in the place of training: what a run makes of it, and what the command writes down."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,26 @@ ALONE, OTHER = '[[adapters]]\npath = "."\n', '[[adapters]]\npath = ".."\n'
 def test_what_does_not_go_with_it(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         load_config(project(tmp_path, f'[model]\nbase = "{small_base()}"\n{text}'))
+
+
+def test_what_a_folder_shows_by_itself_is_said_with_the_configuration(tmp_path: Path) -> None:
+    """Before the base is looked for, by every command."""
+    for name in ("empty", "mlx"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "mlx" / "adapters.safetensors").touch()
+    base = f'[model]\nbase = "{small_base()}"\n'
+    (tmp_path / "x.jsonl").touch()
+    for text, said in (
+        (
+            '[data]\ntrain = "x.jsonl"\n[train]\nfrom_adapter = "empty"\n',
+            "toml:6: train.from_adapter: .*holds no adapter",
+        ),
+        ('[adapter]\npath = "mlx"\n', "toml:4: adapter.path: .*an adapter of MLX"),
+        ('[[adapters]]\npath = "empty"\n', "toml:3: adapters: .*holds no adapter"),
+    ):
+        told = CliRunner().invoke(main, ["config", str(project(tmp_path, base + text))])
+        assert told.exit_code == 2
+        assert re.search(said, told.stderr), told.stderr
 
 
 def test_the_command_writes_a_configuration(
