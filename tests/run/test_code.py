@@ -40,7 +40,7 @@ def test_no_rule_that_can_change_a_result_is_left_out() -> None:
     """The configuration's own properties say which files are meant, and these count by their content."""
     sections = [kind for kind in vars(config).values() if isinstance(kind, type) and issubclass(kind, config.Section)]
     own = {name for kind in sections for name, member in vars(kind).items() if isinstance(member, property)}
-    assert own == {"called", "given_adapters", "own_template", "run_folder"}
+    assert own == {"called", "given_adapters", "own_template", "run_folder", "tests"}
     assert PART.keys() <= code_of("pipeline.stages.modelfile").keys()
 
 
