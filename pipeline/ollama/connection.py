@@ -144,5 +144,8 @@ def unreachable(address: str, error: Exception) -> str:
                 "if it is to be reached without one, name its host in NO_PROXY"
             )
     if isinstance(error, httpx.ReadError | httpx.RemoteProtocolError) and address.startswith("http:"):
-        return f"what listens at {address} hangs up ({type(error).__name__}): try https://"
+        return (
+            f"no Ollama answers at {address}: what listens there hangs up ({type(error).__name__}); try https://, or see "
+            "whether Ollama runs behind it"
+        )
     return f"no Ollama answers at {address} ({type(error).__name__}); start it with `ollama serve`"
