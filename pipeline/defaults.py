@@ -24,7 +24,7 @@ EPOCHS = 3
 BATCH = 8  # rows, without a GPU
 STEP = 16  # rows of an optimizer step, on a GPU
 OPTIMIZER, OPTIMIZER_ON_GPU = "adamw_torch", "adamw_8bit"
-SLOW, ASKED = 1e9, 100  # parameters, from which on a base is asked so many questions
+SLOW, ASKED = 1e9, 100  # a base of so many parameters or more is asked so many questions only
 # What stands in for each key whose default is None: in words, for docs/configuration.md and for `pipeline config`.
 # What depends on the base and the machine is worked out by `resolve`; the same page shows that for some of both.
 RULES = {
@@ -122,7 +122,7 @@ def resolve(config: Config, given: dict[str, str], facts: Facts) -> tuple[Config
     choose("train.learning_rate", rate, large)
     batch = BATCH
     if gpu:
-        batch = training_memory.rows_at_once(gpu, size, in_4bit=config.train.load_in_4bit)
+        batch = training_memory.default_batch(gpu, size, in_4bit=config.train.load_in_4bit)
     choose("train.batch", batch, machine)
     accumulation = max(1, STEP // (config.train.batch or batch)) if gpu else 1
     choose("train.accumulation", accumulation, machine)

@@ -1,6 +1,7 @@
 """`pipeline plan`: what a run will need of memory, disk and time, before anything is downloaded or trained.
 
-The base's config.json is enough. Memory and disk are counted in `pipeline.model`, for preflight and the defaults too.
+The base's config.json is enough. Memory and disk are counted in `pipeline.model`, for preflight and
+the defaults too, but that preflight asks only for the least that training needs.
 """
 
 from __future__ import annotations

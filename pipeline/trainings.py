@@ -25,9 +25,9 @@ from typing import Any
 from pipeline.errors import UserError
 
 COMBINED = "combined"
-# What all of them share: one base, one folder with a run of each in it.
+# What none has of its own: they share one base, and a folder with a run of each in it; adapters are of the combination.
 _SHARED = ("model", "run", "adapter", "adapters", "trainings")
-_OF_TRAINING = (("data", "train"), ("data", "sources"), ("train", "from_adapter"))
+_NOT_OF_THE_COMBINATION = (("data", "train"), ("data", "sources"), ("train", "from_adapter"))
 _HEADER = re.compile(r"\s*\[\[\s*trainings\s*\]\]")
 
 
@@ -71,7 +71,7 @@ def take(values: dict[str, Any], text: str, name: str) -> tuple[dict[str, Any], 
     """
     tables = values.pop("trainings", [])
     if name == COMBINED:
-        for section, key in _OF_TRAINING:
+        for section, key in _NOT_OF_THE_COMBINATION:
             if isinstance(values.get(section), dict):
                 values[section].pop(key, None)
         return {}, ""

@@ -1,10 +1,11 @@
 """What a model is asked: the one rule for all who ask, at every rung, in Ollama and in llama-server.
 
 A question is a row's turns up to its last answer, which is the expected one, with the tools that the row has. Asked are
-the rows of the test data; where there are none, of the validation data; where there are none either, of the training
-data. Of several adapters that are combined each may have test rows of its own, and the limit holds for each one's. A
-whole text asks nothing. Rows with tools are asked only where a set has no others: servers take calls of tools
-apart, so that what is answered cannot be compared with what is expected.
+the rows of the test data; where there are none, `deploy` and `verify` ask those of the validation data, or else of the
+training data, and `evaluate`, which counts right answers, asks nothing. Of several adapters that are combined each may
+have test rows of its own, and the limit holds for each one's. A whole text asks nothing. Rows with tools are asked only
+where a set has no others: servers take calls of tools apart, so that what is answered cannot be compared with what is
+expected.
 """
 
 from __future__ import annotations

@@ -176,7 +176,7 @@ def plan(source: Path, kind: str) -> Quantization:
     Raises:
         PipelineError: llama-quantize failed, with its words.
     """
-    said = _run([program("llama-quantize"), "--dry-run", source, kind.upper()], f"--dry-run to {kind}")
+    said = _run([program("llama-quantize"), "--dry-run", source, kind.upper()], kind)
     if not said.types:
         raise PipelineError(f"llama-quantize --dry-run to {kind.upper()} named no tensor")
     return said

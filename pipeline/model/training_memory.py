@@ -75,8 +75,8 @@ def least(parameters: float, *, in_4bit: bool) -> int:
     return base_on_gpu(parameters, in_4bit=in_4bit) + GIB
 
 
-def rows_at_once(gpu_bytes: int, parameters: float | None, *, in_4bit: bool) -> int:
-    """How many rows a GPU trains at once by default: what the base leaves over is for activations.
+def default_batch(gpu_bytes: int, parameters: float | None, *, in_4bit: bool) -> int:
+    """The default of train.batch on a GPU, in rows: what the base leaves over is for activations.
 
     Args:
         gpu_bytes: the GPU's memory.

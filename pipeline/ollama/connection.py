@@ -145,7 +145,7 @@ def unreachable(address: str, error: Exception) -> str:
             )
     if isinstance(error, httpx.ReadError | httpx.RemoteProtocolError) and address.startswith("http:"):
         return (
-            f"no Ollama answers at {address}: what listens there hangs up ({type(error).__name__}); try https://, or see "
-            "whether Ollama runs behind it"
+            f"no Ollama answers at {address}: what listens there hangs up ({type(error).__name__}); try https://, or "
+            "see whether Ollama runs behind it"
         )
     return f"no Ollama answers at {address} ({type(error).__name__}); start it with `ollama serve`"

@@ -1,7 +1,8 @@
 """A model's own chat template: the Jinja that the trainer used, rendered in the sandbox that transformers uses.
 
 This is the measure for everything that a server sends, and the home of three facts: how a conversation is rendered,
-whether BOS is put in front of it, and with what a turn ends.
+whether BOS is put in front of it, and with which token a trained turn ends. (At what a server stops:
+`pipeline.ollama.parameters`.)
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ class Layout:
         """The merged model, a Hugging Face folder."""
         return self.node("merge") / "model"
 
-    # The weights of that folder; the rest is a few megabytes, and stays where `merge.keep = false` removes these.
+    # The weights of that folder; with `merge.keep = false` convert has these removed, and not the rest.
     MERGED_WEIGHTS: ClassVar = "model/*.safetensors*"
 
     @property

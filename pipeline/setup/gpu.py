@@ -1,7 +1,8 @@
 """The NVIDIA GPU: which cards this machine has, which of them a program may use, and what training on one needs.
 
-Every rule about it stands here. nvidia-smi is asked, because it is there before anything is installed and answers in
-a moment; torch takes seconds to import, and takes gigabytes to have.
+Every rule about which card can be used stands here; how much memory training needs, in `model/training_memory.py`.
+nvidia-smi is asked, because it is there before anything is installed and answers in a moment; torch takes seconds to
+import, and takes gigabytes to have.
 """
 
 import csv
@@ -155,7 +156,10 @@ def _part(cards: Sequence[Card], name: str) -> tuple[Card, ...]:
 
 
 def _hides_all(mask: str | None) -> bool:
-    return mask is not None and not visible([Card(f"GPU-{n}", "", None, "", None) for n in range(64)], mask)
+    """Whether a mask leaves no card, whatever cards there are: one that names a card by its UUID may leave that."""
+    if mask is None or re.match(r"\s*(GPU|MIG)-", mask):
+        return False
+    return not visible([Card(f"GPU-{n}", "", None, "", None) for n in range(64)], mask)
 
 
 def memory() -> int | None:

@@ -238,7 +238,7 @@ STAGE = Stage(
         "train": ("adapter/*", "modules.json", "!adapter/README.md"),
     },
     settings=("model", "merge", "train.load_in_4bit", "export.as"),
-    # Whether one is given, which is another train stage; and what becomes of the weights afterwards.
+    # Adapters that are given come out of the train stage; merge.keep acts when convert is done.
     indifferent_to=("adapter.path", "adapters", "merge.keep"),
     files=lambda config, _: merge_files(config),
     libraries=("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "scipy"),

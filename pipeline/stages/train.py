@@ -498,7 +498,7 @@ STAGE = Stage(
     needs=("data",),
     reads={"data": ("train.tokens.arrow", "validation.tokens.arrow")},
     settings=("model", "lora", "train"),
-    # Who looks on, and how much of an interrupted training is lost.
+    # A tracker looks on; the interval says how much of an interrupted training is lost.
     indifferent_to=("train.report_to", "train.save_interval", "train.from_adapter"),  # the last by its content
     files=lambda config, _: [*base_files(config.model), *continued_files(config)],
     libraries=(

@@ -1,1 +1,1 @@
-"""The proof that every stage passed on what it was given: one file a check, and the table that they fill."""
+"""The proof that every stage passed on what it was given: one file a check; `chain.CHECKS` lists them."""

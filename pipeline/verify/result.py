@@ -47,7 +47,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Claim:
-    """What a check is about to prove; it ends in one of the four verdicts below."""
+    """What a check is about to prove; one of the four methods below makes its verdict."""
 
     id: str
     rung: str

@@ -43,7 +43,7 @@ def test_a_plan_is_what_is_made(tmp_path: Path) -> None:
 
 
 def test_a_type_that_cannot_be_planned() -> None:
-    with pytest.raises(UserError, match=r"Q1_0 cannot store this model: the rows of \S+ \(576\)"):
+    with pytest.raises(UserError, match=r"export\.quant: Q1_0 cannot store this model: the rows of \S+ \(576\)"):
         plan(small_models.converted()[0], "q1_0")
 
 

@@ -95,4 +95,4 @@ def test_what_costs_more(in_4bit: bool, optimizer: str) -> None:
     ],
 )
 def test_a_batch_fills_what_the_base_leaves(gpu: int, parameters: float | None, in_4bit: bool, batch: int) -> None:
-    assert training_memory.rows_at_once(gpu * 2**30, parameters, in_4bit=in_4bit) == batch
+    assert training_memory.default_batch(gpu * 2**30, parameters, in_4bit=in_4bit) == batch

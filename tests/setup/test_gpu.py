@@ -191,6 +191,8 @@ def test_driver_that_does_not_answer_is_told_in_its_words(smi: Path, monkeypatch
     assert gpu.memory() is None
     finding = found()["GPU"]
     assert (finding.state, words in finding.found) == (FAILURE, True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5f3e0a1b-0000-1111-2222-333344445555")
+    assert found()["GPU"].state == FAILURE
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert found()["GPU"].state == OK
 
