@@ -142,14 +142,19 @@ def each(
     *,
     gpu_memory: int | None = None,
     reads_input: bool = False,
+    one: bool = False,
 ) -> Iterator[tuple[Config, dict[str, str]]]:
     """As `resolved`, of every one of a configuration's trainings in turn, or of the one that is named.
 
-    A mistake in the last of them is found before anything is done with the first.
+    A mistake in the last of them is found before anything is done with the first. Where `one` document is printed, one
+    of them has to be named.
     """
     from pipeline.console import say
+    from pipeline.errors import UserError
 
     names = (training,) if training else _trainings(path) or ("",)
+    if one and len(names) > 1:
+        raise UserError(f"{path}: it has several trainings, and one is printed: --training {', '.join(names)}")
     for name in names[1:]:
         resolved(path, overrides, name, gpu_memory=gpu_memory, reads_input=reads_input)
     for name in names:
@@ -338,7 +343,7 @@ def export(
         overrides = (*overrides, f"export.quant={json.dumps(list(quant))}")
     if form:
         overrides = (*overrides, f"export.as={form}")
-    for settings, sources in each(config, overrides, training, reads_input=True):
+    for settings, sources in each(config, overrides, training):
         bring_up_to_date(settings, sources, ["modelfile"])
         _say_exported(settings)
 
@@ -369,7 +374,7 @@ def status(config: Path, overrides: tuple[str, ...], training: str, as_json: boo
 
         _show_status(read_run(config.absolute()), as_json)
         return
-    for settings, _ in each(config, overrides, training):
+    for settings, _ in each(config, overrides, training, one=as_json):
         _show_status(settings, as_json)
 
 
@@ -406,7 +411,7 @@ def show_config(config: Path, overrides: tuple[str, ...], training: str, as_json
 
     What is printed is a pipeline.toml itself.
     """
-    for settings, sources in each(config, overrides, training):
+    for settings, sources in each(config, overrides, training, one=True):
         _show_config(settings, sources, as_json)
 
 
@@ -457,7 +462,7 @@ def _plain_stage_command(name: str) -> None:
     @force_option
     def command(config: Path, overrides: tuple[str, ...], training: str, force: bool) -> None:
         """What it needs from earlier stages is brought up to date first."""
-        for settings, sources in each(config, overrides, training, reads_input=True):
+        for settings, sources in each(config, overrides, training):
             bring_up_to_date(settings, sources, [name], force)
 
 
@@ -467,7 +472,12 @@ def preflight(config: Path, overrides: tuple[str, ...], training: str, as_json: 
     """The base is converted, quantized, served and verified; disk, memory and versions are looked at, every time.
     `pipeline run` does this first, once. Exit status 2 if something would fail.
     """
-    for settings, sources in each(config, overrides, training, reads_input=True):
+    from pipeline.console import say
+
+    for settings, sources in each(config, overrides, training, one=as_json):
+        if missing := [adapter.path for adapter in settings.adapters if adapter.path and not adapter.path.is_dir()]:
+            say(f"{missing[0]}: is not trained yet: what is made of it is looked at then")
+            continue
         bring_up_to_date(settings, sources, ["preflight"], force=True)
         content = json.loads(Layout(settings.run_folder).preflight_json.read_text(encoding="utf-8"))
         _print_checks(content, as_json)
@@ -529,7 +539,7 @@ def deploy(
     overrides = (*overrides, *(f"ollama.{key}={json.dumps(value)}" for key, value in given.items() if value))
     if replace:
         overrides = (*overrides, "ollama.replace=true")
-    for settings, sources in each(config, overrides, training, reads_input=True):
+    for settings, sources in each(config, overrides, training):
         if dry_run:
             bring_up_to_date(settings, sources, ["modelfile"])
             from pipeline.stages.deploy import preview
@@ -576,7 +586,7 @@ def verify(
     elif Layout(config).config.is_file():
         contents = [verify_folder(config.absolute(), stages.judged_stages(), overrides)]
     else:
-        contents = (_verified(*run, force) for run in each(config, overrides, training, reads_input=True))
+        contents = (_verified(*run, force) for run in each(config, overrides, training, one=as_json))
     failed = False
     for content in contents:
         _print_checks(content, as_json)

@@ -583,8 +583,12 @@ def load_config(path: Path, overrides: Sequence[str] = (), training: str = "") -
     elif training:
         raise UserError(f"{path}: --training {training}: it has no [[trainings]]")
 
+    named = "name" in of_training.get("ollama", {})
     for override in overrides:
         key, value = parse_override(override)
+        if training == trainings.COMBINED and key in trainings.NOT_OF_THE_COMBINATION:
+            continue
+        named = named and key not in ("ollama", "ollama.name")  # one name for all is no training's own
         _assign(values, key, value, override)
         places |= dict.fromkeys(_dotted(value, key) if isinstance(value, dict) else [key], f"--set {override}")
 
@@ -604,7 +608,8 @@ def load_config(path: Path, overrides: Sequence[str] = (), training: str = "") -
                 if "path" in table:
                     raise UserError(f"{places.get(key)}: {key}: path and training exclude each other: keep one")
                 runs = values["run"].get("folder") if isinstance(values.get("run"), dict) else None
-                table["path"] = Layout(path.parent / (runs or Run().folder) / table["training"]).adapter
+                runs = runs if isinstance(runs, str | Path) else Run().folder
+                table["path"] = Layout(path.parent / runs / table["training"]).adapter
             for name in ("path", "test"):
                 if isinstance(table, dict) and isinstance(table.get(name), str):
                     table[name] = _source(table[name], path.parent, f"{places.get(key)}: {key}")
@@ -639,6 +644,11 @@ def load_config(path: Path, overrides: Sequence[str] = (), training: str = "") -
         raise UserError(f"{where}: {folder}: no such folder; give the one with adapter_config.json")
     once = [*(f"data.{key}" for key in ("train", "validation", "test") if getattr(config.data, key) == STANDARD_INPUT)]
     once += ["data.sources" for source in config.data.sources if source.path == STANDARD_INPUT]
+    if once and training:
+        raise UserError(
+            f"{places.get(once[0], path)}: {once[0]}: -: standard input can be read once, and several [[trainings]] "
+            "would each have it: give a file"
+        )
     if len(once) > 1:
         raise UserError(f"{places.get(once[1], path)}: {once[1]}: -: {once[0]} is standard input already: one can be")
     for key, more in (
@@ -654,7 +664,7 @@ def load_config(path: Path, overrides: Sequence[str] = (), training: str = "") -
             "no Python files are fetched from a hub: read them, put the whole model into a folder, and give that as "
             "model.base"
         )
-    config = _anchored(config, path, training, named="name" in of_training.get("ollama", {}))
+    config = _anchored(config, path, training, named=named)
     if config.run_folder == path.parent.resolve():
         place = places.get("run.folder", str(path))
         raise UserError(f"{place}: run.folder: is the folder of {path.name}; give one of its own, e.g. run")
@@ -689,7 +699,10 @@ def _from_elsewhere(values: dict[str, Any], places: dict[str, str]) -> None:
         return
     key, _ = given[0]
     said = f"default with {key}"
-    for section, name, default in (("data", "train", None), ("train", "load_in_4bit", False)):
+    unknown: list[tuple[str, str, bool | None]] = [("data", "train", None)]
+    if any(path not in made_here for _, path in given):
+        unknown.append(("train", "load_in_4bit", False))
+    for section, name, default in unknown:
         table = values.setdefault(section, {})
         if isinstance(table, dict) and name not in table:
             table[name] = default

@@ -94,7 +94,7 @@ def plan(
     something does not fit; the nearest settings that do are named.
     """
     failed = False
-    for settings, _ in each(config, overrides, training, gpu_memory=gpu):
+    for settings, _ in each(config, overrides, training, gpu_memory=gpu, one=as_json):
         failed |= _plan(settings, _machine(settings, gpu, memory, disk), as_json)
     sys.exit(failed)
 

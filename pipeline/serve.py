@@ -142,7 +142,7 @@ def _configs(given: Path, quant: str | None) -> list[Config]:
             bring_up_to_date(settings, sources, ["modelfile"])
         return [settings]
     file = path / "pipeline.toml" if path.is_dir() else path
-    if path.is_dir() and not file.is_file() and (runs := sorted(path.glob("*/config.json"))):  # of a file's trainings
+    if path.is_dir() and not file.is_file() and (runs := sorted(path.glob("*/manifest.json"))):  # of a file's trainings
         return [read_run(run.parent.absolute()) for run in runs]
     return [load_config(file, training=name)[0] for name in trainings_of(file) or ("",)]
 

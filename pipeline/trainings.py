@@ -27,7 +27,7 @@ from pipeline.errors import UserError
 COMBINED = "combined"
 # What none has of its own: they share one base, and a folder with a run of each in it; adapters are of the combination.
 _SHARED = ("model", "run", "adapter", "adapters", "trainings")
-_NOT_OF_THE_COMBINATION = (("data", "train"), ("data", "sources"), ("train", "from_adapter"))
+NOT_OF_THE_COMBINATION = ("data.train", "data.sources", "train.from_adapter", "train.early_stopping")
 _HEADER = re.compile(r"\s*\[\[\s*trainings\s*\]\]")
 
 
@@ -55,12 +55,22 @@ def names_of(values: dict[str, Any], text: str, path: Path) -> tuple[str, ...]:
         if shared := next((key for key in _SHARED if key in table), None):
             raise UserError(f"{where}: {name}: {shared} is the same for all trainings: write it outside of them")
         names.append(name)
+    bits = {_bits(table) for table in tables}
+    if len(bits) > 1 and values.get("adapters"):
+        raise UserError(
+            f"{path}: trainings: what is combined was trained on one base: write train.load_in_4bit outside of them"
+        )
     for adapter in values.get("adapters", []) if isinstance(values.get("adapters"), list) else ():
         named = adapter.get("training") if isinstance(adapter, dict) else None
         if named is not None and named not in names:
             known = f"there are {', '.join(names)}" if names else "there are no [[trainings]]"
             raise UserError(f"{path}: adapters: training = {named!r}: there is none of this name; {known}")
     return (*names, *((COMBINED,) if names and values.get("adapters") else ()))
+
+
+def _bits(table: dict[str, Any]) -> Any:
+    of_train = table.get("train")
+    return of_train.get("load_in_4bit") if isinstance(of_train, dict) else None
 
 
 def take(values: dict[str, Any], text: str, name: str) -> tuple[dict[str, Any], str]:
@@ -71,10 +81,11 @@ def take(values: dict[str, Any], text: str, name: str) -> tuple[dict[str, Any], 
     """
     tables = values.pop("trainings", [])
     if name == COMBINED:
-        for section, key in _NOT_OF_THE_COMBINATION:
+        for section, key in (dotted.split(".") for dotted in NOT_OF_THE_COMBINATION):
             if isinstance(values.get(section), dict):
                 values[section].pop(key, None)
-        return {}, ""
+        bits = _bits(tables[0])
+        return {} if bits is None else {"train": {"load_in_4bit": bits}}, ""
     place = [table["name"] for table in tables].index(name)
     for key in ("adapter", "adapters"):
         values.pop(key, None)

@@ -71,6 +71,8 @@ def test_each_is_the_rest_of_the_file_with_its_own_keys(project: Path) -> None:
     assert not sql.adapters
     assert (given["lora.r"], given["ollama.name"]) == ("pipeline.toml:15", "pipeline.toml:18")
     assert given["train.epochs"] == "--set train.epochs=3.0"
+    names = [load_config(project, ["ollama.name=new"], name)[0].ollama.name for name in NAMES]
+    assert names == ["new-sql", "new-tone", "new-combined"]
 
 
 def test_they_are_combined_by_their_names(project: Path) -> None:
@@ -79,6 +81,10 @@ def test_they_are_combined_by_their_names(project: Path) -> None:
         (name, Layout(project.parent / "out" / name).adapter) for name in ("sql", "tone")
     ]
     assert config.data.train is None
+    assert load_config(project, ["data.train=sql.jsonl"], "combined")[0].data.train is None
+    assert config.train.load_in_4bit, "as the trainings are"
+    project.write_text(project.read_text().replace("data.train", "train.load_in_4bit = false\ndata.train"))
+    assert not load_config(project, training="combined")[0].train.load_in_4bit
     assert (config.run_folder, config.ollama.name) == (project.parent / "out" / "combined", "home-combined")
 
 
@@ -94,6 +100,12 @@ def test_they_are_combined_by_their_names(project: Path) -> None:
         (TEXT.replace('"tone.jsonl"', '"nowhere.jsonl"'), r"toml:14: data.train: .*nowhere.jsonl: no such file"),
         (TEXT + BOTH.replace('"sql"', '"sq"'), "adapters: training = 'sq': there is none of this name; there are sql"),
         (TEXT + BOTH + 'path = "."\n', "adapters: path and training exclude each other"),
+        (TEXT.replace("lora.r", "train.load_in_4bit = false\nlora.r") + BOTH, "combined was trained on one base"),
+        (
+            TEXT.replace('"tone.jsonl"', '"-"'),
+            r"toml:14: data.train: -: standard input can be read once, .* give a file",
+        ),
+        (TEXT.replace("[export]", "[run]\nfolder = 5\n[export]") + BOTH, "run.folder = 5"),
         ("trainings = 3\n" + TEXT.partition("[[")[0], "each is a table"),
         (TEXT.partition("[[")[0], "--training tone: it has no"),
         (TEXT.replace("tone", "tune"), r"--training tone: there is none of this name: name one of .*: sql, tune"),
@@ -112,6 +124,14 @@ def test_a_mistake_in_the_last_is_found_before_the_first_is_begun(project: Path)
     assert (told.exit_code, told.output.count("\n")) == (2, 1)
     assert "pipeline.toml:15: lora.rank: unknown key" in told.output
     assert not (project.parent / "run").exists()
+
+
+def test_one_document_is_printed_of_one_of_them(project: Path) -> None:
+    for command in (["config"], ["status", "--json"], ["plan", "--json"], ["preflight", "--json"]):
+        told = CliRunner().invoke(main, [command[0], str(project), *command[1:]])
+        assert told.exit_code == 2
+        assert isinstance(told.exception, SystemExit)
+        assert "several trainings, and one is printed: --training sql, tone, combined" in told.output
 
 
 def test_two_on_one_base_are_trained_and_combined_by_one_command(tmp_path: Path) -> None:

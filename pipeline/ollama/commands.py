@@ -300,6 +300,8 @@ def _rung(path: Path, training: str, gguf: str | None, *, adapter: bool, greedy:
     from pipeline.run.layout import Layout
 
     if Layout(path).config.is_file():
+        if training:
+            raise UserError(f"--training {training}: {path} is one run's folder: give the trainings' pipeline.toml")
         config = read_run(path.absolute())
     else:
         config, _ = load_config(path / "pipeline.toml" if path.is_dir() else path, training=training)

@@ -41,8 +41,8 @@ class Basis:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over all of it. A file from outside the run counts by its content, wherever it lies."""
-        parts = asdict(self) | {"inputs": sorted(_told_apart(self.inputs).values())}
+        """SHA-256 over all of it. A file from outside the run counts by its content and its turn, wherever it lies."""
+        parts = asdict(self) | {"inputs": [sorted(_of_run(self.inputs)), _from_outside(self.inputs)]}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def record(self) -> dict[str, Any]:
@@ -59,10 +59,12 @@ class Basis:
         for key, value in self.settings.items():
             if key in before and before[key] != value:
                 return f"{key} has changed"
-        known = _told_apart(recorded["inputs"]).values()
-        for name, file in _told_apart(self.inputs).items():
-            if file not in known:
+        known, outside = _of_run(recorded["inputs"]), _from_outside(recorded["inputs"])
+        for name, digest in self.inputs.items():
+            if f"{name} {digest}" not in known and digest not in outside:
                 return f"{Path(name).name} has changed"
+        if _from_outside(self.inputs) != outside:
+            return "other files, or the same in another order"
         was = recorded.get("versions", {})
         for name, now in self.versions.items():
             if name in was and now != was[name]:
@@ -75,9 +77,14 @@ class Basis:
         return "it was made by another version of this program"
 
 
-def _told_apart(inputs: dict[str, str]) -> dict[str, str]:
-    """What a file counts by: one from outside the run, which may lie elsewhere tomorrow, by its content alone."""
-    return {name: digest if Path(name).is_absolute() else f"{name} {digest}" for name, digest in inputs.items()}
+def _of_run(inputs: dict[str, str]) -> list[str]:
+    """What the run's own files count by: their names in it, and what they hold."""
+    return [f"{name} {digest}" for name, digest in inputs.items() if not Path(name).is_absolute()]
+
+
+def _from_outside(inputs: dict[str, str]) -> list[str]:
+    """What other files count by, in the order in which a stage names them: training data are no test data."""
+    return [digest for name, digest in inputs.items() if Path(name).is_absolute()]
 
 
 def settings_of(stage: Stage, variant: str, config: Config) -> dict[str, Any]:

@@ -166,8 +166,9 @@ def _adapter(task: Task, base: Path) -> dict[str, Any]:
 
 
 class _TestRow(NamedTuple):
-    """What stays of a test row."""
+    """What stays of a test row; its number is that in the written file."""
 
+    number: int
     place: str
     tools: bool
 
@@ -197,7 +198,7 @@ def _tests(task: Task, reading: Reading, tokenizer: Any, findings: Findings, lea
         UserError: rows cannot be used, or their answers not be judged.
     """
     files = task.config.tests
-    tests = {name: _TestSet() for name in files}
+    tests, written = {name: _TestSet() for name in files}, 0
     with task.new(task.layout.rows("test")).open("w", encoding="utf-8", newline="\n") as file:
         for name, one in tests.items():
             before = findings.rows
@@ -212,7 +213,8 @@ def _tests(task: Task, reading: Reading, tokenizer: Any, findings: Findings, lea
                     findings.error(place, error)
                 else:
                     file.write(row.as_line())
-                    one.rows.append(_TestRow(place, bool(row.tools)))
+                    one.rows.append(_TestRow(written, place, bool(row.tools)))
+                    written += 1
                     leaks.hold_out(place, asked_in([row])[0])
                     try:
                         check_expected([row], task.config.eval.metric)
@@ -264,13 +266,13 @@ def _served_otherwise(tokenizer: Any, row: Conversation) -> RowError | None:
 
 def _asked(task: Task, tokenizer: Any, tests: Mapping[str, _TestSet]) -> tuple[list[str], list[int]]:
     """The places of the test rows that are asked, and their questions' lengths in tokens."""
-    asked = [row.place for one in tests.values() for row in chosen(one.rows, task.config.eval.limit)]
-    wanted, rows = set(asked), itertools.chain.from_iterable(one.rows for one in tests.values())
+    asked = [row for one in tests.values() for row in chosen(one.rows, task.config.eval.limit)]
+    wanted, rows = {row.number for row in asked}, itertools.chain.from_iterable(one.rows for one in tests.values())
     questions = zip(rows, questions_in(task.new(task.layout.rows("test"))), strict=True)
     lengths = question_lengths(
-        tokenizer, (replace(question, place=row.place) for row, question in questions if row.place in wanted)
+        tokenizer, (replace(question, place=row.place) for row, question in questions if row.number in wanted)
     )
-    return asked, lengths
+    return [row.place for row in asked], lengths
 
 
 def _unusable(findings: Findings, place: str, error: UserError) -> None:

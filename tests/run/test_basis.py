@@ -161,6 +161,14 @@ def test_changed_python_of_a_base_that_may_run_it(project: Path) -> None:
     assert stale(untrusted, manifest) == {}
 
 
+def test_files_that_changed_their_places_are_others() -> None:
+    """Training data and test data that were mixed up; elsewhere they may lie."""
+    was, there = Basis("x", {}, {}, {}, {"/f/train": "1", "/f/test": "2"}), {"/g/train": "1", "/g/test": "2"}
+    assert replace(was, inputs=there).changed_since(was.record()) is None
+    swapped = replace(was, inputs={"/f/train": "2", "/f/test": "1"})
+    assert swapped.changed_since(was.record()) == "other files, or the same in another order"
+
+
 def test_a_reason_is_the_first_difference_in_words() -> None:
     was = Basis("x", {"a.b": 1}, {"m": "1", "n": "1"}, {"lib": "1"}, {"/f/x.txt": "1", "a/1": "2", "b/1": "3"})
     cases = {

@@ -155,6 +155,16 @@ def test_each_adapter_and_the_combination_are_asked_the_questions_of_each(questi
     }
 
 
+def test_rows_that_are_asked_for_one_adapter_and_for_all_are_counted_for_each(questions: Path, tmp_path: Path) -> None:
+    (tmp_path / "all").mkdir()
+    first, own = (Path(shutil.copy(questions, tmp_path / "all" / f"{name}.jsonl")) for name in ("first", "own"))
+    tables = [{"path": peft_adapter(tmp_path / "one", small_base()), "name": "one", "test": own}]
+    rows = len(first.read_text().splitlines())
+    both = {"data": {"train": None, "test": first.parent}, "eval": {"limit": rows}}
+    figures = run_stage(data, tmp_path / "run", **sections(Path(), adapters=tables, adapter={}, **both))
+    assert figures["test_rows"] == 3 * rows
+
+
 def test_an_adapter_of_a_run_has_the_questions_of_that_run(bare: Path, tmp_path: Path, questions: Path) -> None:
     run = tmp_path / "other" / "run"
     (run / "data").mkdir(parents=True)
@@ -209,7 +219,7 @@ ALONE, OTHER = '[[adapters]]\npath = "."\n', '[[adapters]]\npath = ".."\n'
         ('[[adapters]]\npath = "."\nweight = 0.0\n', "pipeline.toml:3: adapters: .*: weight = 0 leaves nothing of it"),
         (
             '[[adapters]]\npath = "."\nwieght = 1.0\n',
-            "adapters: wieght: unknown key; known are: path, weight, name, test",
+            "adapters: wieght: unknown key; known are: path, training, weight, name, test",
         ),
         ("[[adapters]]\nweight = 1.0\n", "adapters: path: must be given"),
         ('[[adapters]]\npath = "."\n[adapter]\npath = "."\n', "adapter.path and .* exclude each other"),
