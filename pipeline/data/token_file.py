@@ -32,10 +32,13 @@ class TokenFile:
     def _begin(self) -> None:
         self._ends, self._ids, self._labels = array("i", [0]), array("i"), array("i")
 
-    def add(self, input_ids: bytes, labels: bytes) -> None:
-        """Append a sequence; its numbers have 4 bytes each, as `array("i")` has them."""
-        self._ids.frombytes(input_ids)
-        self._labels.frombytes(labels)
+    def add(self, input_ids: bytes | Iterable[int], labels: bytes | Iterable[int]) -> None:
+        """Append a sequence: numbers, or their bytes as `array("i")` has them, 4 each."""
+        for column, values in ((self._ids, input_ids), (self._labels, labels)):
+            if isinstance(values, bytes):
+                column.frombytes(values)
+            else:
+                column.extend(values)
         self._ends.append(len(self._ids))
         if len(self._ends) > _BATCH:
             self._flush()
