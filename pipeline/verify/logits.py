@@ -170,7 +170,8 @@ def _of_layers(folder: Path, tensor: Callable[[str], Any], rows: Rows) -> Iterat
     weights = read_weights(folder)
     layers, needed = Layers(weights), memory.by_layers(weights.own_shapes)
     if layers.lacking:
-        return f"the model does not fit into the memory in float32, and its files have no {layers.lacking[0]}"
+        why = "for its size, or since merge.keep = false"
+        return f"the model is not computed whole ({why}), and its files have no {layers.lacking[0]}"
     if needed > machine.free_memory():
         return f"the model's largest layer does not fit into the memory in float32 ({size(needed)})"
     return layers.predict(tensor, [ids for ids, _ in rows])
