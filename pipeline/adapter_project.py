@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.model.adapter import base_of, read_given_adapter
+from pipeline.model.adapter_folder import base_of, read_given_adapter
 from pipeline.resources import expanded
 from pipeline.run.folder import write_whole
 

@@ -164,7 +164,7 @@ def each(
 
 
 def _trainings(path: Path) -> tuple[str, ...]:
-    from pipeline.config import trainings_of
+    from pipeline.toml_file import trainings_of
 
     return trainings_of(path / "pipeline.toml" if path.is_dir() else path)
 
@@ -187,13 +187,13 @@ def resolved(
             machine that the run began on, or this one.
         reads_input: what comes on standard input is data, where the configuration says so.
     """
-    from pipeline.config import load_config
     from pipeline.defaults import Facts, resolve
     from pipeline.model.facts import facts
     from pipeline.run.folder import read_manifest
     from pipeline.run.provenance import first_machine
     from pipeline.run.standard_input import with_standard_input
     from pipeline.setup import gpu
+    from pipeline.toml_file import load_config
 
     if path.is_dir():
         path = path / "pipeline.toml"
@@ -370,7 +370,7 @@ def status(config: Path, overrides: tuple[str, ...], training: str, as_json: boo
     A stage is fresh, stale (and why) or missing. CONFIG may also be a run's folder.
     """
     if Layout(config).config.is_file():
-        from pipeline.config import read_run
+        from pipeline.toml_file import read_run
 
         _show_status(read_run(config.absolute()), as_json)
         return

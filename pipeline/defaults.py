@@ -164,7 +164,7 @@ def _given_table(key: str, given: dict[str, str]) -> str | None:
 def _check(config: Config, given: dict[str, str]) -> None:
     from pipeline.llamacpp.programs import installed
     from pipeline.llamacpp.quantizer import quantization_type
-    from pipeline.model.adapter import check_folder
+    from pipeline.model.adapter_folder import check_folder
     from pipeline.ollama.address import normal_host, without_password
     from pipeline.ollama.parameters import check_parameters
     from pipeline.ollama.target import names_of

@@ -16,7 +16,7 @@ import click
 
 if TYPE_CHECKING:
     from pipeline.config import Config
-    from pipeline.setup.findings import Finding
+    from pipeline.setup.machine_findings import Finding
 
 
 @click.command(epilog="Example: pipeline doctor my/pipeline.toml --json")
@@ -34,7 +34,7 @@ def doctor(config: Path | None, as_json: bool) -> None:
     answers, cannot run.
     """
     from pipeline.console import results
-    from pipeline.setup.findings import FAILURE, OK, WARNING
+    from pipeline.setup.machine_findings import FAILURE, OK, WARNING
 
     findings = list(examine(config))
     failed = any(finding.state == FAILURE for finding in findings)
@@ -67,9 +67,9 @@ def examine(config: Path | None) -> Iterator[Finding]:
     Raises:
         UserError: a configuration that was named cannot be read.
     """
-    from pipeline.config import load_config, trainings_of
     from pipeline.setup import gpu, libraries, machine, places
     from pipeline.setup.pins import load_pins
+    from pipeline.toml_file import load_config, trainings_of
 
     path = config or Path("pipeline.toml")
     path = path / "pipeline.toml" if path.is_dir() else path
@@ -89,7 +89,7 @@ def examine(config: Path | None) -> Iterator[Finding]:
     torch = {package.name: package.version for package in libraries.this_environment().installed()}.get("torch")
     yield from gpu.look(gpu.gpus(), libraries.locked_cuda(), torch)
     if not places.tokenizer_home(next(iter(load_pins().tokenizers.values()))).is_dir():
-        from pipeline.setup.findings import OK, Finding
+        from pipeline.setup.machine_findings import OK, Finding
 
         yield Finding("tokenizers for the tests", OK, "not fetched: only `make test` needs them")
 
@@ -97,7 +97,7 @@ def examine(config: Path | None) -> Iterator[Finding]:
 def _llama_cpp(programs: Path | None) -> Finding:
     import subprocess
 
-    from pipeline.setup.findings import FAILURE, OK, Finding
+    from pipeline.setup.machine_findings import FAILURE, OK, Finding
     from pipeline.setup.pins import load_pins
 
     pin = load_pins().llama_cpp
@@ -115,7 +115,7 @@ def _llama_cpp(programs: Path | None) -> Finding:
 
 def _packaged_base() -> Finding:
     from pipeline.setup import places
-    from pipeline.setup.findings import OK, WARNING, Finding
+    from pipeline.setup.machine_findings import OK, WARNING, Finding
 
     wheel = places.packaged_base_wheel()
     if wheel is None:
@@ -127,7 +127,7 @@ def _ollama(host: str | None) -> Finding:
     """The Ollama that `deploy` would take, by its own rule."""
     from pipeline.errors import UserError
     from pipeline.ollama.target import find
-    from pipeline.setup.findings import FAILURE, OK, WARNING, Finding
+    from pipeline.setup.machine_findings import FAILURE, OK, WARNING, Finding
     from pipeline.setup.ollama_version import program_version
 
     try:

@@ -126,7 +126,7 @@ def together(runs: Sequence[Path], quant: str | None) -> list[Served]:
 
 def _configs(given: Path, quant: str | None) -> list[Config]:
     """The configuration of a run, or those of all trainings of one; an adapter's folder is exported, unless it was."""
-    from pipeline.config import load_config, read_run, trainings_of
+    from pipeline.toml_file import load_config, read_run, trainings_of
 
     path = expanded(given, "RUN")
     if Layout(path).config.is_file() and Layout(path).manifest.is_file():

@@ -9,10 +9,11 @@ from typing import get_args
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config import Config, Optimizer, fields, load_config
+from pipeline.config import Config, Optimizer, fields
 from pipeline.defaults import RULES, Facts, resolve
 from pipeline.errors import UserError
 from pipeline.stages.train import VALIDATION_SHARE, VALIDATIONS
+from pipeline.toml_file import load_config
 
 MINIMAL = '[model]\nbase = "smollm2-135m-instruct"\n\n[data]\ntrain = "train.jsonl"\n'
 

@@ -15,8 +15,9 @@ import pytest
 from click.testing import CliRunner
 
 from pipeline.cli import main
-from pipeline.config import Config, fields, load_config, trainings_of
+from pipeline.config import Config, fields
 from pipeline.stages import NAMES
+from pipeline.toml_file import load_config, trainings_of
 
 ROOT = Path(__file__).parent.parent
 GENERATOR = ROOT / "docs" / "generate.py"

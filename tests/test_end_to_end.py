@@ -94,7 +94,7 @@ def test_ollama_answers_what_the_file_answers(run: Path) -> None:
 def test_the_base_went_the_whole_way_first(run: Path) -> None:
     content = json.loads((run / "preflight" / "preflight.json").read_text(encoding="utf-8"))
     assert content["verdict"] == "pass"
-    passed = {(row["id"], row["rung"]) for row in content["checks"] if row["verdict"] == "pass"}
+    passed = {(row["id"], row["stage"]) for row in content["checks"] if row["verdict"] == "pass"}
     assert passed >= {
         *(("machine.disk", "base"), ("machine.memory", "base"), ("machine.versions", "base")),
         *(("weights.reload", "base"), ("weights.finite", "base"), ("toolchain.pin", "convert")),
@@ -148,7 +148,7 @@ def shows_the_proof(page: Page, run: Path) -> None:
     proof = json.loads((run / "verify" / "verify.json").read_text(encoding="utf-8"))
     shown = [row[:3] for row in page.tables["Proof"][1:]]
     assert shown == [
-        [check["verdict"], check["rung"], f"{check['sentence']} {check['id']}{check['words']}"]
+        [check["verdict"], check["stage"], f"{check['sentence']} {check['id']}{check['words']}"]
         for check in proof["checks"]
     ]
 
@@ -173,9 +173,9 @@ def test_a_broken_link_ends_the_command(run: Path) -> None:
     """A limit that no quantized file keeps stands for a file that is broken."""
     answer = pipeline("run", run.parent, "--set", "verify.quantized_divergence=1e-9")
     assert answer.returncode == 1
-    assert "the first broken rung is quantize/q4_k_m: logits.quantized: mean KL" in answer.stderr
+    assert "the first broken stage is quantize/q4_k_m: logits.quantized: mean KL" in answer.stderr
     assert re.search(r"logits\.quantized +quantize/q4_k_m +fail", answer.stdout)
     assert "labels.spans" not in answer.stdout
     page = Page.of(run / "report" / "report.html")
-    assert "The first broken rung is quantize/q4_k_m: mean KL" in page.text
+    assert "The first broken stage is quantize/q4_k_m: mean KL" in page.text
     shows_the_proof(page, run)

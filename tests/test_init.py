@@ -11,8 +11,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from pipeline.cli import main
-from pipeline.config import load_config, meanings
+from pipeline.config import meanings
 from pipeline.init import starting_files, write_new
+from pipeline.toml_file import load_config
 
 ROOT = Path(__file__).parent.parent
 

@@ -21,7 +21,6 @@ from support import servers
 from support.shared_base import KIND, QUESTIONS, SYSTEM, adapter_of, config_of, do, run_of
 
 from pipeline.cli import main
-from pipeline.config import load_config
 from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp import adapter_proxy
 from pipeline.llamacpp.adapter_proxy import AdapterProxy, ServedAdapter
@@ -36,6 +35,7 @@ from pipeline.resources import sha256_of
 from pipeline.run.layout import Layout
 from pipeline.serve import together
 from pipeline.stages import deploy
+from pipeline.toml_file import load_config
 
 NAMES = ("one", "two")
 TOKENS = 8

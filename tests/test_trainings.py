@@ -10,11 +10,11 @@ from support.adapters import small_base
 from support.good_run import conversations, write_rows
 
 from pipeline.cli import main
-from pipeline.config import load_config, trainings_of
 from pipeline.errors import UserError
-from pipeline.model.adapter import read_given_adapter
+from pipeline.model.adapter_folder import read_given_adapter
 from pipeline.run.layout import Layout
 from pipeline.serve import together
+from pipeline.toml_file import load_config, trainings_of
 
 TEXT = """
 [model]

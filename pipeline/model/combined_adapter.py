@@ -23,8 +23,8 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.model.adapter import CONFIG, WEIGHTS, Adapter, read_given_adapter
 from pipeline.model.adapter_file import AdapterFile, plain_name
+from pipeline.model.adapter_folder import CONFIG, WEIGHTS, Adapter, read_given_adapter
 from pipeline.model.plain_adapter import A, B, more_than_products
 from pipeline.model.weights_file import WHOLE
 from pipeline.model.weights_writer import TensorPlan, WeightsWriter

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
 from pipeline.model import targets
-from pipeline.model.adapter import CONFIG, WEIGHTS, Adapter, fit_to, read_given_adapter
+from pipeline.model.adapter_folder import CONFIG, WEIGHTS, Adapter, fit_to, read_given_adapter
 from pipeline.model.base import TOKENIZER_FILES, base_folder
 from pipeline.model.trained_tokenizer import tokenizer_source
 from pipeline.prompt.tokenizer import saved_tokenizer

@@ -295,9 +295,9 @@ def _rung(path: Path, training: str, gguf: str | None, *, adapter: bool, greedy:
         with llama_server(Path(gguf)) as server:
             yield server.stream, ""
         return
-    from pipeline.config import load_config, read_run
     from pipeline.ollama.modelfile_text import served_system
     from pipeline.run.layout import Layout
+    from pipeline.toml_file import load_config, read_run
 
     if Layout(path).config.is_file():
         if training:

@@ -27,6 +27,7 @@ NO_PART = {
     "pipeline.resources": "where the program's own files lie; those that a stage reads are held for themselves",
     "pipeline.run": "where results are kept, for all stages alike",
     "pipeline.setup": "how libraries and programs come here; their versions are held for themselves",
+    "pipeline.toml_file": "how the values are read; a stage depends on them alone",
 }
 # And what among them has a part all the same.
 PART = {"pipeline.setup.ollama_version": "the oldest Ollama that serves a model is written into its Modelfile"}

@@ -91,7 +91,7 @@ def wanted_parts(dev: bool, *, say_own: bool = True) -> tuple[list[Part], list[s
     from pipeline.setup import machine, places
     from pipeline.setup.build import build_programs
     from pipeline.setup.fetch import fetch_node, fetch_package
-    from pipeline.setup.findings import OK
+    from pipeline.setup.machine_findings import OK
     from pipeline.setup.ollama import build_ollama
     from pipeline.setup.ollama_version import MINIMUM_OLLAMA, program_version, system_ollama
     from pipeline.setup.pins import load_pins

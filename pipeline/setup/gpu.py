@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pipeline.figures import GIB, memory_size
 from pipeline.processes import find_program
-from pipeline.setup.findings import FAILURE, OK, WARNING, Finding
+from pipeline.setup.machine_findings import FAILURE, OK, WARNING, Finding
 
 # The first driver for Linux that runs programs of a CUDA release (NVIDIA's CUDA release notes, table "Toolkit driver
 # versions"); within one release an older driver runs programs of a newer minor version.

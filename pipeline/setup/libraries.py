@@ -33,8 +33,8 @@ from pipeline.figures import GIB
 from pipeline.processes import disk_errors, exclusive, run
 from pipeline.resources import checkout, checkout_at, resource
 from pipeline.setup import gpu, machine
-from pipeline.setup.findings import FAILURE, OK, WARNING, Finding, require
 from pipeline.setup.indexes import pip_environment, uv_environment, uv_options
+from pipeline.setup.machine_findings import FAILURE, OK, WARNING, Finding, require
 
 CPU, CUDA, AUTO = "cpu", "cuda", "auto"
 # What only a CUDA build of torch loads.

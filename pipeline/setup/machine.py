@@ -16,7 +16,7 @@ from pathlib import Path
 from pipeline.errors import UserError
 from pipeline.figures import GIB, memory_size
 from pipeline.processes import find_program
-from pipeline.setup.findings import FAILURE, OK, WARNING, Finding, require
+from pipeline.setup.machine_findings import FAILURE, OK, WARNING, Finding, require
 
 # The example's run, with what its stages need on the way; preflight counts a run's own needs from its base.
 LEAST_FOR_A_RUN = 4 * GIB

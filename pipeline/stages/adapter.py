@@ -1,6 +1,6 @@
 """adapter: what stands in the place of training where the configuration gives one, or several to combine.
 
-Each is judged before anything else is done (`pipeline.model.adapter`). The one, or what they are combined to
+Each is judged before anything else is done (`pipeline.model.adapter_folder`). The one, or what they are combined to
 (`pipeline.model.combined_adapter`), is written down as training would leave its own: with the modules by name and the
 tokenizer that it is served with. Every later stage reads the one as the other.
 """
@@ -11,7 +11,7 @@ import shutil
 from typing import Any
 
 from pipeline.console import progress
-from pipeline.model.adapter import fit_to, write_taken
+from pipeline.model.adapter_folder import fit_to, write_taken
 from pipeline.model.base import base_folder
 from pipeline.model.combined_adapter import read_given_adapters, write_combined
 from pipeline.model.facts import base_files

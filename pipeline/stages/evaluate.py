@@ -19,7 +19,7 @@ from pipeline.console import progress
 from pipeline.data.metric import score
 from pipeline.data.questions import Question, asked
 from pipeline.data.sources import read_rows
-from pipeline.model.adapter import CONFIG, WEIGHTS
+from pipeline.model.adapter_folder import CONFIG, WEIGHTS
 from pipeline.model.facts import base_files
 from pipeline.model.trained_tokenizer import adapter_files, trained_tokenizer
 from pipeline.run.stage import Stage, Task

@@ -21,7 +21,7 @@ from pipeline.console import progress
 from pipeline.data.row_order import RowOrder
 from pipeline.data.token_file import token_count
 from pipeline.errors import PipelineError, UserError
-from pipeline.model.adapter import WEIGHTS
+from pipeline.model.adapter_folder import WEIGHTS
 from pipeline.model.continued_adapter import continued_files, read_continued_adapter
 from pipeline.model.facts import base_files
 from pipeline.prompt.labels import IGNORED

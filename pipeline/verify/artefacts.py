@@ -135,7 +135,7 @@ class Artefacts:
         Raises:
             UserError: it is no adapter, or there is no such base.
         """
-        from pipeline.model.adapter import base_of, fit_to, read_given_adapter, write_taken
+        from pipeline.model.adapter_folder import base_of, fit_to, read_given_adapter, write_taken
         from pipeline.model.base import resolve_base
         from pipeline.model.four_bit import in_16bit
         from pipeline.model.trained_tokenizer import tokenizer_source

@@ -32,7 +32,7 @@ from pipeline.verify.result import Claim, Result, document
 
 Check = Callable[[Artefacts], Iterator[Result]]
 
-# Name, check, and the rung that is blamed when the check itself breaks. Answers read what others measured.
+# Name, check, and the stage that is blamed when the check itself breaks. Answers read what others measured.
 CHECKS: dict[str, tuple[Check, str]] = {
     "adapter": (given_adapter.check, "train"),
     "labels": (trained_labels.check, "train"),
@@ -55,27 +55,27 @@ EXPORT_CHECKS = (
 )
 
 
-def run_check(name: str, rung: str, check: Callable[[], Iterator[Result]]) -> list[Result]:
+def run_check(name: str, stage: str, check: Callable[[], Iterator[Result]]) -> list[Result]:
     """Collect one check's results, and make one of its error if it has one.
 
     Args:
         name: the check's name.
-        rung: which rung is blamed when the check itself breaks.
+        stage: which stage is blamed when the check itself breaks.
         check: called without arguments.
     """
     results: list[Result] = []
     try:
         results.extend(check())
     except (NotInstalled, NoSpace) as error:
-        results.append(Claim(name, rung, "the check can be run").not_run(str(error)))
+        results.append(Claim(name, stage, "the check can be run").not_run(str(error)))
     except PipelineError as error:
-        results.append(Claim(name, rung, "the files can be read").holds(False, str(error)))
+        results.append(Claim(name, stage, "the files can be read").holds(False, str(error)))
     except Exception as error:
         words = f"{type(error).__name__}: {str(error).strip()[:300]}"
         if full_disk(error):
-            results.append(Claim(name, rung, "the check can be run").not_run(words))
+            results.append(Claim(name, stage, "the check can be run").not_run(words))
         else:
-            results.append(Claim(name, rung, "the files can be read").holds(False, words))
+            results.append(Claim(name, stage, "the files can be read").holds(False, words))
     return results
 
 
@@ -87,21 +87,21 @@ def run_checks(artefacts: Artefacts, names: Sequence[str] = RUN_CHECKS) -> list[
     """Run checks by name and collect their results."""
     results: list[Result] = []
     for name in names:
-        check, rung = CHECKS[name]
+        check, stage = CHECKS[name]
         started = time.monotonic()
-        results += run_check(name, rung, partial(check, artefacts))
+        results += run_check(name, stage, partial(check, artefacts))
         artefacts.shared.setdefault("seconds", {})[name] = round(time.monotonic() - started, 1)
     return results
 
 
-def verify(artefacts: Artefacts, rungs: Sequence[str], names: Sequence[str] = RUN_CHECKS) -> dict[str, Any]:
+def verify(artefacts: Artefacts, stages: Sequence[str], names: Sequence[str] = RUN_CHECKS) -> dict[str, Any]:
     """verify.json: verdicts, and the ladders of losses, divergences and answers for the report.
 
     Args:
         artefacts: what is judged.
-        rungs: the stages whose outputs that are, in the order of the work.
+        stages: the stages whose outputs that are, in the order of the work.
         names: the checks.
     """
     results = run_checks(artefacts, names)
     kept = ("losses", "divergences", "quantized", "answers", "mcnemar", "seconds")
-    return document(results, rungs, **{key: artefacts.shared[key] for key in kept if key in artefacts.shared})
+    return document(results, stages, **{key: artefacts.shared[key] for key in kept if key in artefacts.shared})

@@ -35,12 +35,12 @@ class Export:
         return any(value is not None for value in vars(self).values())
 
 
-def verify_export(export: Export, rungs: Sequence[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
+def verify_export(export: Export, stages: Sequence[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """verify.json of an export of another program.
 
     Args:
         export: what is given of it.
-        rungs: the stages whose outputs are judged, in the order of the work.
+        stages: the stages whose outputs are judged, in the order of the work.
         overrides: "verify.key=value" strings.
 
     Raises:
@@ -62,17 +62,17 @@ def verify_export(export: Export, rungs: Sequence[str], overrides: Sequence[str]
         if export.adapter is not None:
             artefacts.add_adapter(export.adapter.absolute(), export.base)
         artefacts.ollama = export.ollama
-        return run(artefacts, rungs, EXPORT_CHECKS)
+        return run(artefacts, stages, EXPORT_CHECKS)
 
 
-def verify_folder(run_folder: Path, rungs: Sequence[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
+def verify_folder(run_folder: Path, stages: Sequence[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """verify.json of a run's folder as it is; it is written there too. The run may have been moved.
 
     Raises:
         UserError: there is no merged model in it, or an override is none.
     """
-    from pipeline.config import read_run
     from pipeline.run.layout import Layout
+    from pipeline.toml_file import read_run
     from pipeline.verify.artefacts import Artefacts
     from pipeline.verify.chain import verify as run
     from pipeline.verify.result import write
@@ -80,7 +80,7 @@ def verify_folder(run_folder: Path, rungs: Sequence[str], overrides: Sequence[st
     settings = read_run(run_folder)
     settings = settings.model_copy(update={"verify": _settings(settings.verify.model_dump(), overrides)})
     with tempfile.TemporaryDirectory(prefix=".verify-", dir=run_folder) as scratch:  # as large as the model
-        content = run(Artefacts.of_run(run_folder, settings, Path(scratch)), rungs)
+        content = run(Artefacts.of_run(run_folder, settings, Path(scratch)), stages)
     target = Layout(run_folder).verify_json
     target.parent.mkdir(exist_ok=True)
     write(target, content)
@@ -91,7 +91,8 @@ def _settings(values: dict[str, Any], overrides: Sequence[str]) -> Any:
     """[verify] alone, with --set verify.key=value."""
     from pydantic import ValidationError
 
-    from pipeline.config import Verify, parse_override
+    from pipeline.config import Verify
+    from pipeline.toml_file import parse_override
 
     given = dict(values)
     for override in overrides:
@@ -109,7 +110,7 @@ def _settings(values: dict[str, Any], overrides: Sequence[str]) -> Any:
 
 
 def show(content: dict[str, Any]) -> None:
-    """The table on standard output, and the first broken rung in words."""
+    """The table on standard output, and the first broken stage in words."""
     from pipeline.console import results
     from pipeline.verify.result import FAIL, explain, summary, table
 

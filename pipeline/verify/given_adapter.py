@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.model.adapter import WEIGHTS, fit_to, read_given_adapter
+from pipeline.model.adapter_folder import WEIGHTS, fit_to, read_given_adapter
 from pipeline.model.combined_adapter import difference, read_given_adapters, write_combined
 from pipeline.resources import sha256_of
 from pipeline.verify.artefacts import Artefacts

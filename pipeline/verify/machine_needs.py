@@ -15,8 +15,8 @@ from pipeline.model.sixteen_bit import chosen_base
 from pipeline.model.weights_file import Weights
 from pipeline.ollama.address import is_here, normal_host
 from pipeline.setup import gpu, libraries
-from pipeline.setup.findings import OK, WARNING, Finding
 from pipeline.setup.machine import existing, memory_bytes
+from pipeline.setup.machine_findings import OK, WARNING, Finding
 from pipeline.verify.result import Claim, Result
 
 _DISK = Claim("machine.disk", "base", "the disk holds what every stage will write")

@@ -46,25 +46,25 @@ def check_files(artefacts: Artefacts) -> Iterator[Result]:
         )
         return
     suite = conversations(artefacts.template.special_tokens)
-    for rung, path in artefacts.files:
-        yield from check_file(artefacts.template, artefacts.tokenizer, rung, path, suite)
+    for stage, path in artefacts.files:
+        yield from check_file(artefacts.template, artefacts.tokenizer, stage, path, suite)
 
 
 def check_file(
-    template: ChatTemplate, tokenizer: Any, rung: str, path: Path, suite: Sequence[Case]
+    template: ChatTemplate, tokenizer: Any, stage: str, path: Path, suite: Sequence[Case]
 ) -> Iterator[Result]:
     """Judge the chat template of one GGUF file.
 
     Args:
         template: the trained one.
         tokenizer: the trained one, of transformers.
-        rung: whose output the file is.
+        stage: whose output the file is.
         path: the file.
         suite: the conversations that are compared.
     """
-    carried = Claim("prompt.template", rung, "the GGUF file carries the trained chat template, byte for byte")
-    rendered = Claim("prompt.llamacpp", rung, "llama.cpp renders the trained prompt")
-    tokens = Claim("prompt.tokens", rung, "a served prompt has the trained ids, BOS included")
+    carried = Claim("prompt.template", stage, "the GGUF file carries the trained chat template, byte for byte")
+    rendered = Claim("prompt.llamacpp", stage, "llama.cpp renders the trained prompt")
+    tokens = Claim("prompt.tokens", stage, "a served prompt has the trained ids, BOS included")
     try:
         source = inspect(path).metadata.get("tokenizer.chat_template")
     except PipelineError as error:
@@ -131,7 +131,7 @@ def _same_tokens(
     if habits:
         known = "; ".join(f"{', '.join(map(repr, names))}: {habit}" for habit, names in habits.items())
         sentence = f"left out, because it is known why they are served with other ids: {known}"
-        yield Claim("prompt.habits", claim.rung, sentence).holds(
+        yield Claim("prompt.habits", claim.stage, sentence).holds(
             True, figure=sum(map(len, habits.values())), threshold="explained"
         )
 
@@ -144,15 +144,15 @@ def _modelfiles(artefacts: Artefacts, suite: Sequence[Case]) -> Iterator[Result]
     judged: dict[str, Result] = {}
     with Engine() as engine:
         for kind in artefacts.quantized:
-            rung = f"modelfile/{kind}"
-            claim = Claim(rendered.id, rung, rendered.sentence)
+            stage = f"modelfile/{kind}"
+            claim = Claim(rendered.id, stage, rendered.sentence)
             path = Layout(artefacts.run).create_request(kind)
             if not path.is_file():
                 yield claim.not_run(f"{path} is missing")
                 continue
             body = json.loads(path.read_text(encoding="utf-8"))["request"]
-            yield _stops(artefacts, rung, body)
-            yield _system(artefacts, rung, body)
+            yield _stops(artefacts, stage, body)
+            yield _system(artefacts, stage, body)
             if not engine.has_go:
                 yield claim.not_run("there is no Ollama on this machine: `pipeline setup` builds one")
                 continue
@@ -160,7 +160,7 @@ def _modelfiles(artefacts: Artefacts, suite: Sequence[Case]) -> Iterator[Result]
             if go_template not in judged:  # the same for every type of a run
                 judged[go_template] = _rendered(claim, engine, artefacts.template, go_template, path.parent, suite)
             result = judged[go_template]
-            yield Result(**{**vars(result), "rung": rung})
+            yield Result(**{**vars(result), "stage": stage})
 
 
 def _rendered(
@@ -180,18 +180,18 @@ def _rendered(
     return _judged(claim, report)
 
 
-def _stops(artefacts: Artefacts, rung: str, body: dict[str, Any]) -> Result:
+def _stops(artefacts: Artefacts, stage: str, body: dict[str, Any]) -> Result:
     wanted = set(stop_strings(artefacts.template))
     if artefacts.config is not None and "stop" in artefacts.config.ollama.parameters:
         wanted = set()  # the user's own
     missing = sorted(wanted - set((body.get("parameters") or {}).get("stop") or ()))
-    claim = Claim("prompt.stop", rung, "every text that ends a turn is a stop string")
+    claim = Claim("prompt.stop", stage, "every text that ends a turn is a stop string")
     return claim.holds(not missing, f"the stop strings lack {', '.join(map(repr, missing))}", len(missing), "at most 0")
 
 
-def _system(artefacts: Artefacts, rung: str, body: dict[str, Any]) -> Result:
+def _system(artefacts: Artefacts, stage: str, body: dict[str, Any]) -> Result:
     """Rows without a system message were trained with data.system; the served model must have it too."""
-    claim = Claim("prompt.system", rung, "the served system text is the trained one")
+    claim = Claim("prompt.system", stage, "the served system text is the trained one")
     meant = served_system(artefacts.config) if artefacts.config is not None else ""
     served = body.get("system") or ""
     return claim.holds(served == meant, f"it is {served!r} instead of {meant!r}")

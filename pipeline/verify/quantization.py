@@ -32,9 +32,9 @@ def check(artefacts: Artefacts) -> Iterator[Result]:
 
 
 def _file(artefacts: Artefacts, kind: str, path: Path) -> Iterator[Result]:
-    rung = f"quantize/{kind}"
-    whole = Claim("quantization.file", rung, "the file is whole, and no tensor is NaN or all zeros")
-    types = Claim("quantization.types", rung, "every tensor has the type that the name stands for")
+    stage = f"quantize/{kind}"
+    whole = Claim("quantization.file", stage, "the file is whole, and no tensor is NaN or all zeros")
+    types = Claim("quantization.types", stage, "every tensor has the type that the name stands for")
     try:
         info = check_gguf(path)
     except PipelineError as error:
@@ -52,15 +52,15 @@ def _file(artefacts: Artefacts, kind: str, path: Path) -> Iterator[Result]:
         yield types.holds(False, f"neither its name nor general.file_type says what {path.name} is")
         return
     meant = plan(artefacts.reference, wanted.name)
-    yield _named(rung, info, wanted)
+    yield _named(stage, info, wanted)
     yield _types(types, info, meant.types)
-    yield from _bits(rung, artefacts, info, wanted, [fallback.tensor for fallback in meant.fallbacks])
-    yield _error(rung, artefacts, info, wanted)
+    yield from _bits(stage, artefacts, info, wanted, [fallback.tensor for fallback in meant.fallbacks])
+    yield _error(stage, artefacts, info, wanted)
 
 
-def _named(rung: str, info: GGUFInfo, wanted: QuantizationType) -> Result:
+def _named(stage: str, info: GGUFInfo, wanted: QuantizationType) -> Result:
     number = info.metadata.get("general.file_type")
-    claim = Claim("quantization.name", rung, "the file says that it is of the type that it is named after")
+    claim = Claim("quantization.name", stage, "the file says that it is of the type that it is named after")
     return claim.holds(
         number == wanted.number,
         f"general.file_type is {number}, {wanted.name} is {wanted.number}",
@@ -81,9 +81,9 @@ def _types(claim: Claim, info: GGUFInfo, meant: dict[str, str]) -> Result:
 
 
 def _bits(
-    rung: str, artefacts: Artefacts, info: GGUFInfo, wanted: QuantizationType, fallen: list[str]
+    stage: str, artefacts: Artefacts, info: GGUFInfo, wanted: QuantizationType, fallen: list[str]
 ) -> Iterator[Result]:
-    bits = Claim("quantization.bits", rung, "a weight has at least the bits that the name promises")
+    bits = Claim("quantization.bits", stage, "a weight has at least the bits that the name promises")
     if wanted.promised_bits is None:
         yield bits.not_run(f"llama-quantize does not say what {wanted.name} promises")
     else:
@@ -92,20 +92,20 @@ def _bits(
         words = f"{info.bits_per_weight:.2f} bits a weight, where {wanted.name} promises {wanted.promised_bits:.2f}"
         yield bits.at_least(info.bits_per_weight, least, words)
     share = sum(info.names[name].elements for name in fallen if name in info.names) / max(1, info.parameter_count)
-    claim = Claim("quantization.fallback", rung, "no more parameters fell back to another type than may")
+    claim = Claim("quantization.fallback", stage, "no more parameters fell back to another type than may")
     yield claim.at_most(
         share, artefacts.settings.fallback, f"{share:.0%} of the parameters have rows that do not fit {wanted.name}"
     )
 
 
-def _error(rung: str, artefacts: Artefacts, info: GGUFInfo, wanted: QuantizationType) -> Result:
+def _error(stage: str, artefacts: Artefacts, info: GGUFInfo, wanted: QuantizationType) -> Result:
     """The relative error of the worst tensor, dequantized, against the 16-bit file."""
     import numpy as np
 
     reference = inspect(artefacts.reference)
-    claim = Claim("quantization.error", rung, "every tensor is near the 16-bit one")
+    claim = Claim("quantization.error", stage, "every tensor is near the 16-bit one")
     worst, words = 0.0, ""
-    with progress(f"numbers of {rung}", len(info.tensors), "tensors") as update:
+    with progress(f"numbers of {stage}", len(info.tensors), "tensors") as update:
         for number, tensor in enumerate(info.tensors, 1):
             theirs = reference.names.get(tensor.name)
             if theirs is None or theirs.shape != tensor.shape:

@@ -1,6 +1,6 @@
 """What a check says: an id, a sentence, a figure, a threshold and a verdict.
 
-A check that could not run says so and why; it is never shown as passed. The first broken rung is the earliest stage of
+A check that could not run says so and why; it is never shown as passed. The first broken stage is the earliest stage of
 which a check failed: what comes after it was made from something broken.
 """
 
@@ -28,7 +28,7 @@ class Result:
 
     Attributes:
         id: the check and what of it, e.g. "weights.merged".
-        rung: whose output is judged, e.g. "merge" or "quantize/q4_k_m".
+        stage: whose output is judged, e.g. "merge" or "quantize/q4_k_m".
         sentence: what is claimed.
         verdict: PASS, FAIL or NOT_RUN.
         figure: what was measured; None where nothing was.
@@ -37,7 +37,7 @@ class Result:
     """
 
     id: str
-    rung: str
+    stage: str
     sentence: str
     verdict: str
     figure: Any = None
@@ -50,13 +50,13 @@ class Claim:
     """What a check is about to prove; one of the four methods below makes its verdict."""
 
     id: str
-    rung: str
+    stage: str
     sentence: str
 
     def holds(self, condition: bool, words: str = "", figure: Any = None, threshold: Any = None) -> Result:
         """Passed if the condition is true; `words` say what is wrong if it is not."""
         verdict, words = (PASS, "") if condition else (FAIL, words)
-        return Result(self.id, self.rung, self.sentence, verdict, figure, threshold, words)
+        return Result(self.id, self.stage, self.sentence, verdict, figure, threshold, words)
 
     def at_most(self, figure: float, limit: float, words: str = "") -> Result:
         """Passed if the figure is no greater than the limit. NaN fails. `words` tell more of the figure, also then."""
@@ -68,24 +68,24 @@ class Claim:
 
     def not_run(self, why: str) -> Result:
         """Nothing was judged."""
-        return Result(self.id, self.rung, self.sentence, NOT_RUN, words=why)
+        return Result(self.id, self.stage, self.sentence, NOT_RUN, words=why)
 
 
-def first_broken(results: Sequence[Result], rungs: Sequence[str]) -> Result | None:
-    """The failure at the earliest rung, or None.
+def first_broken(results: Sequence[Result], stages: Sequence[str]) -> Result | None:
+    """The failure at the earliest stage, or None.
 
     Args:
         results: all verdicts.
-        rungs: the stages whose outputs are judged, in the order of the work.
+        stages: the stages whose outputs are judged, in the order of the work.
     """
     failed = [result for result in results if result.verdict == FAIL]
-    order = (BASE, *rungs)  # which comes before all stages
-    return min(failed, key=lambda result: order.index(result.rung.partition("/")[0]), default=None)
+    order = (BASE, *stages)  # which comes before all stages
+    return min(failed, key=lambda result: order.index(result.stage.partition("/")[0]), default=None)
 
 
-def document(results: Sequence[Result], rungs: Sequence[str], **more: Any) -> dict[str, Any]:
-    """verify.json; `rungs` are the stages whose outputs are judged, in the order of the work."""
-    broken = first_broken(results, rungs)
+def document(results: Sequence[Result], stages: Sequence[str], **more: Any) -> dict[str, Any]:
+    """verify.json; `stages` are the stages whose outputs are judged, in the order of the work."""
+    broken = first_broken(results, stages)
     return {
         "verdict": FAIL if broken else PASS,
         "first_broken": asdict(broken) if broken else None,
@@ -101,7 +101,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 def require_passed(content: dict[str, Any]) -> None:
-    """End a command with the first broken rung in words.
+    """End a command with the first broken stage in words.
 
     Args:
         content: verify.json.
@@ -119,10 +119,10 @@ def summary(content: dict[str, Any]) -> str:
 
 
 def explain(content: dict[str, Any]) -> str:
-    """The first broken rung of a verify.json in words."""
+    """The first broken stage of a verify.json in words."""
     broken, failed = content["first_broken"], content["counts"][FAIL]
     more = f" ({failed - 1} more checks failed after it)" if failed > 1 else ""
-    return f"the first broken rung is {broken['rung']}: {broken['id']}: {broken['words']}{more}"
+    return f"the first broken stage is {broken['stage']}: {broken['id']}: {broken['words']}{more}"
 
 
 def table(content: dict[str, Any], verdicts: Sequence[str] = (PASS, FAIL, NOT_RUN)) -> Table:
@@ -131,7 +131,7 @@ def table(content: dict[str, Any], verdicts: Sequence[str] = (PASS, FAIL, NOT_RU
     from rich.text import Text
 
     rows = Table(box=None, pad_edge=False)
-    for heading in ("check", "rung", "verdict"):
+    for heading in ("check", "stage", "verdict"):
         rows.add_column(heading, no_wrap=True)
     for heading in ("figure", "threshold", ""):
         rows.add_column(heading, overflow="fold")
@@ -139,10 +139,10 @@ def table(content: dict[str, Any], verdicts: Sequence[str] = (PASS, FAIL, NOT_RU
     broken = content["first_broken"]
     for row in (row for row in content["checks"] if row["verdict"] in verdicts):
         words = row["words"] if row["verdict"] != PASS else row["sentence"]
-        first = broken is not None and (row["id"], row["rung"]) == (broken["id"], broken["rung"])
+        first = broken is not None and (row["id"], row["stage"]) == (broken["id"], broken["stage"])
         rows.add_row(
             Text(row["id"]),
-            Text(row["rung"]),
+            Text(row["stage"]),
             Text(row["verdict"], style=colours[row["verdict"]]),
             Text(written("", row["figure"])),
             Text(written("", row["threshold"])),

@@ -29,8 +29,8 @@ def check(artefacts: Artefacts) -> Iterator[Result]:
     taken, refused = _taken(artefacts)
     context = context_for(artefacts.tokenizer, taken, limit, context_of(artefacts.model))
     adapters = [artefacts.gguf_adapter] if artefacts.gguf_adapter else []
-    for rung, path in artefacts.files:
-        claim = Claim("stopping.llamacpp", rung, f"{_SENTENCE} in llama-server")
+    for stage, path in artefacts.files:
+        claim = Claim("stopping.llamacpp", stage, f"{_SENTENCE} in llama-server")
         if not taken:
             yield claim.not_run(refused)
             continue
@@ -94,7 +94,7 @@ def _ask(
     artefacts: Artefacts, claim: Claim, questions: Sequence[Question], ended: Callable[[Question], bool], refused: str
 ) -> Result:
     stopped = 0
-    with progress(f"stopping at {claim.rung}", len(questions), "answers") as update:
+    with progress(f"stopping at {claim.stage}", len(questions), "answers") as update:
         for number, question in enumerate(questions, 1):
             stopped += ended(question)
             update(number)

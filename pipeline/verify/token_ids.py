@@ -47,8 +47,8 @@ def check(artefacts: Artefacts) -> Iterator[Result]:
 
 def check_files(artefacts: Artefacts) -> Iterator[Result]:
     """Judge the tokenizer of every GGUF file."""
-    for rung, path in artefacts.files:
-        yield from _file(artefacts, rung, path)
+    for stage, path in artefacts.files:
+        yield from _file(artefacts, stage, path)
 
 
 def _trained(artefacts: Artefacts) -> Result:
@@ -76,30 +76,30 @@ def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return ids
 
 
-def _file(artefacts: Artefacts, rung: str, path: Path) -> Iterator[Result]:
-    ids = Claim("tokenizer.ids", rung, "llama-server gives every text the trained ids")
+def _file(artefacts: Artefacts, stage: str, path: Path) -> Iterator[Result]:
+    ids = Claim("tokenizer.ids", stage, "llama-server gives every text the trained ids")
     try:
         metadata = inspect(path).metadata
     except PipelineError as error:
         yield ids.not_run(f"the file cannot be read: {error}")
         return
-    yield from _metadata(artefacts, rung, metadata)
+    yield from _metadata(artefacts, stage, metadata)
     try:
         with LlamaServer(path, context=256, jinja=False) as server:
             yield from _same_ids(artefacts, ids, server)
-            yield _adds(artefacts, rung, server)
+            yield _adds(artefacts, stage, server)
     except PipelineError as error:
         yield ids.holds(False, f"llama-server cannot use it: {error}")
         return
-    yield _ends(artefacts, rung, path)
+    yield _ends(artefacts, stage, path)
 
 
-def _metadata(artefacts: Artefacts, rung: str, metadata: dict[str, Any]) -> Iterator[Result]:
+def _metadata(artefacts: Artefacts, stage: str, metadata: dict[str, Any]) -> Iterator[Result]:
     """What the pinned converter writes for this tokenizer, key by key."""
     expected = artefacts.expected.metadata
     for id, (sentence, key) in _KEYS.items():
         ours, theirs = metadata.get(key), expected.get(key)
-        yield Claim(id, rung, sentence).holds(ours == theirs, _key_difference(key, ours, theirs))
+        yield Claim(id, stage, sentence).holds(ours == theirs, _key_difference(key, ours, theirs))
     wrong = []
     for name in _SPECIAL:
         key = f"tokenizer.ggml.{name}_token_id"
@@ -109,7 +109,7 @@ def _metadata(artefacts: Artefacts, rung: str, metadata: dict[str, Any]) -> Iter
     for name, id in (("bos", tokenizer.bos_token_id), ("eos", tokenizer.eos_token_id)):
         if id is not None and metadata.get(f"tokenizer.ggml.{name}_token_id", id) != id:
             wrong.append(f"{name} is {metadata.get(f'tokenizer.ggml.{name}_token_id')}, the tokenizer's {id}")
-    claim = Claim("tokenizer.special", rung, "BOS, EOS and the other special tokens are the trained ones")
+    claim = Claim("tokenizer.special", stage, "BOS, EOS and the other special tokens are the trained ones")
     yield claim.holds(not wrong, "; ".join(wrong), len(wrong), "at most 0")
 
 
@@ -132,7 +132,7 @@ def _same_ids(artefacts: Artefacts, claim: Claim, server: LlamaServer) -> Iterat
     trained = _ids(tokenizer, texts)
     differing, words = 0, ""
     habits: Counter[str] = Counter()
-    with progress(f"tokens of {claim.rung}", len(texts), "strings") as update:
+    with progress(f"tokens of {claim.stage}", len(texts), "strings") as update:
         for number, (text, ids) in enumerate(zip(texts, trained, strict=True), 1):
             served = server.tokenize(text)
             if served == ids:
@@ -149,7 +149,7 @@ def _same_ids(artefacts: Artefacts, claim: Claim, server: LlamaServer) -> Iterat
     if habits:
         known = "; ".join(f"{habit} ({count:,} strings)" for habit, count in habits.most_common(3))
         sentence = f"where hostile texts are served with other ids, llama.cpp is known for it: {known}"
-        yield Claim("tokenizer.habits", claim.rung, sentence).holds(True, figure=habits.total(), threshold="explained")
+        yield Claim("tokenizer.habits", claim.stage, sentence).holds(True, figure=habits.total(), threshold="explained")
 
 
 def _training_rows(artefacts: Artefacts) -> list[str]:
@@ -158,17 +158,17 @@ def _training_rows(artefacts: Artefacts) -> list[str]:
     return [decode(artefacts.tokenizer, row["input_ids"]) for row in itertools.islice(read_tokens(path), ROWS)]
 
 
-def _adds(artefacts: Artefacts, rung: str, server: LlamaServer) -> Result:
+def _adds(artefacts: Artefacts, stage: str, server: LlamaServer) -> Result:
     """Whether the server puts a BOS in front of a text where training did, and nothing else around it."""
     text = "Hello"
     served, trained = server.tokenize(text, add_special=True), token_ids(artefacts.tokenizer, text)
-    claim = Claim("tokenizer.bos", rung, "the server adds BOS where training did, and nothing else")
+    claim = Claim("tokenizer.bos", stage, "the server adds BOS where training did, and nothing else")
     return claim.holds(served == trained, f"{text!r} is served as {served}, trained as {trained}")
 
 
-def _ends(artefacts: Artefacts, rung: str, path: Path) -> Result:
+def _ends(artefacts: Artefacts, stage: str, path: Path) -> Result:
     """Whether llama.cpp stops at the token that ends a trained answer."""
-    claim = Claim("tokenizer.end_of_turn", rung, "llama.cpp stops at the token that ends a trained answer")
+    claim = Claim("tokenizer.end_of_turn", stage, "llama.cpp stops at the token that ends a trained answer")
     token = trained_end_of_turn(artefacts)
     if token is None:
         return claim.not_run("the chat template writes no token after an answer that could be found")

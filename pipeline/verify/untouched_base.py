@@ -21,8 +21,8 @@ from pipeline.llamacpp.converter import adapter_command, check_places, convert_a
 from pipeline.llamacpp.gguf_file import GGUFInfo
 from pipeline.llamacpp.quantizer import quantize
 from pipeline.model import memory, targets
-from pipeline.model.adapter import CONFIG, WEIGHTS, Adapter, fit_to, read_given_adapter
 from pipeline.model.adapter_file import AdapterFile
+from pipeline.model.adapter_folder import CONFIG, WEIGHTS, Adapter, fit_to, read_given_adapter
 from pipeline.model.base import as_trained, base_folder
 from pipeline.model.combined_adapter import read_given_adapters
 from pipeline.model.continued_adapter import read_continued_adapter
@@ -52,14 +52,14 @@ _TARGET = Claim("preflight.target", "deploy", "there is an Ollama to deploy to, 
 _SERVED = Claim("preflight.served", "deploy", "Ollama loads the quantized base and answers")
 
 
-def preflight(config: Config, run_folder: Path, scratch: Path, rungs: Sequence[str]) -> dict[str, Any]:
+def preflight(config: Config, run_folder: Path, scratch: Path, stages: Sequence[str]) -> dict[str, Any]:
     """preflight.json: the verdicts in the order of the work, in the form of verify.json.
 
     Args:
         config: the resolved configuration.
         run_folder: where the run's files will be.
         scratch: an empty folder for the files that are made on the way.
-        rungs: the stages whose outputs are judged, in the order of the work.
+        stages: the stages whose outputs are judged, in the order of the work.
 
     Raises:
         UserError: there is no such base, or an adapter from elsewhere is not one of it.
@@ -84,18 +84,18 @@ def preflight(config: Config, run_folder: Path, scratch: Path, rungs: Sequence[s
     results += _run("preflight.template", "modelfile", partial(_template, config, base))
     artefacts = _artefacts(config, base, scratch)
     results += _run("preflight.convert", "convert", partial(_convert, artefacts))
-    if not any(result.verdict == FAIL for result in results if result.rung == "convert"):
+    if not any(result.verdict == FAIL for result in results if result.stage == "convert"):
         if config.export.as_ == "adapter":
             check = partial(check_adapters, config, base, artefacts.expected, scratch)
             results += _run("preflight.adapter", "convert", check)
         results += _judge(artefacts)
         results += _run("preflight.served", "deploy", partial(_serve, artefacts, scratch))
-    return document(results, rungs)
+    return document(results, stages)
 
 
-def _run(name: str, rung: str, check: Callable[[], Iterator[Result]]) -> list[Result]:
+def _run(name: str, stage: str, check: Callable[[], Iterator[Result]]) -> list[Result]:
     """What set-up has not brought is a failure here: afterwards it would be one of the run."""
-    results = run_check(name, rung, check)
+    results = run_check(name, stage, check)
     missing = name, "the check can be run"
     return [replace(result, verdict=FAIL) if (result.id, result.sentence) == missing else result for result in results]
 
@@ -172,9 +172,9 @@ def _judge(artefacts: Artefacts) -> list[Result]:
         "quantization": (quantization.check, "quantize"),
     }
     results: list[Result] = []
-    for name, (check, rung) in checks.items():
-        results += _run(name, rung, partial(check, artefacts))
-    return [replace(result, rung="base") if result.rung == "merge" else result for result in results]
+    for name, (check, stage) in checks.items():
+        results += _run(name, stage, partial(check, artefacts))
+    return [replace(result, stage="base") if result.stage == "merge" else result for result in results]
 
 
 def _template(config: Config, base: Path) -> Iterator[Result]:
@@ -213,4 +213,4 @@ def _serve(artefacts: Artefacts, scratch: Path) -> Iterator[Result]:
 
 def failures(content: dict[str, Any]) -> list[str]:
     """Every failure in words, in the order of the work."""
-    return [f"{row['rung']}: {row['sentence']}: {row['words']}" for row in content["checks"] if row["verdict"] == FAIL]
+    return [f"{row['stage']}: {row['sentence']}: {row['words']}" for row in content["checks"] if row["verdict"] == FAIL]

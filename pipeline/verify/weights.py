@@ -333,11 +333,11 @@ def check_sixteen_bit(artefacts: Artefacts) -> Iterator[Result]:
             yield _GGUF.not_run(artefacts.removed)
         else:
             yield _same_numbers(inspect(artefacts.sixteen_bit), artefacts.expected)
-    for rung, path in artefacts.files:
+    for stage, path in artefacts.files:
         if not (broken := _complaint(lambda path=path: inspect(path))):  # type: ignore[misc]
-            yield _same_description(rung, inspect(path), artefacts.expected)
-        elif rung != "convert":
-            yield Claim(_METADATA.id, rung, _METADATA.sentence).not_run(broken)
+            yield _same_description(stage, inspect(path), artefacts.expected)
+        elif stage != "convert":
+            yield Claim(_METADATA.id, stage, _METADATA.sentence).not_run(broken)
 
 
 def _complaint(call: Callable[[], Any]) -> str:
@@ -388,7 +388,7 @@ def _difference(ours: Any, theirs: Any) -> str:
     return f"differs in {count:,} numbers, first at {list(at)}: {ours[at]:g} instead of {theirs[at]:g}"
 
 
-def _same_description(rung: str, info: GGUFInfo, expected: GGUFInfo) -> Result:
+def _same_description(stage: str, info: GGUFInfo, expected: GGUFInfo) -> Result:
     """The keys of the architecture: sizes, rope, norms."""
     prefix = f"{expected.architecture}."
     # Another version's converter may write keys more; only those that change what is computed matter then.
@@ -403,7 +403,7 @@ def _same_description(rung: str, info: GGUFInfo, expected: GGUFInfo) -> Result:
     ]
     if info.architecture != expected.architecture:
         wrong.insert(0, f"general.architecture is {info.architecture} instead of {expected.architecture}")
-    claim = Claim(_METADATA.id, rung, _METADATA.sentence)
+    claim = Claim(_METADATA.id, stage, _METADATA.sentence)
     return claim.holds(not wrong, "; ".join(wrong[:3]), len(wrong), "at most 0 keys")
 
 

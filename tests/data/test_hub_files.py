@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from support import hub
 
-from pipeline.config import load_config
 from pipeline.data.hub_files import HubData
 from pipeline.errors import UserError
+from pipeline.toml_file import load_config
 
 CARD = """---
 configs:

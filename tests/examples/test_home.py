@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import load_config
 from pipeline.data.formats import Conversation, Reading, read_conversations
 from pipeline.data.leaks import find_leaks
 from pipeline.data.metric import parse_strict
 from pipeline.resources import resource
+from pipeline.toml_file import load_config
 
 HOME = resource("examples/home")
 KEYS = ["device", "room", "action", "value", "time"]

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.model.adapter import WEIGHTS, fit_to
 from pipeline.model.adapter_file import plain_name
+from pipeline.model.adapter_folder import WEIGHTS, fit_to
 from pipeline.model.combined_adapter import difference, read_given_adapters, write_combined
 from pipeline.model.trained_tokenizer import trained_tokenizer
 

@@ -14,7 +14,7 @@ from support.small_models import RECORD
 
 import pipeline
 from pipeline.cli import resolved
-from pipeline.config import Config, load_config
+from pipeline.config import Config
 from pipeline.defaults import Facts, resolve
 from pipeline.resources import resource
 from pipeline.run.basis import Basis
@@ -22,6 +22,7 @@ from pipeline.run.folder import write_manifest
 from pipeline.run.graph import Graph
 from pipeline.run.provenance import first_machine, keep_first_machine
 from pipeline.stages import all_stages
+from pipeline.toml_file import load_config
 
 GRAPH = Graph(all_stages())
 TOML = """

@@ -15,10 +15,11 @@ import pytest
 from pyarrow import parquet
 from support import small_models
 
-from pipeline.config import Config, load_config
+from pipeline.config import Config
 from pipeline.data.formats import read_conversations
 from pipeline.errors import UserError
 from pipeline.run.standard_input import with_standard_input
+from pipeline.toml_file import load_config
 
 ROWS = [{"prompt": f"Say {number}", "completion": f"It is {number}."} for number in range(40)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()

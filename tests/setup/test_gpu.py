@@ -9,7 +9,7 @@ import pytest
 from pipeline.errors import PipelineError
 from pipeline.figures import GIB
 from pipeline.setup import gpu, libraries
-from pipeline.setup.findings import FAILURE, OK, WARNING, Finding, require
+from pipeline.setup.machine_findings import FAILURE, OK, WARNING, Finding, require
 
 UUID = "GPU-{0}a5b6c7d-0000-1111-2222-33333333333{0}"
 GOOD = "NVIDIA GeForce RTX 4090, 24564, 580.82.07, 8.9"

@@ -9,7 +9,7 @@ from support.packages import NO_NETWORK, make_wheel, version_in, write_lock
 
 from pipeline.errors import PipelineError
 from pipeline.setup import libraries
-from pipeline.setup.findings import OK
+from pipeline.setup.machine_findings import OK
 
 ROOT = Path(__file__).parents[2]
 

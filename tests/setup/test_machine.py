@@ -13,7 +13,7 @@ from pipeline.errors import PipelineError, UserError
 from pipeline.processes import exclusive, run
 from pipeline.resources import cache_folder
 from pipeline.setup import machine, places
-from pipeline.setup.findings import OK, WARNING
+from pipeline.setup.machine_findings import OK, WARNING
 
 ROOT = Path(__file__).parents[2]
 

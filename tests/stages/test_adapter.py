@@ -12,13 +12,13 @@ from support.adapters import peft_adapter, small_base, trl_checkpoint
 from support.small_models import make_config, scratch
 
 from pipeline.cli import main, resolved
-from pipeline.config import load_config
 from pipeline.data.token_file import TokenFile
 from pipeline.errors import UserError
 from pipeline.run.basis import settings_of
 from pipeline.run.graph import Graph
 from pipeline.run.stage import Task
 from pipeline.stages import adapter, all_stages, data, declared, evaluate, merge
+from pipeline.toml_file import load_config
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.chain import verify
 from pipeline.verify.result import FAIL, PASS

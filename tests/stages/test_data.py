@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.config import Verify, load_config
+from pipeline.config import Verify
 from pipeline.data.questions import asked
 from pipeline.data.sources import read_rows
 from pipeline.data.token_file import read_tokens
@@ -24,6 +24,7 @@ from pipeline.prompt.tokenizer import saved_tokenizer
 from pipeline.run.layout import Layout
 from pipeline.run.stage import Task
 from pipeline.stages import data, evaluate, verify
+from pipeline.toml_file import load_config
 from pipeline.verify import answers, trained_labels
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import FAIL

@@ -113,7 +113,7 @@ def test_a_worse_base_is_named(tmp_path: Path) -> None:
     difference = artefacts.merge_losses[worse] - artefacts.merge_losses[chosen["taken"]]
     artefacts.settings = artefacts.settings.model_copy(update={"loss_lost": difference / 2})
     (result,) = merge_base.check(artefacts)
-    assert (result.id, result.rung, result.verdict) == ("merge_base.better", "merge", FAIL)
+    assert (result.id, result.stage, result.verdict) == ("merge_base.better", "merge", FAIL)
     assert '"auto"' in result.words
 
 

@@ -130,8 +130,8 @@ def test_the_proof_s_table_has_the_verdicts_of_real_checks(tmp_path: Path) -> No
     page = page_of(tmp_path / "page" / "run")
 
     head, *rows = page.tables["Proof"]
-    assert head == ["verdict", "rung", "claim", "figure", "threshold"]
-    assert [(row[0], row[1]) for row in rows] == [(check["verdict"], check["rung"]) for check in content["checks"]]
+    assert head == ["verdict", "stage", "claim", "figure", "threshold"]
+    assert [(row[0], row[1]) for row in rows] == [(check["verdict"], check["stage"]) for check in content["checks"]]
     for row, check in zip(rows, content["checks"], strict=True):
         assert row[2] == f"{check['sentence']} {check['id']}{check['words']}"
         assert (row[3] == "") == (check["figure"] is None)
@@ -141,7 +141,7 @@ def test_the_proof_s_table_has_the_verdicts_of_real_checks(tmp_path: Path) -> No
     assert float(broken[3]) > 0.01
     first = content["first_broken"]
     assert first["id"] == "quantization.error"
-    assert f"The first broken rung is quantize/q4_k_m: {first['words']}" in page.text
+    assert f"The first broken stage is quantize/q4_k_m: {first['words']}" in page.text
 
 
 def test_a_proof_without_a_failure_says_how_much_was_checked(tmp_path: Path) -> None:

@@ -19,12 +19,12 @@ import pytest
 import torch
 from support.adapters import merged_by_peft
 
-from pipeline.config import Config, Verify, load_config
+from pipeline.config import Config, Verify
 from pipeline.data.token_file import read_tokens
 from pipeline.defaults import Facts, resolve
 from pipeline.errors import PipelineError, UserError
-from pipeline.model.adapter import fit_to, read_given_adapter
 from pipeline.model.adapter_file import read_adapter
+from pipeline.model.adapter_folder import fit_to, read_given_adapter
 from pipeline.model.base import base_folder, resolve_base
 from pipeline.model.continued_adapter import read_continued_adapter
 from pipeline.model.merging import MergedWeights
@@ -38,6 +38,7 @@ from pipeline.run.stage import Task
 from pipeline.setup import gpu
 from pipeline.stages import all_stages
 from pipeline.stages.train import COMPLETE, STAGE, conversations_of, last_checkpoint, make_trainer, schedule
+from pipeline.toml_file import load_config
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import FAIL, PASS
 from pipeline.verify.trained_labels import check as check_labels

@@ -105,7 +105,7 @@ def test_a_broken_export_is_named(
     rewrite_gguf(tmp_path / name, damage)
     content = verify(export / "model", tmp_path / name)
     assert check in failed(content)
-    assert content["first_broken"]["rung"].partition("/")[0] == ("convert" if name == "mine.gguf" else "quantize")
+    assert content["first_broken"]["stage"].partition("/")[0] == ("convert" if name == "mine.gguf" else "quantize")
 
 
 def test_the_command(export: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -121,7 +121,7 @@ def test_the_command(export: Path, tmp_path: Path, capfd: pytest.CaptureFixture[
     assert "blk.1.ffn_up.weight" in failed(content)["quantization.error"]
     show(content)
     table = capfd.readouterr().out
-    assert f"the first broken rung is quantize/q4_k_m: {content['first_broken']['id']}" in table
+    assert f"the first broken stage is quantize/q4_k_m: {content['first_broken']['id']}" in table
     assert "not run" in table
 
 

@@ -397,7 +397,7 @@ def test_gguf(name: str, tmp_path: Path) -> None:
     else:
         found = {result.id: result for result in failures(run, check, expected)}
     assert expected in found
-    assert found[expected].rung == "convert"
+    assert found[expected].stage == "convert"
     assert found[expected].words
 
 
@@ -546,7 +546,7 @@ LADDER = ("base", "adapter", "adapter-16bit", "merged", "gguf-16bit", "q4_k_m", 
 
 
 @pytest.mark.parametrize(
-    ("from_rung", "id", "rung", "said"),
+    ("from_rung", "id", "stage", "said"),
     [
         ("merged", "answers.merged", "merge", "adapter answers 38 of 40 rightly, merged 20"),
         ("gguf-16bit", "answers.converted", "convert", "merged answers 38 of 40 rightly, gguf-16bit 20"),
@@ -554,14 +554,14 @@ LADDER = ("base", "adapter", "adapter-16bit", "merged", "gguf-16bit", "q4_k_m", 
         ("ollama", "answers.ollama", "deploy", "q4_k_m answers 38 of 40 rightly, ollama 20"),
     ],
 )
-def test_answers_lost_on_the_way(tmp_path: Path, from_rung: str, id: str, rung: str, said: str) -> None:
+def test_answers_lost_on_the_way(tmp_path: Path, from_rung: str, id: str, stage: str, said: str) -> None:
     run = copy_run(tmp_path)
     for place, name in enumerate(LADDER):
         right = 2 if name == "base" else 38 if place < LADDER.index(from_rung) else 20
         (run / "evaluate" / name).mkdir(parents=True)
         write_rows(run / "evaluate" / name / "answers.jsonl", [{"correct": at < right} for at in range(40)])
     found = list(failures(run, "answers", id))
-    assert [(result.id, result.rung) for result in found] == [(id, rung)]
+    assert [(result.id, result.stage) for result in found] == [(id, stage)]
     assert said in found[0].words
 
 
@@ -580,7 +580,7 @@ def test_a_file_changed_after_the_run(tmp_path: Path) -> None:
     path.unlink()
     path.write_bytes(bytes(data))
     (found,) = failures(run, "toolchain", "")
-    assert (found.id, found.rung) == ("toolchain.files", "convert")
+    assert (found.id, found.stage) == ("toolchain.files", "convert")
     assert "model-f16.gguf" in found.words
 
 
@@ -623,10 +623,10 @@ def test_without_a_metric_the_loss_is_judged_at_every_rung() -> None:
     judged = [result for result in CHECKS["answers"][0](of_good) if result.id == "answers.loss"]
     # The good run chose its base, so that nothing was measured before the merge.
     steps = [("merge", NOT_RUN), ("convert", PASS), ("quantize/q4_k_m", PASS), ("deploy", NOT_RUN)]
-    assert [(result.rung, result.verdict) for result in judged] == steps
+    assert [(result.stage, result.verdict) for result in judged] == steps
     of_good.shared["losses"]["q4_k_m"] += 1
     (found,) = (result for result in CHECKS["answers"][0](of_good) if result.verdict == FAIL)
-    assert (found.id, found.rung) == ("answers.loss", "quantize/q4_k_m")
+    assert (found.id, found.stage) == ("answers.loss", "quantize/q4_k_m")
 
 
 def test_a_check_that_breaks_is_a_failure_and_one_without_its_programs_did_not_run() -> None:
@@ -667,5 +667,5 @@ def test_a_broken_file_is_no_reason_to_pass(tmp_path: Path) -> None:
     run = copy_run(tmp_path)
     halve(run)
     results = list(CHECKS["logits"][0](artefacts(run)))
-    assert PASS not in {result.verdict for result in results if result.rung == "convert"}
+    assert PASS not in {result.verdict for result in results if result.stage == "convert"}
     shutil.rmtree(run)

@@ -67,7 +67,7 @@ def test_what_is_not_proven_ends_the_stage(run: Path) -> None:
     data[-1] ^= 1
     model.unlink()
     model.write_bytes(data)
-    with pytest.raises(PipelineError, match=r"the first broken rung is merge: weights\.(merged|untouched)"):
+    with pytest.raises(PipelineError, match=r"the first broken stage is merge: weights\.(merged|untouched)"):
         do(run)
     assert json.loads(Layout(run).proof.read_text())["verdict"] == FAIL
 

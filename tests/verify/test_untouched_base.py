@@ -18,11 +18,11 @@ from support.adapters import peft_adapter
 from support.good_run import conversations, good_run, write_rows
 
 from pipeline import stages
-from pipeline.config import load_config
 from pipeline.errors import PipelineError
 from pipeline.llamacpp.gguf_file import inspect
 from pipeline.model.weights_file import Weights
 from pipeline.ollama.scratch_model import write_scratch_model
+from pipeline.toml_file import load_config
 from pipeline.verify import machine_needs
 from pipeline.verify.chain import run_check
 from pipeline.verify.reconvert import reconvert
@@ -92,7 +92,7 @@ def test_every_failure_is_named_at_once(project: Path) -> None:
         damage(project / "base")
     content = look(project)
     assert content["verdict"] == FAIL
-    failed = {(row["id"], row["rung"]): row["words"] for row in content["checks"] if row["verdict"] == FAIL}
+    failed = {(row["id"], row["stage"]): row["words"] for row in content["checks"] if row["verdict"] == FAIL}
     assert "cannot be served exactly" in failed["preflight.template", "modelfile"]
     assert "down_proj" in failed["weights.finite", "base"]
     assert "up_proj" in failed["weights.reload", "base"]

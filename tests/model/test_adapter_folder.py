@@ -13,8 +13,8 @@ from support.adapters import MODULES, TOKENIZER, peft_adapter, small_base
 from support.small_models import make_config, scratch
 
 from pipeline.errors import PipelineError, UserError
-from pipeline.model.adapter import CONFIG, WEIGHTS, base_of, fit_to, read_given_adapter
 from pipeline.model.adapter_file import read_adapter
+from pipeline.model.adapter_folder import CONFIG, WEIGHTS, base_of, fit_to, read_given_adapter
 from pipeline.model.merging import MergedWeights
 from pipeline.model.trained_tokenizer import adapter_files, trained_tokenizer
 from pipeline.model.weights_file import read_weights
