@@ -109,6 +109,7 @@ def _plan(settings: Config, machine: Machine, as_json: bool) -> bool:
             "shape": {"parameters": shape.parameters, **asdict(shape)},
             "machine": asdict(machine),
             "stages": [asdict(row) for row in rows],
+            "training": asdict(training(settings, shape, longest, on_gpu=machine.gpu is not None)),
             "problems": wrong,
         }
         click.echo(json.dumps(document, indent=1))
