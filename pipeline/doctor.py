@@ -167,4 +167,4 @@ def _disks(settings: Config | None) -> Iterator[Finding]:
     if settings is not None:
         needs[settings.run_folder] = machine.LEAST_FOR_A_RUN
         roles[settings.run_folder] = "the run"
-    yield from machine.space(needs, "a run with its set-up", roles)
+    yield from machine.space(needs, "a run with its set-up" if settings else "set-up", roles)

@@ -39,13 +39,15 @@ def pipeline(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of the example, cut down to 128 rows."""
+    """A finished run of the example, cut down to 16 steps of 4 rows."""
     project = tmp_path_factory.mktemp("home")
-    for name, rows in (("train", 128), ("validation", 8), ("test", 4)):
+    for name, rows in (("train", 64), ("validation", 8), ("test", 4)):
         lines = (HOME / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         (project / f"{name}.jsonl").write_text("".join(lines[:rows]), encoding="utf-8")
     text = (HOME / "pipeline.toml").read_text(encoding="utf-8")
-    text = re.sub(r"^(epochs|steps) = .*$", "steps = 16", text, flags=re.MULTILINE)
+    for setting in ("steps = 16", "batch = 4"):
+        text, found = re.subn(rf"^{setting.split()[0]} = .*$", setting, text, flags=re.MULTILINE)
+        assert found
     # So few steps teach it the shape of an answer, and leave it unsure of what stands in it.
     text += "\n[verify]\nstopping = 0\nloss_lost = 2\nanswers_lost = 1\ntokens = 500\nstrings = 500\n"
     (project / "pipeline.toml").write_text(text, encoding="utf-8")

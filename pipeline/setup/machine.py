@@ -113,7 +113,8 @@ def space(needs: Mapping[Path, float], what: str, roles: Mapping[Path, str] | No
                 "free some space, or set PIPELINE_CACHE to a folder on another disk",
             )
         else:
-            yield Finding(subject, OK, f"{where}: {memory_size(free)} free, {what} needs {memory_size(needed)}")
+            words = f", {what} needs {memory_size(needed)}" if needed else ""
+            yield Finding(subject, OK, f"{where}: {memory_size(free)} free{words}")
 
 
 def require_space(needs: Mapping[Path, float]) -> None:

@@ -104,6 +104,11 @@ def finish(process: subprocess.Popen[str]) -> None:
     assert process.returncode == 0, said
 
 
+def with_data_of(trained: Path, run: str) -> None:
+    """Make a new run that begins with the data stage of another, which need not be made again."""
+    shutil.copytree(trained, trained.parent / run, ignore=shutil.ignore_patterns("train", ".*"))
+
+
 def kill_at(process: subprocess.Popen[str], run: Path, step: int) -> None:
     """kill -9 once the checkpoint of a step is on the disk."""
     checkpoint = run / ".partial" / "train" / "scratch" / "checkpoints" / f"checkpoint-{step}" / COMPLETE
@@ -168,8 +173,8 @@ def test_the_batches_are_the_rows_of_the_data_stage(trained: Path) -> None:
 
 def test_killed_and_resumed_is_the_same_training(project: Path, trained: Path) -> None:
     """kill -9 in the middle; the same command ends with the same bytes."""
+    with_data_of(trained, "killed")
     kill_at(train(project, "killed"), project / "killed", 4)
-
     finish(train(project, "killed"))
     manifest = json.loads((project / "killed" / "manifest.json").read_text())
     assert manifest["stages"]["train"]["figures"]["resumed_from"] is not None
@@ -290,10 +295,11 @@ def test_padding_is_left_out_of_the_record_and_never_trained() -> None:
         conversations_of(batch([[2, 5, 6]], [[-100, 5, 6]], [[0, 1, 1]]))
 
 
-def test_early_stopping_goes_on_counting_after_an_interruption(project: Path) -> None:
+def test_early_stopping_goes_on_counting_after_an_interruption(project: Path, trained: Path) -> None:
     """With steps too small to change anything the loss is never better: three validations after the first, it ends."""
     more = ["early_stopping=3", "eval_interval=1", "learning_rate=1e-30"]
     options = [text for key in more for text in ("--set", f"train.{key}")]
+    with_data_of(trained, "stopped")
     kill_at(train(project, "stopped", *options), project / "stopped", 3)
     finish(train(project, "stopped", *options))
     history = json.loads((project / "stopped" / "train" / "history.json").read_text())
@@ -310,6 +316,7 @@ def test_training_goes_on_from_an_adapter(project: Path, trained: Path) -> None:
     adapter = project / "begun"
     shutil.copytree(trained / "train" / "adapter", adapter)
     options = ("--set", "train.from_adapter=begun", "--set", "train.steps=2", "--set", "train.learning_rate=1e-3")
+    with_data_of(trained, "continued")
     finish(train(project, "continued", *options))
     figures = {
         run: json.loads((project / run / "manifest.json").read_text())["stages"]["train"]["figures"]
