@@ -145,9 +145,7 @@ def _in_full(values: dict[str, Any], places: dict[str, str], folder: Path) -> No
         if (given := _text(values, section, key)) is not None:
             values[section][key] = _source(given, folder, f"{places.get(f'{section}.{key}')}: {section}.{key}")
     for table in _tables(values.get("adapters")):
-        if isinstance(training := table.get("training"), str):
-            if "path" in table:
-                raise UserError(f"{places.get('adapters')}: adapters: path and training exclude each other: keep one")
+        if isinstance(training := table.get("training"), str) and "path" not in table:
             runs = _table(values, "run").get("folder")
             table["path"] = Layout(folder / (runs if isinstance(runs, str | Path) else Run().folder) / training).adapter
     for key, tables in (("data.sources", _table(values, "data").get("sources")), ("adapters", values.get("adapters"))):
@@ -445,6 +443,21 @@ def _explain(error: ValidationError, places: dict[str, str], path: Path) -> Iter
             case _:
                 given, words = detail.get("input"), detail["msg"]
                 yield f"{where}: {name} = {given!r}: {words[0].lower()}{words[1:]} ({meaning[key]})"
+
+
+def as_toml(value: Any) -> str:
+    """A JSON value as TOML writes it: they differ in tables, in null, which is left out, and in one control character."""
+    if isinstance(value, dict):
+        given = {key: item for key, item in value.items() if item is not None}
+        return "{" + ", ".join(f"{as_toml(key)} = {as_toml(item)}" for key, item in given.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(as_toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def as_comment(text: str) -> str:
+    """A text as a comment of TOML, which is one line and has no control characters."""
+    return "# " + re.sub(r"[\0-\x1f\x7f]+", " ", text)
 
 
 def read_run(folder: Path) -> Config:

@@ -145,6 +145,7 @@ def test_two_on_one_base_are_trained_and_combined_by_one_command(tmp_path: Path)
     assert done.returncode == 0, done.stderr
     ranks = {name: read_given_adapter(tmp_path / "run" / name / "train" / "adapter").settings["r"] for name in NAMES}
     assert ranks == {"sql": 16, "tone": 4, "combined": 20}
-    for given in (tmp_path, tmp_path / "run"):  # served together, once they are exported
-        with pytest.raises(UserError, match=r"run/\w+: convert is not made yet: run `pipeline export --as adapter"):
-            together([given], None)
+    with pytest.raises(UserError, match=r"run/sql: convert is not made yet: run `pipeline export --as adapter"):
+        together([tmp_path], None)
+    with pytest.raises(UserError, match=r"run: holds runs .* \(combined, sql, tone\): give those that are meant, or"):
+        together([tmp_path / "run"], None)

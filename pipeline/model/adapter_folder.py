@@ -54,10 +54,10 @@ _REASONS = {
 }
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
 _STORED = ("F16", "BF16", "F32")
-_OF_MLX = "adapters.safetensors"
+OF_MLX = "adapters.safetensors"  # the one file of tensors in an adapter of MLX
 _MLX = (
-    "is an adapter of MLX, whose tensors have other names and shapes: merge it there (`mlx_lm.fuse --save-path DIR`), "
-    "and convert what comes of it; `pipeline verify --hf DIR --gguf FILE` judges that"
+    "is an adapter of MLX, whose tensors have other names and shapes: `pipeline export --adapter DIR --base MODEL` "
+    "writes it as one of PEFT into the folder that it makes"
 )
 
 
@@ -69,13 +69,24 @@ class Adapter:
         folder: where it is.
         settings: adapter_config.json.
         weights: its tensors.
-        remarks: what should be known of it, in sentences.
     """
 
     folder: Path
     settings: dict[str, Any]
     weights: Weights
-    remarks: tuple[str, ...] = ()
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What should be known of it, in sentences."""
+        from dataclasses import fields
+        from importlib.metadata import version
+
+        from peft import LoraConfig
+
+        known = {field.name for field in fields(LoraConfig)} | _OF_NO_CONSEQUENCE
+        unknown = sorted(self.settings.keys() - known)
+        words = f"{CONFIG} has keys that PEFT {version('peft')} does not know, all off: {', '.join(unknown)}"
+        return (words,) if unknown else ()
 
     @property
     def named_base(self) -> str:
@@ -100,8 +111,8 @@ class Fit:
     remarks: tuple[str, ...] = ()
 
 
-def check_folder(folder: Path) -> tuple[dict[str, Any], Path]:
-    """What can be said of an adapter's folder at once, without a heavy library: its settings, and its tensors' file.
+def read_given_adapter(folder: Path) -> Adapter:
+    """Read a folder's settings and the headers of its tensors, without a heavy library.
 
     Raises:
         UserError: it is no adapter that can be merged, and why.
@@ -109,23 +120,14 @@ def check_folder(folder: Path) -> tuple[dict[str, Any], Path]:
     if not folder.is_dir():
         what = "is a file; give the folder that it is in" if folder.is_file() else "no such folder"
         raise UserError(f"{folder}: {what}")
-    return _settings(folder), _weights(folder)
-
-
-def read_given_adapter(folder: Path) -> Adapter:
-    """Read a folder's settings and the headers of its tensors.
-
-    Raises:
-        UserError: it is no adapter that can be merged, and why.
-    """
-    settings, path = check_folder(folder)
+    settings, path = _settings(folder), _weights(folder)
     weights = read_weights(folder, [path])
     if odd := [f"{name} is stored as {kind}" for name, kind in weights.types.items() if kind not in _STORED]:
         raise UserError(f"{path}: {odd[0]}: an adapter is stored in 16 or 32 bits")
     strange = [name for name in weights.shapes if not name.startswith(_PREFIX)]
     if strange:
         raise UserError(f"{path}: {strange[0]}: no name that PEFT gives ({_PREFIX}...); save it with `save_pretrained`")
-    return Adapter(folder, settings, weights, _remarks(settings))
+    return Adapter(folder, settings, weights)
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -138,7 +140,7 @@ def _settings(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path}: holds no settings")
-    if "lora_parameters" in settings or ("peft_type" not in settings and (folder / _OF_MLX).is_file()):
+    if "lora_parameters" in settings or ("peft_type" not in settings and (folder / OF_MLX).is_file()):
         raise UserError(f"{folder}: {_MLX}")
     kind, task = settings.get("peft_type"), settings.get("task_type")
     if kind != "LORA":
@@ -166,7 +168,7 @@ def _no_adapter(folder: Path) -> str:
         return f"holds adapters in folders of its own ({', '.join(inside[:4])}): give one of them"
     if (folder / "config.json").is_file():
         return "is a whole model, into which nothing is left to be merged: give the adapter's folder"
-    if (folder / _OF_MLX).is_file():
+    if (folder / OF_MLX).is_file():
         return _MLX
     if list(folder.glob("*.gguf")):
         return "holds GGUF files, which cannot be turned back: give the folder that PEFT saved"
@@ -207,18 +209,6 @@ def _check_values(path: Path, settings: dict[str, Any]) -> None:
 def _is_on(value: Any) -> bool:
     """Whether a setting is anything but left out; a table of settings that are all off is."""
     return any(map(_is_on, value.values())) if isinstance(value, dict) else bool(value)
-
-
-def _remarks(settings: dict[str, Any]) -> tuple[str, ...]:
-    from dataclasses import fields
-    from importlib.metadata import version
-
-    from peft import LoraConfig
-
-    known = {field.name for field in fields(LoraConfig)} | _OF_NO_CONSEQUENCE
-    unknown = sorted(settings.keys() - known)
-    words = f"{CONFIG} has keys that PEFT {version('peft')} does not know, all off: {', '.join(unknown)}"
-    return (words,) if unknown else ()
 
 
 def base_of(adapter: Adapter) -> str:
