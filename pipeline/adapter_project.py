@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.model.adapter_folder import base_of, read_given_adapter
 from pipeline.model.mlx_adapter import is_of_mlx, write_as_peft
-from pipeline.resources import expanded
+from pipeline.resources import expanded, without_links
 from pipeline.run.folder import write_whole
 from pipeline.toml_file import as_toml
 
@@ -53,7 +53,7 @@ def write_project(
     Raises:
         UserError: a folder is no adapter that can be merged, or a pipeline.toml of somebody's own is in the way.
     """
-    folders = [expanded(adapter, "--adapter").resolve() for adapter in adapters]
+    folders = [without_links(expanded(adapter, "--adapter")) for adapter in adapters]
     given = [None if is_of_mlx(folder) else read_given_adapter(folder) for folder in folders]
     if not base:
         if given[0] is None:
@@ -97,7 +97,7 @@ def write_project(
 
 def project_of(*adapters: Path) -> Path:
     """Where the configuration of an adapter's folder, or of several, is written."""
-    return Path.cwd() / f"{_name(*(adapter.resolve() for adapter in adapters))}-export" / "pipeline.toml"
+    return Path.cwd() / f"{_name(*map(without_links, adapters))}-export" / "pipeline.toml"
 
 
 def _name(*adapters: Path) -> str:

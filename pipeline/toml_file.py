@@ -32,7 +32,7 @@ from pipeline.config import (
     meanings,
 )  # fmt: skip
 from pipeline.errors import UserError
-from pipeline.resources import chat_templates, expanded
+from pipeline.resources import chat_templates, expanded, without_links
 from pipeline.run.layout import Layout
 
 # A command line can hold bytes that are not UTF-8, which Python shows as lone surrogates; TOML can hold a zero.
@@ -269,9 +269,10 @@ def _ask_as_trained(values: dict[str, Any], adapters: list[Any]) -> None:
     if not isinstance(of_data, dict) or any("test" in table for table in (of_data, *tables)):
         return
     for table in tables:
-        run = Layout(table["path"].resolve().parent.parent)
+        adapter = without_links(table["path"])
+        run = Layout(adapter.parent.parent)
         rows = run.rows("test")
-        if run.adapter == table["path"].resolve() and rows.is_file() and rows.stat().st_size:
+        if run.adapter == adapter and rows.is_file() and rows.stat().st_size:
             table["test"] = rows
 
 
@@ -312,7 +313,7 @@ def _anchored(config: Config, path: Path, training: str, *, named: bool) -> Conf
         name = f"{name}-{training.lower()}"
     return config.model_copy(
         update={
-            "run": config.run.model_copy(update={"folder": folder.resolve()}),
+            "run": config.run.model_copy(update={"folder": without_links(folder)}),
             "ollama": config.ollama.model_copy(update={"name": name}),
         }
     )
@@ -446,7 +447,7 @@ def _explain(error: ValidationError, places: dict[str, str], path: Path) -> Iter
 
 
 def as_toml(value: Any) -> str:
-    """A JSON value as TOML writes it: they differ in tables, in null, which is left out, and in one control character."""
+    """A JSON value as TOML writes it: they differ in tables, in null, which is left out, and in a control."""
     if isinstance(value, dict):
         given = {key: item for key, item in value.items() if item is not None}
         return "{" + ", ".join(f"{as_toml(key)} = {as_toml(item)}" for key, item in given.items()) + "}"

@@ -136,7 +136,7 @@ def _settings(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: {_no_adapter(folder)}")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path}: holds no settings")
@@ -186,9 +186,13 @@ def _weights(folder: Path) -> Path:
                 "it where you trust it, and save it with save_pretrained(..., safe_serialization=True)"
             )
         raise UserError(f"{folder}: {WEIGHTS} is missing: copy it from where the adapter was saved")
-    with path.open("rb") as file:
-        if file.read(20).startswith(b"version https://git"):
-            raise UserError(f"{path}: is a pointer of Git LFS, not the file: type `git lfs pull` where it was cloned")
+    try:
+        with path.open("rb") as file:
+            start = file.read(20)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if start.startswith(b"version https://git"):
+        raise UserError(f"{path}: is a pointer of Git LFS, not the file: type `git lfs pull` where it was cloned")
     return path
 
 

@@ -1,6 +1,6 @@
 """An adapter of MLX written as PEFT has them: the same two matrices for each module, transposed and by other names.
 
-MLX adds scale x (x A) B to what a module gives, with A (in, rank) and B (rank, out); PEFT adds alpha / rank x B' (A' x),
+MLX adds scale x (x A) B to what a module gives, with A (in, rank) and B (rank, out). PEFT adds alpha / rank x B' A' x,
 with A' (rank, in) and B' (out, rank). So A' and B' are A and B transposed, and alpha is scale x rank.
 """
 
