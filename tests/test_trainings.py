@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from support.adapters import small_base
 from support.good_run import conversations, write_rows
 
-from pipeline.cli import main
+from pipeline.cli import main, resolved
 from pipeline.errors import UserError
 from pipeline.model.adapter_folder import read_given_adapter
 from pipeline.run.layout import Layout
@@ -132,6 +132,19 @@ def test_one_document_is_printed_of_one_of_them(project: Path) -> None:
         assert told.exit_code == 2
         assert isinstance(told.exception, SystemExit)
         assert "several trainings, and one is printed: --training sql, tone, combined" in told.output
+
+
+def test_what_config_prints_of_each_is_a_configuration(project: Path) -> None:
+    """The combination's too, whose adapters are not made yet; whatever stands in a text."""
+    odd = ('ollama.system=a\n"b"\x7f\t\\', "ollama.license=é")
+    for name in NAMES:
+        told = CliRunner().invoke(
+            main, ["config", str(project), "--training", name, *(f"--set={text}" for text in odd)]
+        )
+        assert told.exit_code == 0, told.output
+        printed = project.with_name(f"{name}.toml")
+        printed.write_text(told.stdout)
+        assert resolved(printed, ())[0] == resolved(project, odd, name)[0]
 
 
 def test_two_on_one_base_are_trained_and_combined_by_one_command(tmp_path: Path) -> None:
