@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.model.adapter_folder import base_of, read_given_adapter
+from pipeline.model.base import is_on_hub, resolve_base
 from pipeline.model.mlx_adapter import is_of_mlx, write_as_peft
 from pipeline.resources import expanded, without_links
 from pipeline.run.folder import write_whole
@@ -59,6 +60,8 @@ def write_project(
         if given[0] is None:
             raise UserError(f"{folders[0]}: is an adapter of MLX: give its base as MLX found it, in 16 bits (--base)")
         base = base_of(given[0])
+    if not is_on_hub(base):
+        resolve_base(base)
     if weights and len(weights) != len(folders):
         raise UserError(f"--weight: {len(weights)} of them for {len(folders)} --adapter: give one for each, or none")
     if len(data) > 1 and len(data) != len(folders):

@@ -146,8 +146,9 @@ def each(
 ) -> Iterator[tuple[Config, dict[str, str]]]:
     """As `resolved`, of every one of a configuration's trainings in turn, or of the one that is named.
 
-    A mistake in the last of them is found before anything is done with the first. Where `one` document is printed, one
-    of them has to be named.
+    A mistake in the last of them is found before anything is done with the first. When its turn comes, each is resolved
+    again: the combination has the questions that are found in the runs of the others. Where `one` document is printed,
+    one of them has to be named.
     """
     from pipeline.console import say
     from pipeline.errors import UserError

@@ -52,12 +52,11 @@ def test_what_a_folder_shows_by_itself_is_said_before_anything_is_written(
     assert not list(here.iterdir())
 
 
-@pytest.mark.parametrize("name", ["half of the tensors", "another vocabulary"])
-def test_what_does_not_fit_is_said_before_anything_long(tmp_path: Path, here: Path, name: str) -> None:
-    damage, said = ON_ITS_BASE[name]
+def test_what_does_not_fit_is_said_before_anything_long(tmp_path: Path, here: Path) -> None:
+    damage, said = ON_ITS_BASE["another vocabulary"]
     is_refused(export(broken(damage, tmp_path / "adapter"), small_base()), said)
     run = here / "adapter-export" / "run"
-    assert not json.loads((run / "manifest.json").read_text())["stages"]
+    assert not (run / "manifest.json").exists()
     assert not list(run.rglob("*.safetensors"))
 
 
@@ -78,8 +77,7 @@ def test_a_base_that_is_none(tmp_path: Path, here: Path) -> None:
         (good_adapter(), "config.json"),
     ):
         is_refused(export(good_adapter(), base), said)
-        assert not list((here / "good-adapter-export").glob("run/*"))
-    is_refused(export(good_adapter(), small_base(hidden=128)), "it was trained on another")
+        assert not list(here.iterdir())
 
 
 def of_mlx(folder: Path) -> Path:

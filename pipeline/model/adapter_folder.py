@@ -20,6 +20,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.model.adapter_file import refuse_half_of_a_pair
+from pipeline.model.base import is_hub_id
 from pipeline.model.nf4 import Record
 from pipeline.model.packaged import PACKAGED
 from pipeline.model.targets import names_for, vocabulary_modules, without_weights
@@ -224,7 +225,7 @@ def base_of(adapter: Adapter) -> str:
     named = adapter.named_base
     if not named:
         raise UserError(f"{adapter.folder / CONFIG}: names no base: give the one that it was trained on (--base)")
-    if Path(named).expanduser().is_dir() or named.lower() in PACKAGED or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", named):
+    if Path(named).expanduser().is_dir() or named.lower() in PACKAGED or is_hub_id(named):
         return named
     raise UserError(
         f"{adapter.folder / CONFIG}: names its base by a path that is not on this machine ({named}): give the base "
@@ -324,13 +325,13 @@ def _expected(adapter: Adapter, model: Any, base: Path) -> dict[str, tuple[int, 
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
     settings = {key: value for key, value in adapter.settings.items() if key in _UNDERSTOOD - {"peft_type"}}
-    if isinstance(settings.get("target_modules"), list):
-        settings["target_modules"] = sorted(set(settings["target_modules"]))
     try:
+        if isinstance(settings.get("target_modules"), list):
+            settings["target_modules"] = sorted(set(settings["target_modules"]))
         with torch.device("meta"):
             whole = get_peft_model(model, LoraConfig(**{**settings, "init_lora_weights": False}))
-    except (ValueError, TypeError, KeyError, re.error) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # of whatever kind: the settings are somebody else's
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(f"{adapter.folder / CONFIG}: PEFT makes no adapter of it on {base}: {reason}") from None
     tensors = get_peft_model_state_dict(whole, save_embedding_layers=False)
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
