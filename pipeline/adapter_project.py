@@ -55,11 +55,11 @@ def write_project(
         UserError: a folder is no adapter that can be merged, or a pipeline.toml of somebody's own is in the way.
     """
     folders = [without_links(expanded(adapter, "--adapter")) for adapter in adapters]
-    given = [None if is_of_mlx(folder) else read_given_adapter(folder) for folder in folders]
+    found = [None if is_of_mlx(folder) else read_given_adapter(folder) for folder in folders]
     if not base:
-        if given[0] is None:
+        if found[0] is None:
             raise UserError(f"{folders[0]}: is an adapter of MLX: give its base as MLX found it, in 16 bits (--base)")
-        base = base_of(given[0])
+        base = base_of(found[0])
     if not is_on_hub(base):
         resolve_base(base)
     if weights and len(weights) != len(folders):
@@ -74,7 +74,7 @@ def write_project(
             f"{path}: is there already, and was not written by this command: move it away, or work elsewhere"
         )
     for place, folder in enumerate(folders):
-        if given[place] is None:
+        if found[place] is None:
             folders[place] = path.parent / f"{folder.name}-peft"
             write_as_peft(folder, folders[place])
     sections: dict[str, dict[str, Any]] = {
