@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +15,11 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.model.adapter_folder import base_of, read_given_adapter
-from pipeline.resources import expanded
+from pipeline.model.base import is_on_hub, resolve_base
+from pipeline.model.mlx_adapter import is_of_mlx, write_as_peft
+from pipeline.resources import expanded, without_links
 from pipeline.run.folder import write_whole
+from pipeline.toml_file import as_toml
 
 _MARK = "# Written by `pipeline export --adapter`, which replaces it. Every other command takes this folder.\n"
 
@@ -52,8 +54,14 @@ def write_project(
     Raises:
         UserError: a folder is no adapter that can be merged, or a pipeline.toml of somebody's own is in the way.
     """
-    folders = [expanded(adapter, "--adapter").resolve() for adapter in adapters]
-    base = base or base_of(read_given_adapter(folders[0]))
+    folders = [without_links(expanded(adapter, "--adapter")) for adapter in adapters]
+    found = [None if is_of_mlx(folder) else read_given_adapter(folder) for folder in folders]
+    if not base:
+        if found[0] is None:
+            raise UserError(f"{folders[0]}: is an adapter of MLX: give its base as MLX found it, in 16 bits (--base)")
+        base = base_of(found[0])
+    if not is_on_hub(base):
+        resolve_base(base)
     if weights and len(weights) != len(folders):
         raise UserError(f"--weight: {len(weights)} of them for {len(folders)} --adapter: give one for each, or none")
     if len(data) > 1 and len(data) != len(folders):
@@ -65,6 +73,10 @@ def write_project(
         raise UserError(
             f"{path}: is there already, and was not written by this command: move it away, or work elsewhere"
         )
+    for place, folder in enumerate(folders):
+        if found[place] is None:
+            folders[place] = path.parent / f"{folder.name}-peft"
+            write_as_peft(folder, folders[place])
     sections: dict[str, dict[str, Any]] = {
         "model": {"base": _in_full(base), "chat_template": template and _in_full(template)},
         "adapter": {"path": None if several else str(folders[0]), "combine": combine, "density": density},
@@ -74,12 +86,12 @@ def write_project(
     }
     lines = [_MARK]
     for section, values in sections.items():
-        given = [f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items() if value]
+        given = [f"{key} = {as_toml(value)}\n" for key, value in values.items() if value]
         lines += [f"\n[{section}]\n", *given] if given else []
     for place, folder in enumerate(folders) if several else ():
         table = {"path": str(folder), "weight": weights[place] if weights else 1.0}
         table |= {"test": tests[place]} if len(tests) > 1 else {}
-        given = [f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in table.items()]
+        given = [f"{key} = {as_toml(value)}\n" for key, value in table.items()]
         lines += ["\n[[adapters]]\n", *given]
     path.parent.mkdir(exist_ok=True)
     write_whole(path, "".join(lines))
@@ -88,7 +100,7 @@ def write_project(
 
 def project_of(*adapters: Path) -> Path:
     """Where the configuration of an adapter's folder, or of several, is written."""
-    return Path.cwd() / f"{_name(*(adapter.resolve() for adapter in adapters))}-export" / "pipeline.toml"
+    return Path.cwd() / f"{_name(*map(without_links, adapters))}-export" / "pipeline.toml"
 
 
 def _name(*adapters: Path) -> str:

@@ -146,8 +146,9 @@ def each(
 ) -> Iterator[tuple[Config, dict[str, str]]]:
     """As `resolved`, of every one of a configuration's trainings in turn, or of the one that is named.
 
-    A mistake in the last of them is found before anything is done with the first. Where `one` document is printed, one
-    of them has to be named.
+    A mistake in the last of them is found before anything is done with the first. When its turn comes, each is resolved
+    again: the combination has the questions that are found in the runs of the others. Where `one` document is printed,
+    one of them has to be named.
     """
     from pipeline.console import say
     from pipeline.errors import UserError
@@ -417,6 +418,7 @@ def show_config(config: Path, overrides: tuple[str, ...], training: str, as_json
 
 def _show_config(settings: Config, sources: dict[str, str], as_json: bool) -> None:
     from pipeline.config import meanings
+    from pipeline.toml_file import as_comment, as_toml
 
     values, meaning = settings.model_dump(mode="json"), meanings()
     if as_json:
@@ -430,18 +432,8 @@ def _show_config(settings: Config, sources: dict[str, str], as_json: bool) -> No
             click.echo(f"\n[{table}]")
             section = table
         value = values[table][name] if table else values[name]
-        line = f"# {name} = (not set)" if value is None else f"{name} = {_toml(value)}"
-        click.echo(f"{line:<40} # {meaning[key]} [{place}]")
-
-
-def _toml(value: Any) -> str:
-    """A JSON value as TOML writes it: the two agree but for tables."""
-    if isinstance(value, dict):
-        given = {key: item for key, item in value.items() if item is not None}  # TOML has no null
-        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(item)}" for key, item in given.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)
+        line = f"# {name} = (not set)" if value is None else f"{name} = {as_toml(value)}"
+        click.echo(f"{line:<40} {as_comment(f'{meaning[key]} [{place}]')}")
 
 
 def stage_command(name: str, example: str) -> Callable[[Callable[..., None]], click.Command]:

@@ -195,7 +195,11 @@ class GivenAdapter(Section):
     """One of the adapters that were trained elsewhere, each on the same base, and are combined into one."""
 
     path: File = Field(description="its folder, as adapter.path is")
-    training: str = Field("", description="one of [[trainings]] by its name, in the place of path")
+    training: str = Field(
+        "",
+        description="one of [[trainings]] by its name, in the place of path; both, in a "
+        "file without [[trainings]]: the folder may be made later",
+    )
     weight: float = Field(1.0, ge=-100, le=100, description="what it counts; below 0 it is taken away")
     name: str = Field("", description="what it is called; without it, as its folder is")
     test: File | None = Field(

@@ -164,7 +164,7 @@ def _given_table(key: str, given: dict[str, str]) -> str | None:
 def _check(config: Config, given: dict[str, str]) -> None:
     from pipeline.llamacpp.programs import installed
     from pipeline.llamacpp.quantizer import quantization_type
-    from pipeline.model.adapter_folder import check_folder
+    from pipeline.model.adapter_folder import read_given_adapter
     from pipeline.ollama.address import normal_host, without_password
     from pipeline.ollama.parameters import check_parameters
     from pipeline.ollama.target import names_of
@@ -187,7 +187,7 @@ def _check(config: Config, given: dict[str, str]) -> None:
         if folder.is_dir():  # what a training of this file makes may be yet to come
             with at(key):
                 try:
-                    check_folder(folder)
+                    read_given_adapter(folder)
                 except UserError as error:
                     raise UserError(f"{key}: {error}") from None
     if installed("llama-quantize"):

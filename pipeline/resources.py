@@ -54,6 +54,11 @@ def expanded(path: str | Path, source: str) -> Path:
         raise UserError(f"{source}: {path}: the home folder of this user is not known; write the whole path") from None
 
 
+def without_links(path: Path) -> Path:
+    """A path in full, without links. Links that lead in a circle stay: they are no folder and no file."""
+    return Path(os.path.realpath(path))  # Path.resolve raises at a circle, up to Python 3.12
+
+
 def cache_folder() -> Path:
     """The folder that every checkout and every run on this machine shares; PIPELINE_CACHE overrides it."""
     if override := os.environ.get("PIPELINE_CACHE"):

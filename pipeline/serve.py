@@ -125,7 +125,7 @@ def together(runs: Sequence[Path], quant: str | None) -> list[Served]:
 
 
 def _configs(given: Path, quant: str | None) -> list[Config]:
-    """The configuration of a run, or those of all trainings of one; an adapter's folder is exported, unless it was."""
+    """The configuration of a run, those of all trainings of a file, or an adapter's, exported unless it was."""
     from pipeline.toml_file import load_config, read_run, trainings_of
 
     path = expanded(given, "RUN")
@@ -142,8 +142,12 @@ def _configs(given: Path, quant: str | None) -> list[Config]:
             bring_up_to_date(settings, sources, ["modelfile"])
         return [settings]
     file = path / "pipeline.toml" if path.is_dir() else path
-    if path.is_dir() and not file.is_file() and (runs := sorted(path.glob("*/manifest.json"))):  # of a file's trainings
-        return [read_run(run.parent.absolute()) for run in runs]
+    if path.is_dir() and not file.is_file() and (runs := sorted(path.glob("*/manifest.json"))):
+        names = ", ".join(run.parent.name for run in runs)  # some may be of trainings that there are no more
+        raise UserError(
+            f"{path}: holds runs in folders of its own ({names}): give those that are meant, or the pipeline.toml that "
+            "they are of"
+        )
     return [load_config(file, training=name)[0] for name in trainings_of(file) or ("",)]
 
 

@@ -32,7 +32,7 @@ from pipeline.config import (
     meanings,
 )  # fmt: skip
 from pipeline.errors import UserError
-from pipeline.resources import chat_templates, expanded
+from pipeline.resources import chat_templates, expanded, without_links
 from pipeline.run.layout import Layout
 
 # A command line can hold bytes that are not UTF-8, which Python shows as lone surrogates; TOML can hold a zero.
@@ -145,9 +145,7 @@ def _in_full(values: dict[str, Any], places: dict[str, str], folder: Path) -> No
         if (given := _text(values, section, key)) is not None:
             values[section][key] = _source(given, folder, f"{places.get(f'{section}.{key}')}: {section}.{key}")
     for table in _tables(values.get("adapters")):
-        if isinstance(training := table.get("training"), str):
-            if "path" in table:
-                raise UserError(f"{places.get('adapters')}: adapters: path and training exclude each other: keep one")
+        if isinstance(training := table.get("training"), str) and "path" not in table:
             runs = _table(values, "run").get("folder")
             table["path"] = Layout(folder / (runs if isinstance(runs, str | Path) else Run().folder) / training).adapter
     for key, tables in (("data.sources", _table(values, "data").get("sources")), ("adapters", values.get("adapters"))):
@@ -271,9 +269,10 @@ def _ask_as_trained(values: dict[str, Any], adapters: list[Any]) -> None:
     if not isinstance(of_data, dict) or any("test" in table for table in (of_data, *tables)):
         return
     for table in tables:
-        run = Layout(table["path"].resolve().parent.parent)
+        adapter = without_links(table["path"])
+        run = Layout(adapter.parent.parent)
         rows = run.rows("test")
-        if run.adapter == table["path"].resolve() and rows.is_file() and rows.stat().st_size:
+        if run.adapter == adapter and rows.is_file() and rows.stat().st_size:
             table["test"] = rows
 
 
@@ -314,7 +313,7 @@ def _anchored(config: Config, path: Path, training: str, *, named: bool) -> Conf
         name = f"{name}-{training.lower()}"
     return config.model_copy(
         update={
-            "run": config.run.model_copy(update={"folder": folder.resolve()}),
+            "run": config.run.model_copy(update={"folder": without_links(folder)}),
             "ollama": config.ollama.model_copy(update={"name": name}),
         }
     )
@@ -445,6 +444,21 @@ def _explain(error: ValidationError, places: dict[str, str], path: Path) -> Iter
             case _:
                 given, words = detail.get("input"), detail["msg"]
                 yield f"{where}: {name} = {given!r}: {words[0].lower()}{words[1:]} ({meaning[key]})"
+
+
+def as_toml(value: Any) -> str:
+    """A JSON value as TOML writes it: they differ in tables, in null, which is left out, and in a control."""
+    if isinstance(value, dict):
+        given = {key: item for key, item in value.items() if item is not None}
+        return "{" + ", ".join(f"{as_toml(key)} = {as_toml(item)}" for key, item in given.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(as_toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def as_comment(text: str) -> str:
+    """A text as a comment of TOML, which is one line and has no control characters."""
+    return "# " + re.sub(r"[\0-\x1f\x7f]+", " ", text)
 
 
 def read_run(folder: Path) -> Config:

@@ -62,7 +62,11 @@ def names_of(values: dict[str, Any], text: str, path: Path) -> tuple[str, ...]:
         )
     for adapter in values.get("adapters", []) if isinstance(values.get("adapters"), list) else ():
         named = adapter.get("training") if isinstance(adapter, dict) else None
-        if named is not None and named not in names:
+        if named is None or ("path" in adapter and not names):  # so `pipeline config` prints a combination
+            continue
+        if "path" in adapter:
+            raise UserError(f"{path}: adapters: path and training exclude each other: keep one")
+        if named not in names:
             known = f"there are {', '.join(names)}" if names else "there are no [[trainings]]"
             raise UserError(f"{path}: adapters: training = {named!r}: there is none of this name; {known}")
     return (*names, *((COMBINED,) if names and values.get("adapters") else ()))

@@ -183,13 +183,3 @@ def _kind(pairs: Numbers) -> np.ndarray:
     import numpy as np
 
     return (pairs * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(44)).astype(np.int64)
-
-
-def find_leaks(train: Sequence[Conversation], held_out: Sequence[Conversation]) -> list[Leak]:
-    """All leaks between two sets."""
-    leaks = Leaks()
-    for row, asked in zip(held_out, asked_in(held_out), strict=True):
-        leaks.hold_out(row.place, asked)
-    for row, near in zip(train, leaks.near(asked_in(train)), strict=True):
-        leaks.add(row.place, near)
-    return leaks.found

@@ -32,13 +32,10 @@ class TokenFile:
     def _begin(self) -> None:
         self._ends, self._ids, self._labels = array("i", [0]), array("i"), array("i")
 
-    def add(self, input_ids: bytes | Iterable[int], labels: bytes | Iterable[int]) -> None:
-        """Append a sequence: numbers, or their bytes as `array("i")` has them, 4 each."""
-        for column, values in ((self._ids, input_ids), (self._labels, labels)):
-            if isinstance(values, bytes):
-                column.frombytes(values)
-            else:
-                column.extend(values)
+    def add(self, input_ids: bytes, labels: bytes) -> None:
+        """Append a sequence: the bytes of its numbers as `array("i")` has them, 4 each."""
+        self._ids.frombytes(input_ids)
+        self._labels.frombytes(labels)
         self._ends.append(len(self._ids))
         if len(self._ends) > _BATCH:
             self._flush()

@@ -20,6 +20,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.model.adapter_file import refuse_half_of_a_pair
+from pipeline.model.base import is_hub_id
 from pipeline.model.nf4 import Record
 from pipeline.model.packaged import PACKAGED
 from pipeline.model.targets import names_for, vocabulary_modules, without_weights
@@ -54,10 +55,10 @@ _REASONS = {
 }
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
 _STORED = ("F16", "BF16", "F32")
-_OF_MLX = "adapters.safetensors"
+OF_MLX = "adapters.safetensors"  # the one file of tensors in an adapter of MLX
 _MLX = (
-    "is an adapter of MLX, whose tensors have other names and shapes: merge it there (`mlx_lm.fuse --save-path DIR`), "
-    "and convert what comes of it; `pipeline verify --hf DIR --gguf FILE` judges that"
+    "is an adapter of MLX, whose tensors have other names and shapes: `pipeline export --adapter DIR --base MODEL` "
+    "writes it as one of PEFT into the folder that it makes"
 )
 
 
@@ -69,13 +70,24 @@ class Adapter:
         folder: where it is.
         settings: adapter_config.json.
         weights: its tensors.
-        remarks: what should be known of it, in sentences.
     """
 
     folder: Path
     settings: dict[str, Any]
     weights: Weights
-    remarks: tuple[str, ...] = ()
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What should be known of it, in sentences."""
+        from dataclasses import fields
+        from importlib.metadata import version
+
+        from peft import LoraConfig
+
+        known = {field.name for field in fields(LoraConfig)} | _OF_NO_CONSEQUENCE
+        unknown = sorted(self.settings.keys() - known)
+        words = f"{CONFIG} has keys that PEFT {version('peft')} does not know, all off: {', '.join(unknown)}"
+        return (words,) if unknown else ()
 
     @property
     def named_base(self) -> str:
@@ -100,8 +112,8 @@ class Fit:
     remarks: tuple[str, ...] = ()
 
 
-def check_folder(folder: Path) -> tuple[dict[str, Any], Path]:
-    """What can be said of an adapter's folder at once, without a heavy library: its settings, and its tensors' file.
+def read_given_adapter(folder: Path) -> Adapter:
+    """Read a folder's settings and the headers of its tensors, without a heavy library.
 
     Raises:
         UserError: it is no adapter that can be merged, and why.
@@ -109,23 +121,14 @@ def check_folder(folder: Path) -> tuple[dict[str, Any], Path]:
     if not folder.is_dir():
         what = "is a file; give the folder that it is in" if folder.is_file() else "no such folder"
         raise UserError(f"{folder}: {what}")
-    return _settings(folder), _weights(folder)
-
-
-def read_given_adapter(folder: Path) -> Adapter:
-    """Read a folder's settings and the headers of its tensors.
-
-    Raises:
-        UserError: it is no adapter that can be merged, and why.
-    """
-    settings, path = check_folder(folder)
+    settings, path = _settings(folder), _weights(folder)
     weights = read_weights(folder, [path])
     if odd := [f"{name} is stored as {kind}" for name, kind in weights.types.items() if kind not in _STORED]:
         raise UserError(f"{path}: {odd[0]}: an adapter is stored in 16 or 32 bits")
     strange = [name for name in weights.shapes if not name.startswith(_PREFIX)]
     if strange:
         raise UserError(f"{path}: {strange[0]}: no name that PEFT gives ({_PREFIX}...); save it with `save_pretrained`")
-    return Adapter(folder, settings, weights, _remarks(settings))
+    return Adapter(folder, settings, weights)
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -134,11 +137,11 @@ def _settings(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: {_no_adapter(folder)}")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path}: holds no settings")
-    if "lora_parameters" in settings or ("peft_type" not in settings and (folder / _OF_MLX).is_file()):
+    if "lora_parameters" in settings or ("peft_type" not in settings and (folder / OF_MLX).is_file()):
         raise UserError(f"{folder}: {_MLX}")
     kind, task = settings.get("peft_type"), settings.get("task_type")
     if kind != "LORA":
@@ -166,7 +169,7 @@ def _no_adapter(folder: Path) -> str:
         return f"holds adapters in folders of its own ({', '.join(inside[:4])}): give one of them"
     if (folder / "config.json").is_file():
         return "is a whole model, into which nothing is left to be merged: give the adapter's folder"
-    if (folder / _OF_MLX).is_file():
+    if (folder / OF_MLX).is_file():
         return _MLX
     if list(folder.glob("*.gguf")):
         return "holds GGUF files, which cannot be turned back: give the folder that PEFT saved"
@@ -184,9 +187,13 @@ def _weights(folder: Path) -> Path:
                 "it where you trust it, and save it with save_pretrained(..., safe_serialization=True)"
             )
         raise UserError(f"{folder}: {WEIGHTS} is missing: copy it from where the adapter was saved")
-    with path.open("rb") as file:
-        if file.read(20).startswith(b"version https://git"):
-            raise UserError(f"{path}: is a pointer of Git LFS, not the file: type `git lfs pull` where it was cloned")
+    try:
+        with path.open("rb") as file:
+            start = file.read(20)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if start.startswith(b"version https://git"):
+        raise UserError(f"{path}: is a pointer of Git LFS, not the file: type `git lfs pull` where it was cloned")
     return path
 
 
@@ -209,18 +216,6 @@ def _is_on(value: Any) -> bool:
     return any(map(_is_on, value.values())) if isinstance(value, dict) else bool(value)
 
 
-def _remarks(settings: dict[str, Any]) -> tuple[str, ...]:
-    from dataclasses import fields
-    from importlib.metadata import version
-
-    from peft import LoraConfig
-
-    known = {field.name for field in fields(LoraConfig)} | _OF_NO_CONSEQUENCE
-    unknown = sorted(settings.keys() - known)
-    words = f"{CONFIG} has keys that PEFT {version('peft')} does not know, all off: {', '.join(unknown)}"
-    return (words,) if unknown else ()
-
-
 def base_of(adapter: Adapter) -> str:
     """The base that an adapter names, as `resolve_base` takes it.
 
@@ -230,7 +225,7 @@ def base_of(adapter: Adapter) -> str:
     named = adapter.named_base
     if not named:
         raise UserError(f"{adapter.folder / CONFIG}: names no base: give the one that it was trained on (--base)")
-    if Path(named).expanduser().is_dir() or named.lower() in PACKAGED or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", named):
+    if Path(named).expanduser().is_dir() or named.lower() in PACKAGED or is_hub_id(named):
         return named
     raise UserError(
         f"{adapter.folder / CONFIG}: names its base by a path that is not on this machine ({named}): give the base "
@@ -330,13 +325,13 @@ def _expected(adapter: Adapter, model: Any, base: Path) -> dict[str, tuple[int, 
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
     settings = {key: value for key, value in adapter.settings.items() if key in _UNDERSTOOD - {"peft_type"}}
-    if isinstance(settings.get("target_modules"), list):
-        settings["target_modules"] = sorted(set(settings["target_modules"]))
     try:
+        if isinstance(settings.get("target_modules"), list):
+            settings["target_modules"] = sorted(set(settings["target_modules"]))
         with torch.device("meta"):
             whole = get_peft_model(model, LoraConfig(**{**settings, "init_lora_weights": False}))
-    except (ValueError, TypeError, KeyError, re.error) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # of whatever kind: the settings are somebody else's
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(f"{adapter.folder / CONFIG}: PEFT makes no adapter of it on {base}: {reason}") from None
     tensors = get_peft_model_state_dict(whole, save_embedding_layers=False)
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -61,7 +61,7 @@ def resolve_base(base: str, revision: str | None = None) -> Path:
         )
     if base.lower().endswith(".gguf"):
         raise UserError(f"model.base: {base}: no such file")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not base.startswith("."):
+    if is_hub_id(base):
         return check_base(_from_hub(base, revision))
     nearest = difflib.get_close_matches(base.lower(), PACKAGED, 1)
     hint = f"did you mean {nearest[0]}?" if nearest else f"packaged are: {', '.join(PACKAGED)}"
@@ -113,10 +113,15 @@ def as_trained(base: Path, tokenizer: Any, folder: Path) -> Path:
     return folder
 
 
+def is_hub_id(base: str) -> bool:
+    """Whether a base's name is as a hub has them, owner/name."""
+    return re.fullmatch(r"(?!\.)[\w.-]+/[\w.-]+", base) is not None
+
+
 def is_on_hub(base: str) -> bool:
     """Whether a base, which is neither packaged nor on this machine, is looked for on the hub."""
     known = base.lower() in PACKAGED or base.lower().endswith(".gguf")
-    return not known and "/" in base and not expanded(base, "model.base").exists()
+    return not known and is_hub_id(base) and not expanded(base, "model.base").exists()
 
 
 def cached_base(base: str, revision: str | None = None) -> Path | None:

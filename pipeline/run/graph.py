@@ -266,13 +266,14 @@ def _run_node(
     node, basis, layout = state.node, state.basis, Layout(folder)
     assert basis is not None
     work = layout.partial(node.stage, node.variant)
-    # An interrupted stage goes on where it was, unless what it depends on has changed since.
-    if not (work / "fingerprint").is_file() or (work / "fingerprint").read_text() != basis.fingerprint:
+    # Where an interrupted stage can go on, it does, unless what it depends on has changed since.
+    known = work / "fingerprint"
+    if not (stage.goes_on and known.is_file() and known.read_text() == basis.fingerprint):
         shutil.rmtree(work, ignore_errors=True)
     (work / "scratch").mkdir(parents=True, exist_ok=True)
     shutil.rmtree(work / "output", ignore_errors=True)
     (work / "output").mkdir()
-    (work / "fingerprint").write_text(basis.fingerprint)
+    known.write_text(basis.fingerprint)
     (work / "result.json").unlink(missing_ok=True)
     layout.log(node.stage).parent.mkdir(exist_ok=True)
     layout.log(node.stage, node.variant).write_bytes(b"")

@@ -43,6 +43,7 @@ class Stage:
         files: files from outside the run that it reads, of a configuration and a variant.
         libraries: the Python packages, by their names in an index, whose versions can change its result.
         programs: what it starts beside Python: the names of pins in third_party/pins.toml.
+        goes_on: whether one that was interrupted goes on from what it left in its scratch folder; else that is emptied.
         imports_first: whether its process has imported nothing before: for a library that patches others.
         removes: of a configuration, files of a stage that it needs, by patterns from that stage's folder, which are
             removed when it is done: it has proven them superfluous, and later stages do without. They are made again
@@ -64,6 +65,7 @@ class Stage:
     files: Callable[[Config, str], Iterable[Path]] = lambda config, variant: ()
     libraries: Names = ()
     programs: Names = ()
+    goes_on: bool = False
     imports_first: bool = False
     removes: Callable[[Config], Mapping[str, Names]] = lambda config: {}
     variants: Callable[[Config], Names] = lambda config: ("",)
@@ -91,7 +93,8 @@ class Task:
         run: the run's folder.
         output: an empty folder; it becomes `run/<stage>` or `run/<stage>/<variant>` when the stage returns.
         variant: which of the stage's variants this is, "" for a stage that has none.
-        scratch: a folder for what is needed only until the stage is done, e.g. checkpoints; it outlives a crash.
+        scratch: a folder for what is needed only until the stage is done, e.g. checkpoints; it outlives a crash of a
+            stage that goes on from there, and is empty for every other.
     """
 
     stage: Stage

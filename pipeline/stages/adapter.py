@@ -7,7 +7,6 @@ tokenizer that it is served with. Every later stage reads the one as the other.
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
 from pipeline.console import progress
@@ -36,10 +35,8 @@ def main(task: Task) -> dict[str, Any]:
     for words in dict.fromkeys([*(words for adapter in given for words in adapter.remarks), *said]):
         task.warn(words)
     if config.adapters:
-        combined = task.scratch / "combined"
-        shutil.rmtree(combined, ignore_errors=True)
         with progress("combining the adapters", 100, "%") as update:
-            adapter = write_combined(config, given, combined, lambda share: update(100 * share))
+            adapter = write_combined(config, given, task.scratch / "combined", lambda share: update(100 * share))
         fit = fit_to(adapter, base, in_4bit=in_4bit, trust_remote_code=model.trust_remote_code)
     write_taken(adapter, fit, tokenizer, task.new(task.layout.adapter), model.base)
     return {

@@ -8,7 +8,6 @@ the tokenizer is the right kind, and the end-of-sequence token and the chat temp
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,15 +91,12 @@ def _prove(task: Task, target: Path) -> None:
 def _base_as_trained(task: Task) -> Path:
     """The untouched base's folder with the tokenizer that was trained."""
     base = sixteen_bit_base(task.config, task.scratch / "base-16bit")
-    folder = task.scratch / "base"
-    shutil.rmtree(folder, ignore_errors=True)
-    return as_trained(base, saved_tokenizer(task.layout.adapter), folder)
+    return as_trained(base, saved_tokenizer(task.layout.adapter), task.scratch / "base")
 
 
 def _convert_adapter(task: Task, base: Weights) -> dict[str, Any]:
     """Write `adapter.gguf`, whole: the converter leaves out in silence what it does not know."""
     plain, target = task.scratch / "adapter", task.new(task.layout.gguf_adapter)
-    shutil.rmtree(plain, ignore_errors=True)
     record = Record.read(task.layout.node("train"))
     numbers = write_plain(read_adapter(task.layout.adapter), record, base, plain)
     arguments = converter.adapter_command(plain, base.folder, target)

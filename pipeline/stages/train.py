@@ -505,6 +505,7 @@ STAGE = Stage(
         *("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate"),
         *("datasets", "tokenizers", "safetensors"),
     ),
+    goes_on=True,
     imports_first=True,  # Unsloth patches the others while they are imported
     figures=(
         *("steps", "kept_step", "loss_last", "validation_loss_first", "validation_loss_kept", "tokens_per_second"),

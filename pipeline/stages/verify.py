@@ -13,7 +13,7 @@ from pipeline.model.sixteen_bit import merge_files
 from pipeline.run.stage import EVERY_JUDGED_STAGE, Stage, Task
 from pipeline.stages import judged_stages
 from pipeline.verify.artefacts import Artefacts
-from pipeline.verify.chain import verify
+from pipeline.verify.chain import BROKE_OFF, verify
 from pipeline.verify.result import FAIL, explain, write
 from pipeline.verify.rungs import GGUF_16BIT
 
@@ -28,8 +28,14 @@ def main(task: Task) -> dict[str, Any]:
         "verdict": content["verdict"],
         **{verdict.replace(" ", "_"): count for verdict, count in content["counts"].items()},
         "first_broken": content["first_broken"] and content["first_broken"]["id"],
+        "broke_off": sum(check["sentence"] == BROKE_OFF for check in content["checks"]),
         "divergence": content.get("divergences", {}).get(GGUF_16BIT),
     }
+
+
+def unfinished(figures: dict[str, Any]) -> str | None:
+    """Why it has to be tried again: what ended a check may have been the machine."""
+    return "a check was ended by an error" if figures.get("broke_off") else None
 
 
 STAGE = Stage(
@@ -56,5 +62,6 @@ STAGE = Stage(
         "jinja2",
     ),
     programs=("llama.cpp", "ollama"),
+    unfinished=unfinished,
     figures=("verdict", "pass", "fail", "not_run", "first_broken"),
 )

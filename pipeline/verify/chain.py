@@ -55,6 +55,9 @@ EXPORT_CHECKS = (
 )
 
 
+BROKE_OFF = "the check comes to its end"  # of one that an unexpected error ended: the files' fault, or the machine's
+
+
 def run_check(name: str, stage: str, check: Callable[[], Iterator[Result]]) -> list[Result]:
     """Collect one check's results, and make one of its error if it has one.
 
@@ -75,7 +78,7 @@ def run_check(name: str, stage: str, check: Callable[[], Iterator[Result]]) -> l
         if full_disk(error):
             results.append(Claim(name, stage, "the check can be run").not_run(words))
         else:
-            results.append(Claim(name, stage, "the files can be read").holds(False, words))
+            results.append(Claim(name, stage, BROKE_OFF).holds(False, words))
     return results
 
 

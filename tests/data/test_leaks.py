@@ -6,9 +6,9 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.leaks import find_leaks
 
 from pipeline.data.formats import Conversation
-from pipeline.data.leaks import find_leaks
 from pipeline.data.word_pairs import NEAR
 
 

@@ -8,9 +8,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from support.leaks import find_leaks
 
 from pipeline.data.formats import Conversation, Reading, read_conversations
-from pipeline.data.leaks import find_leaks
 from pipeline.data.metric import parse_strict
 from pipeline.resources import resource
 from pipeline.toml_file import load_config

@@ -1,5 +1,6 @@
 """What `pipeline data --show` prints: all of the row, and what is trained in brackets."""
 
+from array import array
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,6 @@ def test_the_first_rows_are_printed(
 ) -> None:
     with TokenFile(tmp_path / "a.arrow") as file:
         for last in (2, 3, 0):
-            file.add([0, last, 4], [IGNORED, last, 4])
+            file.add(*(array("i", numbers).tobytes() for numbers in ([0, last, 4], [IGNORED, last, 4])))
     show(tokenizer, tmp_path / "a.arrow", 2)
     assert capsys.readouterr().out == "row 1: 3 tokens\nHi⟦Hello<end>⟧\nrow 2: 3 tokens\nHi⟦ you<end>⟧\n"

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 from support.small_models import BASE, RECORD
-from support.small_stages import STAGES
+from support.small_stages import FIRST, SECOND, STAGES
 
 from pipeline.cli import main, resolved
 from pipeline.config import Config
@@ -180,13 +181,16 @@ def test_a_disk_that_is_full_before_anything_runs(tmp_path: Path, small_disk: Pa
     assert result.stderr == "error: no space left on the disk; free some and give the same command again\n"
 
 
-def test_after_a_kill_the_same_command_continues(config: Config) -> None:
+@pytest.mark.parametrize(("goes_on", "found"), [(True, "left"), (False, "")])
+def test_after_a_kill_the_same_command_continues(config: Config, goes_on: bool, found: str) -> None:
+    """With what the stage left in its scratch folder, where the stage can go on from there."""
+    graph = Graph((FIRST, replace(SECOND, goes_on=goes_on)))
     config.data.train.write_text("killed")
     with pytest.raises(PipelineError, match="The same command continues"):
-        run(config)
-    # What the killed stage left in its scratch folder is still there, so this time it is not killed.
-    GRAPH.run(config, {}, [Node("second", "a")])
+        graph.run(config, {}, [Node("second", "a")])
+    graph.run(config, {}, [Node("second", "a")])
     assert (config.run_folder / "second" / "a" / "upper.txt").read_text() == "KILLED3407a"
+    assert (config.run_folder / "second" / "a" / "found.txt").read_text() == found
 
 
 def test_the_program_killed_with_its_stage_continues(config: Config, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def test_4_bits_that_it_was_trained_on_are_measured_where_that_is_said(bare: Pat
     tokens = tmp_path / "run" / "data" / "validation.tokens.arrow"
     tokens.parent.mkdir(parents=True)
     with TokenFile(tokens) as file:
-        file.add(range(40), range(40))
+        file.add(*[array("i", range(40)).tobytes()] * 2)
     settings = sections(bare) | {"train": {"load_in_4bit": True, "max_length": 256}}
     run_stage(adapter, tmp_path / "run", **settings)
     figures = run_stage(merge, tmp_path / "run", **settings)

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 from support import servers, small_models
 from support.good_run import config_of
-from support.proxy import proxy
+from support.proxy import make_certificate, proxy
 
 from pipeline.cli import main, resolved
 from pipeline.errors import PipelineError, UserError
@@ -344,15 +344,18 @@ def test_a_host_that_is_down_or_none(run: Path, monkeypatch: pytest.MonkeyPatch)
 def test_through_a_proxy_with_a_password_and_nothing_of_it_is_kept(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Below a path, over https with a certificate of one's own."""
     folder = copied(run, tmp_path / "run")
-    with proxy(servers.ollama().host, prefix="/ollama", login="me:hush") as host:
+    certificate = make_certificate(tmp_path / "own.pem", "IP:127.0.0.1")
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    with proxy(servers.ollama().host, prefix="/ollama", login="me:hush", certificate=certificate) as host:
         monkeypatch.setenv("OLLAMA_HOST", host.replace("//", "//me:hush@") + "/ollama")
         deploy.main(made := task(folder, name="proxied"))
         record = publish(made)
         assert record["host"] == f"{host}/ollama"
         with deployed(folder) as served:
             assert served is not None
-        told = CliRunner().invoke(main, ["deploy", str(tmp_path), "--host", f"http://me:hush@{host[7:]}"])
+        told = CliRunner().invoke(main, ["deploy", str(tmp_path), "--host", host.replace("//", "//me:hush@")])
         assert told.exit_code == 2
         monkeypatch.setenv("OLLAMA_HOST", host.replace("//", "//me:hushed@") + "/ollama")
         with pytest.raises(UserError, match="HTTP status 401") as error:
@@ -361,6 +364,19 @@ def test_through_a_proxy_with_a_password_and_nothing_of_it_is_kept(
     for file in folder.rglob("*"):
         assert not file.is_file() or file.suffix in (".gguf", ".safetensors") or b"hush" not in file.read_bytes(), file
     servers.client().delete("proxied:latest")
+
+
+def test_through_a_proxy_that_takes_no_large_file(run: Path, tmp_path: Path) -> None:
+    with (
+        OllamaServer(tmp_path / "models") as server,
+        proxy(server.host, limit=1 << 20) as host,
+        Client(server.host) as client,
+    ):
+        with pytest.raises(
+            PipelineError, match=r"model-q4_k_m\.gguf was not taken .* status 413 .*client_max_body_size"
+        ):
+            deploy.main(task(run, name="large", host=host))
+        assert not client.names()
 
 
 @pytest.mark.usefixtures("nothing_is_running")

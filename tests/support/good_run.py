@@ -7,6 +7,7 @@ does not depend on what a model has learned, and small files keep a mutant at a 
 import json
 import shutil
 import struct
+from array import array
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -122,7 +123,7 @@ def _data(run: Path, base: Path) -> None:
         tokens = [tokenize_conversation(tokenizer, row["messages"]) for row in rows]
         with TokenFile(Layout(run).tokens(name)) as file:
             for row in tokens:
-                file.add(row.input_ids, row.labels)
+                file.add(array("i", row.input_ids).tobytes(), array("i", row.labels).tobytes())
         if name == "train":
             batches = [_batch(tokens[at : at + 4], at // 4) for at in (0, 4)]
             write_rows(run / "train" / "batches.jsonl", batches)

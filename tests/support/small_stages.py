@@ -25,6 +25,7 @@ def _first(task: Task) -> dict[str, Any]:
 def _second(task: Task) -> dict[str, Any]:
     text = (task.layout.node("first") / "text.txt").read_text()
     (task.output / "half.txt").write_text("half")
+    (task.output / "found.txt").write_text(" ".join(path.name for path in task.scratch.iterdir()))
     if "user mistake" in text:
         raise UserError("the text is wrong; write another")
     if "disk full" in text:
@@ -33,8 +34,9 @@ def _second(task: Task) -> dict[str, Any]:
         raise MemoryError
     if "broken" in text:
         raise ValueError("a detail")
-    if "killed" in text and not (task.scratch / "again").exists():
-        (task.scratch / "again").touch()
+    if "killed" in text and not (again := task.run.with_name("again")).exists():
+        (task.scratch / "left").touch()
+        again.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     if "slow" in text:
         time.sleep(60)

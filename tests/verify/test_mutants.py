@@ -13,7 +13,7 @@ from support.good_run import MODULES, artefacts, config_of, copy_run, good_run, 
 from support.small_models import RECORD
 
 from pipeline.errors import NoSpace, NotInstalled, PipelineError, UserError
-from pipeline.verify.chain import CHECKS, run_check
+from pipeline.verify.chain import BROKE_OFF, CHECKS, run_check
 from pipeline.verify.result import FAIL, NOT_RUN, PASS, Result
 
 Mutation = Callable[[Path], None]
@@ -641,6 +641,7 @@ def test_a_check_that_breaks_is_a_failure_and_one_without_its_programs_did_not_r
         (result,) = run_check("prompt", "convert", breaks(error))
         assert result.verdict == FAIL
         assert str(error) in result.words
+        assert (result.sentence == BROKE_OFF) == isinstance(error, KeyError)  # and then the stage is tried again
     for error in (NotInstalled("run `pipeline setup`"), NoSpace("full"), OSError(errno.ENOSPC, "no space left")):
         (result,) = run_check("prompt", "convert", breaks(error))
         assert result.verdict == NOT_RUN
