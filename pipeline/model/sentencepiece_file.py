@@ -53,6 +53,9 @@ def _model(tokenizer: dict[str, Any]) -> bytes:
     added = {token["id"]: token for token in tokenizer["added_tokens"]}
     texts = {number: text for text, number in model["vocab"].items()}
     texts |= {number: token["content"] for number, token in added.items()}
+    # Gemma's tab stands where SentencePiece, which wants every byte, has its byte.
+    lacking = {chr(byte): name for byte in range(128) if (name := f"<0x{byte:02X}>") not in model["vocab"]}
+    texts |= {number: lacking[text] for number, text in texts.items() if text in lacking and number not in added}
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(model["merges"]):
         ranks.setdefault("".join(pair if isinstance(pair, list) else pair.split(" ")), rank)

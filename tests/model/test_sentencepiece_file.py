@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from sentencepiece import SentencePieceProcessor
 from support import bases
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from pipeline.llamacpp import converter
@@ -61,3 +62,16 @@ def test_the_models_own_file_is_kept(tmp_path: Path) -> None:
     (folder / "tokenizer.model").write_bytes(b"own")
     write_sentencepiece(folder)
     assert (folder / "tokenizer.model").read_bytes() == b"own"
+
+
+def test_a_tab_that_stands_in_the_place_of_its_byte(tmp_path: Path) -> None:
+    """Gemma 2's tokenizer.json has the character where SentencePiece wants the byte."""
+    folder = bases.tokenizer_files("gemma2", tmp_path / "gemma2")
+    (folder / "config.json").write_text(json.dumps({"model_type": "gemma2"}), encoding="utf-8")
+    write_sentencepiece(folder)
+    read = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    own = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert own.token_to_id("<0x09>") is None
+    assert sum(map(read.IsByte, range(read.GetPieceSize()))) == 256
+    for text in ("\t", "a\tb", " \t c", "\t\t\t", "x\t\n\t"):
+        assert read.encode(text) == own.encode(text, add_special_tokens=False).ids
