@@ -196,13 +196,17 @@ def row(name: str, found: Mapping[str, Any]) -> str:
     return f"| {name} | {FAMILIES[name].model_type} | {found['way']} | {passed} | {words} | {today} |"
 
 
+def _means(given: str, name: str) -> bool:
+    return given == name if given in FAMILIES else given.lower() in name.lower()
+
+
 @click.command()
-@click.option("--only", multiple=True, help="A family, by a part of its name; more than once: several.")
+@click.option("--only", multiple=True, help="A family, by its name or a part of several; more than once: several.")
 @click.option("--keep", type=click.Path(path_type=Path), help="Leave the projects in this folder.")
 @click.option("--write", is_flag=True, help="Put the rows into docs/families.md.")
 def main(only: tuple[str, ...], keep: Path | None, write: bool) -> None:
     """Print the table of families."""
-    chosen = [name for name in FAMILIES if not only or any(part.lower() in name.lower() for part in only)]
+    chosen = [name for name in FAMILIES if not only or any(_means(part, name) for part in only)]
     print(_HEAD, end="", flush=True)
     for name in chosen:
         with tempfile.TemporaryDirectory() as temporary:

@@ -4,6 +4,7 @@ Every conversation's prompt, as Ollama sends it, is transformers' own, and so ar
 """
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ from pipeline.verify.result import FAIL
 WAYS = {"qwen3": "native", "llama3_1": "go", "gemma3": "go"}
 
 
+@cache
 def tokenizer_of(name: str) -> Any:
-    """The one that is trained."""
+    """The one that is trained; loading one of a quarter of a million words takes seconds."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(servers.family_run(name) / "merge" / "model")

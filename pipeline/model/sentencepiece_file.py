@@ -17,27 +17,40 @@ FILE = "tokenizer.model"
 def write_sentencepiece(folder: Path) -> None:
     """Write tokenizer.model into a folder whose tokenizer.json needs it and where there is none.
 
-    Where the converter would ask for one that is not needed, it is told so.
+    What else the converter has to be told of the tokenizer is written into tokenizer_config.json.
 
     Args:
         folder: a model's, with config.json.
     """
-    if (folder / FILE).exists() or not (folder / "tokenizer.json").is_file():
+    if not (folder / "tokenizer.json").is_file():
         return
     tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    # Gemma 3's converter reads the merges themselves.
+    kind = str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
     if not _is_sentencepiece(tokenizer):
-        if config.get("model_type") == "phi3":
-            _say_that_it_needs_none(folder / "tokenizer_config.json")
-    elif not str(config.get("model_type")).startswith("gemma3"):
+        if kind == "phi3":  # Phi-4's is a BPE over bytes, which the converter knows by the name of its class alone
+            _tell(folder, {"tokenizer_class": "GPT2Tokenizer"})
+        return
+    if not (folder / FILE).exists():
+        if kind.startswith("gemma3"):  # then its converter reads the merges themselves
+            return
         (folder / FILE).write_bytes(_model(tokenizer))
+    # The converter takes added tokens from a list that transformers 5 does not save: else texts are split in them.
+    # Of the unknown token, which it would call a control token, tokenizer.model says it all.
+    flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    added = [token for token in tokenizer["added_tokens"] if token["content"] != _unknown(tokenizer)]
+    _tell(folder, {"added_tokens_decoder": {str(token["id"]): {key: token[key] for key in flags} for token in added}})
 
 
-def _say_that_it_needs_none(file: Path) -> None:
-    """Phi-4's is a BPE over bytes in Phi-3's architecture, which the converter knows by the name of its class alone."""
-    settings = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps(settings | {"tokenizer_class": "GPT2Tokenizer"}, indent=2) + "\n", encoding="utf-8")
+def _unknown(tokenizer: dict[str, Any]) -> str:
+    return tokenizer["model"].get("unk_token") or "<unk>"
+
+
+def _tell(folder: Path, more: dict[str, Any]) -> None:
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if more.items() <= settings.items():
+        return
+    file.write_text(json.dumps(settings | more, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def _is_sentencepiece(tokenizer: dict[str, Any]) -> bool:
@@ -53,6 +66,9 @@ def _model(tokenizer: dict[str, Any]) -> bytes:
     added = {token["id"]: token for token in tokenizer["added_tokens"]}
     texts = {number: text for text, number in model["vocab"].items()}
     texts |= {number: token["content"] for number, token in added.items()}
+    # Gemma's tab stands where SentencePiece, which wants every byte, has its byte.
+    lacking = {chr(byte): name for byte in range(128) if (name := f"<0x{byte:02X}>") not in model["vocab"]}
+    texts |= {number: lacking[text] for number, text in texts.items() if text in lacking and number not in added}
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(model["merges"]):
         ranks.setdefault("".join(pair if isinstance(pair, list) else pair.split(" ")), rank)
@@ -63,7 +79,7 @@ def _model(tokenizer: dict[str, Any]) -> bytes:
         piece = proto.pieces.add(piece=text, score=-float(ranks.get(text, len(ranks))), type=kinds.NORMAL)
         if number not in texts:
             piece.type = kinds.UNUSED
-        elif text == (model.get("unk_token") or "<unk>"):
+        elif text == _unknown(tokenizer):
             piece.type = kinds.UNKNOWN
         elif number in added:
             piece.type = kinds.CONTROL if added[number]["special"] else kinds.USER_DEFINED

@@ -11,7 +11,7 @@ import datetime
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +108,46 @@ class ChatTemplate:
             tools: JSON schemas of the tools that the model may call.
             think: given to the template as `enable_thinking`, unless None.
             today: the date that the template sees; default: the real one.
-            prompt: end with the generation prompt, which makes the model answer.
+            prompt: end with the generation prompt, which makes the model answer; else end as the last message does,
+                even if the template would not.
 
         Raises:
             TemplateRefused: with the template's own words.
             UserError: the template is no valid Jinja.
         """
+        text = self._written(messages, tools, think, today, prompt)
+        return text if prompt else text.removesuffix(self.unasked_prompt)
+
+    @cached_property
+    def unasked_prompt(self) -> str:
+        """The generation prompt of a template that writes it after an answer too, whatever it is asked; else "".
+
+        The first template of Llama 3 is one: it ends with <|eot_id|><|start_header_id|>assistant<|end_header_id|>.
+        """
+        question, answer = ({"role": role, "content": f"Qzx{role}xzQ"} for role in ("user", "assistant"))
+        try:
+            asked, unasked = (self._written([question], None, None, None, prompt) for prompt in (True, False))
+            if asked != unasked:
+                return ""
+            ended = self._written([question, answer], None, None, None, False)
+        except TemplateRefused:
+            return ""
+        _, found, after = ended.rpartition(answer["content"])
+        if not found or self.between_turns().startswith(after.rstrip()):  # so answers end, and nothing follows
+            return ""
+        ends = [after.index(token) + len(token) for token in self.special_tokens if token and token in after]
+        prompt = after[min(ends, default=len(after)) :]
+        return prompt if asked.endswith(prompt) else ""
+
+    def _written(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        think: bool | None,
+        today: datetime.datetime | None,
+        prompt: bool,
+    ) -> str:
+        """What the template itself writes; arguments as `render` takes them."""
         from jinja2 import TemplateError, TemplateSyntaxError
 
         names = dict(self.variables) or {"bos_token": self.bos_token, "eos_token": self.eos_token}

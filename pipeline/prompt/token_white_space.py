@@ -35,6 +35,11 @@ def taking_in_phi3(words: Iterable[str]) -> dict[str, bool]:
     return {word: word not in _TAKE_NOTHING for word in words}
 
 
+def taking_by_name(name: str, words: Iterable[str]) -> dict[str, bool]:
+    """Which added tokens take the white space after them in llama.cpp, of a model of this name."""
+    return taking_in_phi3(words) if PHI3.search(name) else dict.fromkeys(words, False)
+
+
 def taking(added: Mapping[str, bool]) -> dict[str, bool]:
     """Which added tokens take the white space after them in llama.cpp, with the name that is nearer to their own way.
 

@@ -13,6 +13,7 @@ from support import bases
 from support.small_models import make_task, scratch
 from tokenizers import Tokenizer
 
+from benchmarks.families import FAMILIES
 from pipeline.errors import UserError
 from pipeline.llamacpp.converter import command, convert
 from pipeline.llamacpp.gguf_file import inspect
@@ -25,6 +26,7 @@ from pipeline.prompt.hostile_strings import hostile_strings
 from pipeline.prompt.tokenizer import saved_tokenizer
 from pipeline.stages import data
 
+PHI_3 = FAMILIES["Phi-3"].added
 ROTARY = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -104,16 +106,23 @@ def test_a_run_s_data_are_made_with_it(tmp_path: Path) -> None:
     assert figures["train_rows"] + figures["validation_rows"] == 8
 
 
+def vocabulary_of(original: Path, tokens: int, name: str | None = None) -> Path:
+    """A Llama's GGUF file with a folder's tokenizer and no weights."""
+    shape = {"max_position_embeddings": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": tokens, **shape}
+    (original / "config.json").write_text(json.dumps(config))
+    write_sentencepiece(original)
+    file = original.parent / "vocabulary.gguf"
+    convert([*command(original, file, "f16", name), "--vocab-only"], original.parent)
+    return file
+
+
 def test_the_digits_of_llama_3_are_split_as_its_own_tokenizer_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And that llama.cpp is asked: a splitting that is a little wrong is refused."""
-    original, file = bases.tokenizer_files("llama3_1", tmp_path / "base"), tmp_path / "vocabulary.gguf"
-    shape = {"max_position_embeddings": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, **shape}
-    (original / "config.json").write_text(json.dumps(config))
-    convert([*command(original, file, "f16"), "--vocab-only"], tmp_path)
-    info = inspect(file)
+    original = bases.tokenizer_files("llama3_1", tmp_path / "base")
+    info = inspect(vocabulary_of(original, 128256))
     rebuilt = gguf_tokenizer.tokenizer_of(info)
     gguf_tokenizer.refuse_other_tokens(info, rebuilt)
     texts = hostile_strings(2000, special_tokens=rebuilt.all_special_tokens)
@@ -122,6 +131,22 @@ def test_the_digits_of_llama_3_are_split_as_its_own_tokenizer_does(
 
     monkeypatch.setitem(gguf_tokenizer.SPLITTINGS, "llama-bpe", gguf_tokenizer.Splitting(whole_words=True, bos=True))
     with pytest.raises(UserError, match="cannot be rebuilt exactly: .* give the original model"):
+        gguf_tokenizer.refuse_other_tokens(info, gguf_tokenizer.tokenizer_of(info))
+
+
+def test_the_tokens_of_a_llama_that_is_named_phi_3_take_the_white_space_after_them(tmp_path: Path) -> None:
+    """As many files of Phi-3 are made; the name is all that llama.cpp goes by."""
+    original = bases.tokenizer_files("llama2", tmp_path / "base", chat_template=False, added=PHI_3, taking=("rstrip",))
+    info = inspect(vocabulary_of(original, 32000 + len(PHI_3), "Phi-3-mini"))
+    assert info.architecture == "llama"
+    rebuilt = gguf_tokenizer.tokenizer_of(info)
+    gguf_tokenizer.refuse_other_tokens(info, rebuilt)
+    own = Tokenizer.from_file(str(original / "tokenizer.json"))
+    text = "<|user|>\n Hi<|end|> \n<|assistant|>\n"
+    assert rebuilt(text)["input_ids"] == own.encode(text).ids
+    info.metadata["general.name"] = "mini"
+    assert gguf_tokenizer.tokenizer_of(info)(text)["input_ids"] != own.encode(text).ids
+    with pytest.raises(UserError, match="cannot be rebuilt exactly"):
         gguf_tokenizer.refuse_other_tokens(info, gguf_tokenizer.tokenizer_of(info))
 
 

@@ -92,6 +92,28 @@ def test_a_tokenizer_without_bos_adds_none() -> None:
     assert not adds_bos(tokenizer(eos_token="<|im_end|>"))
 
 
+@pytest.mark.parametrize(
+    ("source", "unasked"),
+    [
+        (CHATML, ""),
+        (CHATML.replace("{% if add_generation_prompt %}", "{% if true %}"), "\n<|im_start|>assistant\n"),
+        ("{% for m in messages %}[{{ m.role }}]{{ m.content }}<|im_end|>\n{% endfor %}", ""),  # it writes none
+        ("{% for m in messages %}{{ m.content }}<|im_end|><s>{% endfor %}", ""),
+    ],
+    ids=["asked", "always", "never", "two tokens"],
+)
+def test_an_answer_ends_where_a_template_goes_on_with_the_next_one(source: str, unasked: str) -> None:
+    made = tokenizer(source)
+    template = ChatTemplate.from_tokenizer(made)
+    assert template.unasked_prompt == unasked
+    theirs = made.apply_chat_template(CHAT, tokenize=False)
+    assert template.render(CHAT, prompt=False) + unasked == render(made, CHAT) + unasked == theirs
+    assert render(made, CHAT[:1], add_generation_prompt=True).endswith(unasked)
+    if unasked:
+        assert end_of_turn(made, render(made, CHAT)) == "<|im_end|>"
+        assert end_of_turn(made, theirs) is None
+
+
 def test_what_ends_a_turn() -> None:
     made = tokenizer()
     assert end_of_turn(made, render(made, CHAT)) == "<|im_end|>"

@@ -11,7 +11,7 @@ import pytest
 from pipeline.ollama.client import Client
 from pipeline.ollama.ollama_server import OllamaServer, find_ollama
 from pipeline.ollama.rendering import Engine
-from pipeline.prompt.tokenizer import load_tokenizer
+from pipeline.prompt.tokenizer import load_tokenizer, read_saved
 from pipeline.setup.places import tokenizer_folder
 from support import small_models
 
@@ -49,7 +49,6 @@ def family(name: str) -> Path:
     """A random two-layer model of a real architecture with its family's real tokenizer and chat template."""
     import torch
     from transformers import (
-        AutoTokenizer,
         Gemma3ForCausalLM,
         Gemma3TextConfig,
         LlamaConfig,
@@ -66,9 +65,9 @@ def family(name: str) -> Path:
     for file in source.iterdir():
         if file.suffix in (".json", ".jinja"):
             shutil.copyfile(file, folder / file.name)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = read_saved(folder)
     common: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
+        "vocab_size": tokenizer.size,
         "hidden_size": 256,
         "intermediate_size": 256,
         "num_hidden_layers": 2,
@@ -76,8 +75,8 @@ def family(name: str) -> Path:
         "num_key_value_heads": 2,
         "head_dim": 64,
         "max_position_embeddings": 4096,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos,
+        "eos_token_id": tokenizer.eos,
         "tie_word_embeddings": True,
     }
     torch.manual_seed(0)
