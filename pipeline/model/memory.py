@@ -135,9 +135,9 @@ def disk(
         "quantize": sum(quantized),
         "modelfile": sum(quantized),
         "deploy": sum(quantized) + max(quantized) if served_here else 0,
-        # The model converted again, the 16-bit file in float32, and llama-perplexity's reference. With an adapter apart
-        # the last file comes after the one in float32, but an interrupted verification finds it there. Merged weights
-        # that go were converted again by `convert`, when there were no other files yet.
+        # The model converted again, with an adapter apart the merged one too, the 16-bit file in float32, and
+        # llama-perplexity's reference. Merged weights that go were converted again by `convert`, when there were no
+        # other files yet.
         "verify": (keeps_merged + apart) * sixteen_bit + float32_file(parameters) + GIB,
     }
 
