@@ -74,7 +74,7 @@ def test_a_base_that_is_none(tmp_path: Path, here: Path) -> None:
         ("nowhere", "nowhere: no such folder, no packaged model and no hub id"),
         (tmp_path / "nowhere", "nowhere: no such folder, no packaged model and no hub id"),
         (in_gptq(tmp_path / "gptq"), "gptq"),
-        (good_adapter(), "config.json"),
+        (good_adapter(), "holds an adapter, not a model"),
     ):
         is_refused(export(good_adapter(), base), said)
         assert not list(here.iterdir())
