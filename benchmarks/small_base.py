@@ -22,10 +22,14 @@ _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": HIDDEN}
 # What an architecture needs beside the common settings, or calls by another name.
 _SETTINGS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": HIDDEN, "n_layer": 2, "n_head": HEADS, "n_positions": 2048, "n_ctx": 2048},
-    "falcon": {"multi_query": True, "parallel_attn": True, "bias": False, "alibi": False},
+    # With one head for keys and values the hub's names none; transformers would save as many as there are queries.
+    "falcon": {"multi_query": True, "num_kv_heads": 1, "parallel_attn": True, "bias": False, "alibi": False},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "mistral": {"sliding_window": None},
-    "qwen3_moe": {"num_experts": 4, "decoder_sparse_step": 1, "mlp_only_layers": [], **_EXPERTS},
+    "qwen3_moe": {
+        **{"num_experts": 4, "decoder_sparse_step": 1, "mlp_only_layers": [], **_EXPERTS},
+        "norm_topk_prob": True,  # which llama.cpp takes it to be
+    },
     "gemma2": {"query_pre_attn_scalar": HEAD},  # which llama.cpp takes it to be
     "gemma3_text": {"query_pre_attn_scalar": HEAD},
     "gemma3": {"query_pre_attn_scalar": HEAD},
@@ -34,11 +38,13 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         **{"embedding_multiplier": 12.0, "logits_scaling": 8.0},
         **{"residual_multiplier": 0.22, "attention_multiplier": 1 / HEAD},
     },
-    "smollm3": {"no_rope_layers": [1, 0], "no_rope_layer_interval": 2},
+    # Every fourth layer is without rotary positions, as llama.cpp has it.
+    "smollm3": {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "no_rope_layer_interval": 4},
     "deepseek_v3": {
         **{"q_lora_rank": 256, "kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64},
         **{"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
         **{"num_key_value_heads": HEADS, "head_dim": 32, **_EXPERTS},
+        "scoring_func": "sigmoid",  # as the hub's says; transformers knows no other
     },
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 128},
 }
