@@ -252,7 +252,9 @@ def test_rows_of_like_lengths_stand_together_and_every_validated_token_counts_th
     task = Task(STAGE, settings, tmp_path, tmp_path / "train", scratch=tmp_path / "scratch")
     model = AutoModelForCausalLM.from_pretrained(project / "base", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(project / "base")
+    tokenizer.pad_token = tokenizer.eos_token = None  # padding needs neither
     trainer = make_trainer(model, tokenizer, data_set, data_set, resuming=False, packing=False, task=task)
+    assert tokenizer.pad_token is None
     batches = [conversations_of(batch)[0] for batch in trainer.get_train_dataloader()]
     assert sum(map(len, batches[0])) == max(sum(map(len, batch)) for batch in batches)  # the largest comes first
     if not torch.cuda.is_available():  # where rows are laid end to end, nothing is padded

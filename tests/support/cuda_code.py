@@ -9,13 +9,14 @@ authors' own tests do (UNSLOTH_ALLOW_CPU), and the train stage runs with it. In 
 
 Numbers are float32, so that results can be compared to the last digits; Unsloth is told that they are float16, for
 which alone it has LoRA kernels of its own. What this does not run: 16-bit numbers and their loss scaling, the 8-bit
-optimizer, torch's own attention for joined rows (from capability 8.0 on; before, and here, each row is a call of its
-own), and what torch.compile makes of whole layers.
+optimizer, activations that wait in the machine's memory (from 2 MB on), torch's own attention for joined rows (from
+capability 8.0 on; before, and here, each row is a call of its own), and what torch.compile makes of whole layers.
 
 Each line of standard input is a training, {"run": name, "set": overrides, "environment": variables, "scratch": name of
 the training whose scratch folder it goes on with}. Each is a process of its own, which begins with Unsloth imported.
 """
 
+import gc
 import json
 import os
 import sys
@@ -45,10 +46,12 @@ def main(folder: Path) -> int:
         TRITON_INTERPRET="1",
         UNSLOTH_DISABLE_STATISTICS="1",
         UNSLOTH_DATASET_NUM_PROC="1",
+        UNSLOTH_DISABLE_PINNED_MEMORY="1",
         UNSLOTH_RMSNORM_MULTIROW="0",  # the interpreter adds up in another order, which Unsloth would find out slowly
         UNSLOTH_COMPILE_LOCATION=str(folder / "unsloth_compiled_cache"),
     )
     called = _unsloth()
+    gc.freeze()  # what is here will stay, in every child: to look through it takes longer than a step
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
@@ -88,6 +91,7 @@ def _train(
 def _unsloth() -> Counter[str]:
     """Import Unsloth's CUDA code; return what counts the calls of its parts."""
     import unsloth  # noqa: I001  (first: it patches what is imported after it)
+    import matplotlib.figure  # noqa: F401  (once, and not in every child)
     import torch
     from unsloth.context_parallel import patch_sft_trainer
     from unsloth.kernels import utils
