@@ -139,6 +139,7 @@ def main(task: Task) -> dict[str, Any]:
         "seconds_per_step": seconds / max(1, trainer.state.global_step),
         "tokens_per_second": tokens / max(seconds, 1e-9),
         "load_in_4bit": settings.load_in_4bit,
+        "batches": "packed" if trainer.args.packing else "end to end" if trainer.args.padding_free else "padded",
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         **({"cuda": torch.version.cuda, "peak_gpu_bytes": torch.cuda.max_memory_allocated()} if cuda else {}),
         "resumed_from": checkpoint.name if checkpoint else None,
@@ -262,6 +263,8 @@ def make_trainer(
     keep_best = bool(validation_rows) and settings.keep == "best"
     arguments = SFTConfig(
         output_dir=str(task.scratch / "checkpoints"),
+        # Unsloth weighs by it whether padding pays; the steps of packed rows are known when they are packed.
+        max_steps=schedule(len(train_rows), len(validation_rows), task.config)[0],
         per_device_train_batch_size=settings.batch,
         gradient_accumulation_steps=settings.accumulation,
         learning_rate=settings.learning_rate,

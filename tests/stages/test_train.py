@@ -419,6 +419,7 @@ def test_the_same_command_on_a_gpu(project: Path, trained: Path) -> None:
     assert figures["device"] != "cpu"
     assert figures["cuda"]
     assert figures["peak_gpu_bytes"] > 0
+    assert figures["batches"] == "packed"
     assert figures["loss_last"] < figures["loss_first"]
     batches = [json.loads(line)["input_ids"] for line in (packed / "batches.jsonl").read_text().splitlines()]
     rows = [row["input_ids"] for row in read_tokens(project / "packed" / "data" / "train.tokens.arrow")]

@@ -209,6 +209,8 @@ def test_it_was_the_cuda_code(project: Path, run: str) -> None:
     assert bool(called.get("_nf4_dequant_kernel")) == (run == "four-bit")
     assert result["warned"] == []
     assert result["figures"]["device"] == "Stand-in"
+    kinds = {"padded": "padded", "packed": "packed", "short-packed": "packed", "short-packed-resumed": "packed"}
+    assert result["figures"]["batches"] == kinds.get(run, "end to end")
 
 
 def batches(project: Path, run: str) -> list[dict[str, Any]]:
