@@ -52,16 +52,17 @@ gradient_checkpointing = false
 # These take several steps to see all rows, and are resumed in the middle.
 SHORT = ["train.batch=2", "train.accumulation=1", "train.steps=4", "train.eval_interval=4"]
 PACKED = "train.packing=true"
+SHORT_PACKED = [*SHORT, PACKED, "train.batch=1"]
 TRAININGS: list[dict[str, Any]] = [
     {"run": "joined"},
     {"run": "padded", "environment": {"UNSLOTH_PADDING_CHOICE": "padded"}},
     # Unsloth's own checkpointing begins with sequences of this length.
-    {"run": "packed", "set": [PACKED, "train.gradient_checkpointing=true", "train.max_length=512"]},
-    {"run": "four-bit", "set": ["train.load_in_4bit=true"]},
-    {"run": "short", "set": SHORT},
-    {"run": "short-resumed", "set": SHORT, "scratch": "short"},
-    {"run": "short-packed", "set": [*SHORT, PACKED, "train.batch=1"]},
-    {"run": "short-packed-resumed", "set": [*SHORT, PACKED, "train.batch=1"], "scratch": "short-packed"},
+    {"run": "packed", "overrides": [PACKED, "train.gradient_checkpointing=true", "train.max_length=512"]},
+    {"run": "four-bit", "overrides": ["train.load_in_4bit=true"]},
+    {"run": "short", "overrides": SHORT},
+    {"run": "short-resumed", "overrides": SHORT, "scratch": "short"},
+    {"run": "short-packed", "overrides": SHORT_PACKED},
+    {"run": "short-packed-resumed", "overrides": SHORT_PACKED, "scratch": "short-packed"},
 ]
 SAME = ["joined", "padded", "packed"]
 KERNELS = {"_rms_layernorm_forward", "_rope_embedding_QK", "_fg_kernel", "_DWf_DW_dfg_kernel"}
@@ -86,10 +87,8 @@ def small_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(
-        models.BPE(vocab={word: number for number, word in enumerate(["<end>", *letters])}, merges=[])
-    )
+    words = ["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={word: number for number, word in enumerate(words)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
@@ -113,7 +112,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     file.add(**row)
     tests = Path(__file__).parents[1]
     paths = os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "support.cuda_code", str(folder)],
         input="".join(json.dumps(training) + "\n" for training in TRAININGS),
         # Processes that are forked may not have threads before.
@@ -122,7 +121,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     return folder
 
 

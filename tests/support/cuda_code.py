@@ -12,8 +12,8 @@ which alone it has LoRA kernels of its own. What this does not run: 16-bit numbe
 optimizer, activations that wait in the machine's memory (from 2 MB on), torch's own attention for joined rows (from
 capability 8.0 on; before, and here, each row is a call of its own), and what torch.compile makes of whole layers.
 
-Each line of standard input is a training, {"run": name, "set": overrides, "environment": variables, "scratch": name of
-the training whose scratch folder it goes on with}. Each is a process of its own, which begins with Unsloth imported.
+Each line of standard input is a training: {"run": its name, "overrides": of the configuration, "environment": variables,
+"scratch": the name of a training that it goes on with}. Each is a process of its own, with Unsloth imported before.
 """
 
 import gc
@@ -42,6 +42,7 @@ WATCHED = {
 def main(folder: Path) -> int:
     """Run trainings of the project in a folder; each leaves `done.json` in its run: its figures, what was called."""
     os.environ.update(
+        CUDA_VISIBLE_DEVICES="-1",
         UNSLOTH_ALLOW_CPU="1",
         TRITON_INTERPRET="1",
         UNSLOTH_DISABLE_STATISTICS="1",
@@ -66,7 +67,7 @@ def _train(
     folder: Path,
     called: Counter[str],
     run: str,
-    set: tuple[str, ...] = (),
+    overrides: tuple[str, ...] = (),
     environment: dict[str, str] | None = None,
     scratch: str | None = None,
 ) -> None:
@@ -77,7 +78,7 @@ def _train(
     from pipeline.toml_file import load_config
 
     os.environ.update(environment or {})
-    config, given = load_config(folder / "pipeline.toml", list(set))
+    config, given = load_config(folder / "pipeline.toml", list(overrides))
     config, _ = resolve(config, given, Facts(1_000_000, 2048, CARD.total_memory))
     task = Task(
         STAGE, config, folder / run, Layout(folder / run).node("train"), scratch=folder / "scratch" / (scratch or run)
