@@ -139,6 +139,7 @@ def main(task: Task) -> dict[str, Any]:
         "seconds_per_step": seconds / max(1, trainer.state.global_step),
         "tokens_per_second": tokens / max(seconds, 1e-9),
         "load_in_4bit": settings.load_in_4bit,
+        "batches": "packed" if trainer.args.packing else "end to end" if trainer.args.padding_free else "padded",
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         **({"cuda": torch.version.cuda, "peak_gpu_bytes": torch.cuda.max_memory_allocated()} if cuda else {}),
         "resumed_from": checkpoint.name if checkpoint else None,
@@ -251,18 +252,19 @@ def make_trainer(
     import torch
     from transformers import EarlyStoppingCallback, TrainerCallback
     from trl import SFTConfig, SFTTrainer
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     from pipeline.model.load import compute_type
 
     settings = task.config.train
     cuda = torch.cuda.is_available()
     bfloat16 = cuda and compute_type("cuda") is torch.bfloat16
-    # Rows that are packed, or on a GPU laid end to end, need the trainer's own preparation and collator.
-    end_to_end = cuda or packing
+    trainers = copy.deepcopy(tokenizer)  # with a pad token, which the trainer asks for and which is not to be saved
+    trainers.pad_token = tokenizer.convert_ids_to_tokens(_padding(model, tokenizer))
     keep_best = bool(validation_rows) and settings.keep == "best"
     arguments = SFTConfig(
         output_dir=str(task.scratch / "checkpoints"),
+        # Unsloth weighs by it whether padding pays; the steps of packed rows are known when they are packed.
+        max_steps=schedule(len(train_rows), len(validation_rows), task.config)[0],
         per_device_train_batch_size=settings.batch,
         gradient_accumulation_steps=settings.accumulation,
         learning_rate=settings.learning_rate,
@@ -290,7 +292,7 @@ def make_trainer(
         packing=packing,
         eval_packing=False,
         padding_free=None if cuda else False,  # Unsloth decides whether it can
-        dataset_kwargs={"skip_prepare_dataset": not end_to_end},
+        dataset_kwargs={"skip_prepare_dataset": not (cuda or packing)},  # where Unsloth may join rows, it prepares them
         remove_unused_columns=False,
         report_to=settings.report_to,
         disable_tqdm=True,
@@ -330,10 +332,10 @@ def make_trainer(
         validated: list[tuple[float, int]]  # the summed loss and the trained tokens of each validation batch
 
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            if packing:  # into sequences of one length
+            if self.args.packing:  # into sequences of one length
                 return super()._get_train_sampler(train_dataset)
             lengths = lengths_of(self.train_dataset)
-            return RowOrder(lengths, self.args.train_batch_size, settings.seed, padded=not end_to_end)
+            return RowOrder(lengths, self.args.train_batch_size, settings.seed, padded=not self.args.padding_free)
 
         def _get_eval_sampler(self, eval_dataset: Any) -> Any:
             # The least padding, and the largest batch first.
@@ -379,8 +381,7 @@ def make_trainer(
         args=arguments,
         train_dataset=train_rows,
         eval_dataset=validation_rows if len(validation_rows) else None,
-        processing_class=copy.deepcopy(tokenizer),  # a trainer may give it a pad token, which is not to be saved
-        data_collator=None if end_to_end else DataCollatorForLanguageModeling(_padding(model, tokenizer)),
+        processing_class=trainers,
         callbacks=[
             MarkComplete(),
             TryValidation(),

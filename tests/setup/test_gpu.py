@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.errors import PipelineError
 from pipeline.figures import GIB
+from pipeline.run.provenance import machine
 from pipeline.setup import gpu, libraries
 from pipeline.setup.machine_findings import FAILURE, OK, WARNING, Finding, require
 
@@ -47,6 +48,12 @@ def test_card_that_serves_is_ok(smi: Path) -> None:
     assert found()["GPU"].found == "NVIDIA GeForce RTX 4090, 24 GiB"
     assert gpu.memory() == 24564 * 2**20
     require(found().values(), "never")
+
+
+def test_a_run_records_the_card_and_its_driver(smi: Path) -> None:
+    answers(smi, GOOD)
+    (card,) = machine()["gpus"]
+    assert (card["name"], card["driver"], card["capability"]) == ("NVIDIA GeForce RTX 4090", "580.82.07", (8, 9))
 
 
 @pytest.mark.parametrize(

@@ -257,7 +257,9 @@ def test_rows_of_like_lengths_stand_together_and_every_validated_token_counts_th
     task = Task(STAGE, settings, tmp_path, tmp_path / "train", scratch=tmp_path / "scratch")
     model = AutoModelForCausalLM.from_pretrained(project / "base", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(project / "base")
+    tokenizer.pad_token = tokenizer.eos_token = None  # padding needs neither
     trainer = make_trainer(model, tokenizer, data_set, data_set, resuming=False, packing=False, task=task)
+    assert tokenizer.pad_token is None
     batches = [conversations_of(batch)[0] for batch in trainer.get_train_dataloader()]
     assert sum(map(len, batches[0])) == max(sum(map(len, batch)) for batch in batches)  # the largest comes first
     if not torch.cuda.is_available():  # where rows are laid end to end, nothing is padded
@@ -424,6 +426,7 @@ def test_the_same_command_on_a_gpu(project: Path, trained: Path) -> None:
     assert figures["device"] != "cpu"
     assert figures["cuda"]
     assert figures["peak_gpu_bytes"] > 0
+    assert figures["batches"] == "packed"
     assert figures["loss_last"] < figures["loss_first"]
     batches = [json.loads(line)["input_ids"] for line in (packed / "batches.jsonl").read_text().splitlines()]
     rows = [row["input_ids"] for row in read_tokens(project / "packed" / "data" / "train.tokens.arrow")]
