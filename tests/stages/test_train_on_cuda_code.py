@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+from array import array
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -109,7 +110,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for part, rows in (("train", TRAIN), ("validation", VALIDATION)):
             with TokenFile(layout.tokens(part)) as file:
                 for row in rows:
-                    file.add(**row)
+                    file.add(*(array("i", row[column]).tobytes() for column in ("input_ids", "labels")))
     tests = Path(__file__).parents[1]
     paths = os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")])
     process = subprocess.run(
