@@ -13,7 +13,8 @@ optimizer, activations that wait in the machine's memory (from 2 MB on), torch's
 capability 8.0 on; before, and here, each row is a call of its own), and what torch.compile makes of whole layers.
 
 Each line of standard input is a training: {"run": its name, "overrides": of the configuration, "environment":
-variables, "scratch": the name of a training that it goes on with}. Each is a process of its own, with Unsloth imported before.
+variables, "scratch": the name of a training that it goes on with}. Each is a process of its own, with Unsloth imported
+before.
 """
 
 import gc
