@@ -12,8 +12,9 @@ which alone it has LoRA kernels of its own. What this does not run: 16-bit numbe
 optimizer, activations that wait in the machine's memory (from 2 MB on), torch's own attention for joined rows (from
 capability 8.0 on; before, and here, each row is a call of its own), and what torch.compile makes of whole layers.
 
-Each line of standard input is a training: {"run": its name, "overrides": of the configuration, "environment": variables,
-"scratch": the name of a training that it goes on with}. Each is a process of its own, with Unsloth imported before.
+Each line of standard input is a training: {"run": its name, "overrides": of the configuration, "environment":
+variables, "scratch": the name of a training that it goes on with}. Each is a process of its own, with Unsloth imported
+before.
 """
 
 import gc
