@@ -170,8 +170,10 @@ def quantize(
     return _run(command(source, target, kind), kind, on_line, target.parent)
 
 
-def plan(source: Path, kind: str) -> Quantization:
-    """What `quantize` would make of a file: nothing is computed and nothing written.
+def dry_run(source: Path, kind: str) -> Quantization:
+    """What `quantize` would make of a file: which tensor gets which type is llama-quantize's own choice.
+
+    Nothing is computed and nothing written.
 
     Raises:
         PipelineError: llama-quantize failed, with its words.

@@ -51,6 +51,8 @@ class Found:
 def find(host: str | None) -> Found:
     """The configured Ollama, else the one of OLLAMA_HOST, else a running one, else a program that can be started.
 
+    Which program that is (PIPELINE_OLLAMA, for one) is decided by `find_ollama`.
+
     Args:
         host: the configured address.
 

@@ -1,7 +1,8 @@
 """What a node's result was made from, and what of it has changed since.
 
 It is what can change the result: the code that runs, the versions of the libraries and the programs that the stage
-declares, the settings that it reads, and the files. The same basis is the same fingerprint.
+declares, the settings that it reads, and the files. The same basis is the same fingerprint. Whether the node is stale
+is judged in `pipeline.run.graph`, which looks at its outputs and at the stages before it too.
 """
 
 from __future__ import annotations

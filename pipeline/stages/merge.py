@@ -2,8 +2,9 @@
 
 It is merged tensor by tensor, from file to file (`pipeline.model.merging`), so the memory that it takes does not grow
 with the model. An adapter that was trained on 4 bits may fit what NF4 keeps of the weights better than the weights as
-they are stored; which of the two depends on the model and on the data, so the held-out loss of both is measured, and
-decides. A merge that would leave a module out, or change nothing, is refused.
+they are stored; which of the two depends on the model and on the data, so where nothing else decides it
+(`sixteen_bit.chosen_base`) the held-out loss of both is measured. A merge that would leave a module out, or change
+nothing, is refused.
 """
 
 from __future__ import annotations

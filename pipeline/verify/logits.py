@@ -280,7 +280,7 @@ def _measure(artefacts: Artefacts) -> Callable[[Path], DivergenceStatistics]:
     whole, adapter = artefacts.merged_reference, artefacts.gguf_adapter
     add_bos = inspect(whole).metadata.get("tokenizer.ggml.add_bos_token")
     if add_bos and artefacts.tokenizer.bos_token_id is not None:
-        ids = _with_bos(ids, artefacts.tokenizer.bos_token_id, context)
+        ids = _chunks_with_bos(ids, artefacts.tokenizer.bos_token_id, context)
     if scored_positions(len(ids), context) < LEAST_POSITIONS:
         return lambda path: compare_files(whole, path, rows, adapter).statistics
     reference, chunks = artefacts.scratch / _REFERENCE, len(ids) // context
@@ -313,7 +313,7 @@ def _loss(artefacts: Artefacts, path: Path) -> float:
     return mean_loss(losses)
 
 
-def _with_bos(ids: list[int], bos: int, context: int) -> list[int]:
+def _chunks_with_bos(ids: list[int], bos: int, context: int) -> list[int]:
     """Chunks that begin with BOS: llama-perplexity writes it there."""
     parts = [ids[start : start + context - 1] for start in range(0, len(ids), context - 1)]
     return list(itertools.chain.from_iterable([bos, *part] for part in parts if len(part) == context - 1))

@@ -13,7 +13,7 @@ from pipeline.console import progress
 from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.gguf_file import GGUFInfo, inspect
 from pipeline.llamacpp.gguf_file import check as check_gguf
-from pipeline.llamacpp.quantizer import QuantizationType, plan, quantization_type
+from pipeline.llamacpp.quantizer import QuantizationType, dry_run, quantization_type
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import Claim, Result
 
@@ -51,7 +51,7 @@ def _file(artefacts: Artefacts, kind: str, path: Path) -> Iterator[Result]:
     except UserError:
         yield types.holds(False, f"neither its name nor general.file_type says what {path.name} is")
         return
-    meant = plan(artefacts.reference, wanted.name)
+    meant = dry_run(artefacts.reference, wanted.name)
     yield _named(stage, info, wanted)
     yield _types(types, info, meant.types)
     yield from _bits(stage, artefacts, info, wanted, [fallback.tensor for fallback in meant.fallbacks])

@@ -7,7 +7,7 @@ from support import small_models
 
 from pipeline.errors import UserError
 from pipeline.llamacpp.gguf_file import inspect
-from pipeline.llamacpp.quantizer import Fallback, Quantization, plan, quantization_type, quantization_types, quantize
+from pipeline.llamacpp.quantizer import Fallback, Quantization, dry_run, quantization_type, quantization_types, quantize
 
 
 def test_every_name_in_any_case() -> None:
@@ -31,7 +31,7 @@ def test_a_plan_is_what_is_made(tmp_path: Path) -> None:
     source, target = small_models.converted()[0], tmp_path / "model.gguf"
     done: list[int] = []
     made = quantize(source, target, "q4_k_m", lambda line, tensors: done.append(tensors))
-    planned = plan(source, "Q4_K_M")
+    planned = dry_run(source, "Q4_K_M")
     assert made == planned
     assert made.types == {tensor.name: tensor.type for tensor in inspect(target).tensors}
     assert len(made.fallbacks) == 180
@@ -44,7 +44,7 @@ def test_a_plan_is_what_is_made(tmp_path: Path) -> None:
 
 def test_a_type_that_cannot_be_planned() -> None:
     with pytest.raises(UserError, match=r"export\.quant: Q1_0 cannot store this model: the rows of \S+ \(576\)"):
-        plan(small_models.converted()[0], "q1_0")
+        dry_run(small_models.converted()[0], "q1_0")
 
 
 def test_other_warnings_are_kept() -> None:
