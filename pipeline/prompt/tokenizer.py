@@ -291,7 +291,7 @@ def _ordinary_control_words(tokenizer: Any) -> list[str]:
 def _splits_as_its_file(tokenizer: Any, file: Path) -> bool:
     """Whether a class splits and normalises texts as tokenizer.json says.
 
-    GPT-2's own, which OLMo 2 and others name as theirs, splits them as GPT-2 did.
+    GPT-2's own, which other tokenizers over bytes name as theirs, splits them as GPT-2 did.
     """
     own, whole = (json.loads(text) for text in (tokenizer.backend_tokenizer.to_str(), file.read_text(encoding="utf-8")))
     return all(own[part] == whole.get(part) for part in ("normalizer", "pre_tokenizer"))

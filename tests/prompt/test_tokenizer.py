@@ -150,9 +150,8 @@ def prepare(base: Path, rows: Path, run: Path) -> Any:
 
 
 def test_texts_are_split_as_tokenizer_json_says(tmp_path: Path) -> None:
-    """OLMo 2's names GPT-2's class, which would split them as GPT-2 did."""
-    folder = bases.tokenizer_files("gpt4", tmp_path / "olmo2")
-    (folder / "config.json").write_text(json.dumps({"model_type": "olmo2"}), encoding="utf-8")
+    """GPT-4's names GPT-2's class, which would split them as GPT-2 did."""
+    folder = bases.tokenizer_files("gpt4", tmp_path / "gpt4")
     assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "GPT2Tokenizer"
     own, text = Tokenizer.from_file(str(folder / "tokenizer.json")), "In 123456 days\n\n\nit'll"
     assert ids(base_tokenizer(folder), text) == own.encode(text, add_special_tokens=False).ids
