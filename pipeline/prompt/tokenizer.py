@@ -63,7 +63,8 @@ def base_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    if (folder / "tokenizer.json").is_file() and not _saved_as_it_is(tokenizer):
+    file = folder / "tokenizer.json"
+    if file.is_file() and not (_splits_as_its_file(tokenizer, file) and _saved_as_it_is(tokenizer)):
         return PreTrainedTokenizerFast.from_pretrained(folder)
     return tokenizer
 
@@ -285,6 +286,15 @@ def _ordinary_control_words(tokenizer: Any) -> list[str]:
     if any(word in vocabulary for word in _ORDINARY_END):
         words.discard("</s>")
     return sorted(words)
+
+
+def _splits_as_its_file(tokenizer: Any, file: Path) -> bool:
+    """Whether a class splits and normalises texts as tokenizer.json says.
+
+    GPT-2's own, which other tokenizers over bytes name as theirs, splits them as GPT-2 did.
+    """
+    own, whole = (json.loads(text) for text in (tokenizer.backend_tokenizer.to_str(), file.read_text(encoding="utf-8")))
+    return all(own[part] == whole.get(part) for part in ("normalizer", "pre_tokenizer"))
 
 
 def _saved_as_it_is(tokenizer: Any) -> bool:

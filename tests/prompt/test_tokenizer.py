@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 from support import bases, servers, small_models
-from tokenizers import normalizers
+from tokenizers import Tokenizer, normalizers
 from transformers import AutoTokenizer
 
 from pipeline.data.token_file import read_tokens
 from pipeline.errors import UserError
 from pipeline.llamacpp.programs import source_tree
 from pipeline.prompt.control_tokens import CONTROL_WORDS
-from pipeline.prompt.tokenizer import Saved, as_served, load_tokenizer, read_saved, saved_tokenizer
+from pipeline.prompt.tokenizer import Saved, as_served, base_tokenizer, load_tokenizer, read_saved, saved_tokenizer
 from pipeline.stages import data
 
 DECOMPOSED, COMPOSED = "cafe\u0301", "caf\u00e9"
@@ -147,6 +147,15 @@ def prepare(base: Path, rows: Path, run: Path) -> Any:
     task = small_models.make_task(run, "data", model={"base": str(base)}, data=data_of, train={"max_length": 128})
     data.main(task)
     return task
+
+
+def test_texts_are_split_as_tokenizer_json_says(tmp_path: Path) -> None:
+    """GPT-4's names GPT-2's class, which would split them as GPT-2 did."""
+    folder = bases.tokenizer_files("gpt4", tmp_path / "gpt4")
+    assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "GPT2Tokenizer"
+    own, text = Tokenizer.from_file(str(folder / "tokenizer.json")), "In 123456 days\n\n\nit'll"
+    assert ids(base_tokenizer(folder), text) == own.encode(text, add_special_tokens=False).ids
+    assert ids(AutoTokenizer.from_pretrained(folder), text) != ids(base_tokenizer(folder), text)
 
 
 def test_tokens_without_a_row_are_ordinary_text(short: Path, tmp_path: Path) -> None:
