@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.model.adapter_file import refuse_half_of_a_pair
+from pipeline.model.adapter_file import AdapterFile, refuse_half_of_a_pair
 from pipeline.model.base import is_hub_id
 from pipeline.model.nf4 import Record
 from pipeline.model.packaged import PACKAGED
 from pipeline.model.targets import names_for, vocabulary_modules, without_weights
-from pipeline.model.weights_file import Weights, read_weights
+from pipeline.model.weights_file import read_weights
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -62,19 +62,8 @@ _MLX = (
 )
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter's folder of which nothing is wrong by itself.
-
-    Attributes:
-        folder: where it is.
-        settings: adapter_config.json.
-        weights: its tensors.
-    """
-
-    folder: Path
-    settings: dict[str, Any]
-    weights: Weights
+class Adapter(AdapterFile):
+    """An adapter's folder of which nothing is wrong by itself."""
 
     @property
     def remarks(self) -> tuple[str, ...]:
