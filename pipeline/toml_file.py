@@ -269,10 +269,8 @@ def _ask_as_trained(values: dict[str, Any], adapters: list[Any]) -> None:
     if not isinstance(of_data, dict) or any("test" in table for table in (of_data, *tables)):
         return
     for table in tables:
-        adapter = without_links(table["path"])
-        run = Layout(adapter.parent.parent)
-        rows = run.rows("test")
-        if run.adapter == adapter and rows.is_file() and rows.stat().st_size:
+        run = Layout.of_adapter(table["path"])
+        if run is not None and (rows := run.rows("test")).is_file() and rows.stat().st_size:
             table["test"] = rows
 
 

@@ -1,5 +1,6 @@
 """[[trainings]]: what each of them is by itself, and one command that trains two on one base."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,9 @@ from pipeline.model.adapter_folder import read_given_adapter
 from pipeline.run.layout import Layout
 from pipeline.serve import together
 from pipeline.toml_file import load_config, trainings_of
+from pipeline.verify.artefacts import Artefacts
+from pipeline.verify.result import NOT_RUN, PASS
+from pipeline.verify.trained_labels import check as check_labels
 
 TEXT = """
 [model]
@@ -147,6 +151,19 @@ def test_what_config_prints_of_each_is_a_configuration(project: Path) -> None:
         assert resolved(printed, ())[0] == resolved(project, odd, name)[0]
 
 
+def judged(project: Path) -> tuple[set[str], str]:
+    """What verify says of the rows that the combination was trained on: its verdicts, and the words that tell most."""
+    config, _ = load_config(project / "pipeline.toml", training="combined")
+    run = config.run_folder
+    artefacts = Artefacts(
+        *(config.verify, run, None, {}, project / "scratch"),
+        **{"run": run, "config": config, "adapter": Layout(run).adapter, "given": config.given_adapters},
+    )
+    results = list(check_labels(artefacts))
+    (words,) = {found[0] for result in results if (found := re.search(r"\d+ rows|run/sql: .* since", result.words))}
+    return {result.verdict for result in results}, words
+
+
 def test_two_on_one_base_are_trained_and_combined_by_one_command(tmp_path: Path) -> None:
     for name, rows in (("sql", conversations(3, 8)), ("tone", conversations(20, 8))):
         write_rows(tmp_path / f"{name}.jsonl", rows)
@@ -158,6 +175,16 @@ def test_two_on_one_base_are_trained_and_combined_by_one_command(tmp_path: Path)
     assert done.returncode == 0, done.stderr
     ranks = {name: read_given_adapter(tmp_path / "run" / name / "train" / "adapter").settings["r"] for name in NAMES}
     assert ranks == {"sql": 16, "tone": 4, "combined": 20}
+    assert judged(tmp_path) == ({PASS}, "16 rows")
+    sql = Layout(tmp_path / "run" / "sql")
+    batches = sql.batches.read_text()
+    sql.batches.write_text(batches.replace('"labels": [[-100', '"labels": [[5', 1))
+    assert judged(tmp_path) == ({NOT_RUN}, "run/sql: train/batches.jsonl has changed since")
+    sql.batches.write_text(batches)
+    write_rows(tmp_path / "sql.jsonl", conversations(4, 8))
+    again = CliRunner().invoke(main, ["data", str(tmp_path), "--training", "sql"])
+    assert again.exit_code == 0, again.output
+    assert judged(tmp_path) == ({NOT_RUN}, "run/sql: its data was made anew since")
     with pytest.raises(UserError, match=r"run/sql: convert is not made yet: run `pipeline export --as adapter"):
         together([tmp_path], None)
     with pytest.raises(UserError, match=r"run: holds runs .* \(combined, sql, tone\): give those that are meant, or"):

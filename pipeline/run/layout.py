@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from pipeline.errors import PipelineError
+from pipeline.resources import without_links
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,13 @@ class Layout:
     """
 
     run: Path
+
+    @staticmethod
+    def of_adapter(folder: Path) -> Layout | None:
+        """The run in whose folder an adapter lies where training leaves it; None for one that lies elsewhere."""
+        adapter = without_links(folder)
+        layout = Layout(adapter.parent.parent)
+        return layout if layout.adapter == adapter else None
 
     def node(self, stage: str, variant: str = "") -> Path:
         """What a stage, or one of its variants, leaves."""

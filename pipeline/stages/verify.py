@@ -16,6 +16,7 @@ from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.chain import BROKE_OFF, verify
 from pipeline.verify.result import FAIL, explain, write
 from pipeline.verify.rungs import GGUF_16BIT
+from pipeline.verify.training import training_files
 
 
 def main(task: Task) -> dict[str, Any]:
@@ -49,7 +50,7 @@ STAGE = Stage(
         *("ollama.parameters", "ollama.system", "eval"),
     ),
     indifferent_to=("adapter", "adapters", "train.seed"),
-    files=lambda config, _: merge_files(config),
+    files=lambda config, _: [*merge_files(config), *training_files(config)],
     libraries=(
         "torch",
         "transformers",

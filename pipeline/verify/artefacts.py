@@ -47,7 +47,7 @@ class Artefacts:
         base, adapter: what was merged; None for an export of another program.
         gguf_adapter: the adapter as a GGUF file, which the GGUF files are used with: they are the base's then. None
             where they are the merged model's.
-        given: the folder of an adapter that was trained elsewhere, as somebody gave it; None for one trained here.
+        given: the folders of the adapters that were given, as they lie; none where one was trained.
         run, config: the run's folder and its configuration; None for an export.
         ollama: the name of an export's model in the Ollama that is usually asked; None where none is judged.
         merged_into: "16bit" or "dequantized".

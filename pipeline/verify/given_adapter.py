@@ -16,6 +16,7 @@ from pipeline.model.combined_adapter import difference, read_given_adapters, wri
 from pipeline.resources import sha256_of
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import Claim, Result
+from pipeline.verify.training import trainings_of
 
 _ROUNDING = 1e-4  # of float32's sums, relative
 _FITS = Claim("adapter.fits", "train", "every tensor of the adapter has its place in the base, and is finite")
@@ -45,7 +46,10 @@ def check(artefacts: Artefacts) -> Iterator[Result]:
     else:
         same = sha256_of(given[0] / WEIGHTS) == sha256_of(adapter / WEIGHTS)
         yield _SAME.holds(same, f"{given[0] / WEIGHTS} is another file now")
-    yield _DATA.not_run("an adapter does not say; with questions of your own (--data, data.test) every rung is asked")
+    if isinstance(trainings := trainings_of(artefacts), str):
+        yield _DATA.not_run(f"{trainings}; with questions of your own (--data, data.test) every rung is asked")
+    else:
+        yield _DATA.holds(True)
     if all(any((folder / name).is_file() for name in _TEMPLATES) for folder in given):
         yield _PROMPT.holds(True)
     else:

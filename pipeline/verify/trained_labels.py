@@ -29,9 +29,9 @@ from pipeline.prompt.labels import (
 from pipeline.prompt.template import token_ids
 from pipeline.prompt.tokenizer import saved_tokenizer
 from pipeline.prompt.whole_texts import tokenize_whole_texts
-from pipeline.run.layout import Layout
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import Claim, Result
+from pipeline.verify.training import Training, trainings_of
 
 _KNOWN = Claim("labels.known", "train", "every trained row is a conversation of the training data")
 _SHARE = Claim("labels.share", "train", "a share of the tokens is trained")
@@ -75,50 +75,62 @@ class Faults:
     bos: Fault = field(default_factory=Fault)
 
 
-def check(artefacts: Artefacts) -> Iterator[Result]:
-    """Judge every row of train/batches.jsonl."""
-    if artefacts.run is None or artefacts.adapter is None:
-        yield from (claim.not_run("this export has no record of its training") for claim in CLAIMS)
-        return
-    path = Layout(artefacts.run).batches
-    if artefacts.config is not None and artefacts.config.given_adapters:
-        why = "the adapter was trained elsewhere: the rows that it was trained on are not known here"
-        yield from (claim.not_run(why) for claim in CLAIMS)
-        return
-    if not path.is_file():
-        yield from (claim.not_run(f"{path} is missing") for claim in CLAIMS)
-        return
-    tokenizer = saved_tokenizer(artefacts.adapter)
-    config = artefacts.config
-    truncates = config is not None and config.data.on_overlong == "truncate"
-    longest = config.train.max_length if config is not None and truncates else None
-    window = (config.data.window or config.train.max_length) if config is not None else None
-    known = KnownRows(tokenizer, Layout(artefacts.run).rows("train"), window, longest)
-    faults = Faults()
-    tokens = trained = rows = 0
-    with path.open("rb") as file:
-        batches = sum(1 for _ in file)
-    with progress("labels", batches, "batches") as update:
-        for number, batch in enumerate(read_rows(path), 1):
-            for place, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
-                tokens += len(ids)
-                trained += sum(label != IGNORED for label in labels)
-                rows += 1
-                where = f"step {batch['step']}, row {place}"
-                judge_row(tokenizer, ids, labels, known.owner_of(ids), f"{where}: ", faults, longest)
-            update(number)
+@dataclass
+class Judged:
+    """What was found in the batches of one training, or of all of them.
 
+    Attributes:
+        rows, tokens, trained: how many rows were judged, the tokens in them, and how many of these are trained.
+        faults: what is wrong with them.
+    """
+
+    rows: int = 0
+    tokens: int = 0
+    trained: int = 0
+    faults: Faults = field(default_factory=Faults)
+
+
+def check(artefacts: Artefacts) -> Iterator[Result]:
+    """Judge every row that was trained on, by the batches that training wrote down."""
+    trainings = trainings_of(artefacts)
+    if isinstance(trainings, str):
+        yield from (claim.not_run(trainings) for claim in CLAIMS)
+        return
+    found = Judged()
+    for training in trainings:
+        _judge(training, found, f"{training.layout.run.name}: " if len(trainings) > 1 else "")
+    faults = found.faults
     yield _KNOWN.at_most(faults.unknown.count, 0, faults.unknown.words)
-    share = trained / tokens if tokens else 0.0
-    yield _SHARE.at_least(
-        share, artefacts.settings.trained_share, f"{trained:,} of {tokens:,} tokens in {rows:,} rows are trained"
-    )
+    share = found.trained / found.tokens if found.tokens else 0.0
+    words = f"{found.trained:,} of {found.tokens:,} tokens in {found.rows:,} rows are trained"
+    yield _SHARE.at_least(share, artefacts.settings.trained_share, words)
     yield _MASKED.at_most(faults.masked.count, 0, faults.masked.words)
     yield _SPANS.at_most(faults.spans.count, 0, faults.spans.words)
     yield _ENDS.at_most(faults.ends.count, 0, faults.ends.words)
     yield _CUT.at_most(faults.cut.count, 0, faults.cut.words)
     yield _PREFIX.at_most(faults.prefix.count, 0, faults.prefix.words)
     yield _BOS.at_most(faults.bos.count, 0, faults.bos.words)
+
+
+def _judge(training: Training, found: Judged, place_of: str) -> None:
+    """Add what one training's batches show; its places begin with `place_of`."""
+    path, config = training.layout.batches, training.config
+    tokenizer = saved_tokenizer(training.adapter)
+    truncates = config is not None and config.data.on_overlong == "truncate"
+    longest = config.train.max_length if config is not None and truncates else None
+    window = (config.data.window or config.train.max_length) if config is not None else None
+    known = KnownRows(tokenizer, training.layout.rows("train"), window, longest)
+    with path.open("rb") as file:
+        batches = sum(1 for _ in file)
+    with progress("labels", batches, "batches") as update:
+        for number, batch in enumerate(read_rows(path), 1):
+            for place, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
+                found.tokens += len(ids)
+                found.trained += sum(label != IGNORED for label in labels)
+                found.rows += 1
+                where = f"{place_of}step {batch['step']}, row {place}: "
+                judge_row(tokenizer, ids, labels, known.owner_of(ids), where, found.faults, longest)
+            update(number)
 
 
 @dataclass(frozen=True)
