@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from benchmarks.measure import Sample, child, medians, table
-from benchmarks.program import COMMAND, project, recorded, sample_of
+from benchmarks.program import COMMAND, project
 
 SYLLABLES = ("al", "be", "co", "da", "en", "fo", "gi", "ho", "in", "ju", "ma", "ne", "pi", "ro", "su", "ta", "ve", "wi")
 
@@ -35,7 +35,7 @@ def conversations(count: int) -> Iterator[dict[str, Any]]:
 @click.option("--rows", "sizes", type=int, multiple=True, default=(10_000, 100_000), show_default=True, help="Rows.")
 @click.option("--count", default=1, show_default=True, help="How often each side is run.")
 def main(base: str, sizes: tuple[int, ...], count: int) -> None:
-    """Measure time and memory of the stage's process, for each number of rows."""
+    """Measure the time of the command and the memory of all its processes, for each number of rows."""
     from pipeline.model.base import resolve_base
 
     measured: dict[str, Sample] = {}
@@ -51,11 +51,11 @@ def main(base: str, sizes: tuple[int, ...], count: int) -> None:
             def plain(folder: Path = folder, row: str = bare) -> dict[str, Sample]:
                 with tempfile.TemporaryDirectory(dir=folder) as cache:
                     arguments = (str(resolve_base(base)), folder / "train.jsonl", cache)
-                    return {row: child(sys.executable, "-m", "benchmarks.bare_data", *arguments)}
+                    return {row: child(sys.executable, "-m", "benchmarks.bare_data", *arguments, together=True)}
 
             def checked(config: Path = config, row: str = program) -> dict[str, Sample]:
-                child(*COMMAND, "data", config, "--force", "--set", "train.max_length=1024")
-                return {row: sample_of(recorded(config, "data"))}
+                options = ("--force", "--set", "train.max_length=1024")
+                return {row: child(*COMMAND, "data", config, *options, together=True)}
 
             measured |= medians(count, plain, checked)
             against[program] = bare

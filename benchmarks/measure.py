@@ -9,21 +9,30 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+
+import psutil
 
 Sample = dict[str, float]  # a column of the table -> its value
 
 SECONDS, CPU, PEAK = "seconds", "CPU seconds", "peak MB"
 
 
-def child(*arguments: str | Path) -> Sample:
+def child(*arguments: str | Path, together: bool = False) -> Sample:
     """Run a program to its end.
+
+    Args:
+        arguments: its command.
+        together: count the memory of all its processes at once, looked at twice a second; pages that several of them
+            hold count once.
 
     Returns:
         SECONDS by the clock, CPU seconds of it and of the processes that it waited for, and PEAK, the largest resident
-        set (10^6 bytes) that one of these had.
+        set (10^6 bytes) that one of these had, or all of them.
 
     Raises:
         SystemExit: it failed; with the end of what it printed.
@@ -32,15 +41,44 @@ def child(*arguments: str | Path) -> Sample:
     with tempfile.TemporaryFile() as output:
         started = time.perf_counter()
         process = subprocess.Popen(command, stdout=output, stderr=output)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - started
+        with _watched(process.pid) if together else nullcontext([0]) as peak:
+            _, status, usage = os.wait4(process.pid, 0)
+            seconds = time.perf_counter() - started
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             output.seek(0)
             said = output.read().decode("utf-8", "replace")[-2000:]
             raise SystemExit(f"{subprocess.list2cmdline(command)}: exit status {process.returncode}\n{said}")
     unit = 1 if sys.platform == "darwin" else 1024
-    return {SECONDS: seconds, CPU: usage.ru_utime + usage.ru_stime, PEAK: usage.ru_maxrss * unit / 1e6}
+    peak_bytes = peak[0] if together else usage.ru_maxrss * unit
+    return {SECONDS: seconds, CPU: usage.ru_utime + usage.ru_stime, PEAK: peak_bytes / 1e6}
+
+
+@contextmanager
+def _watched(pid: int) -> Iterator[list[int]]:
+    """Look at the memory of a process and all below it; what it gives holds the most that there was, in bytes."""
+    peak, ended = [0], threading.Event()
+
+    def look() -> None:
+        while not ended.wait(0.5):
+            with suppress(psutil.Error):
+                first = psutil.Process(pid)
+                peak[0] = max(peak[0], sum(map(_held, [first, *first.children(recursive=True)])))
+
+    watching = threading.Thread(target=look)
+    watching.start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+        watching.join()
+
+
+def _held(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_full_info().pss)
+    except psutil.Error:  # it has ended
+        return 0
 
 
 def one_after_the_other(samples: Sequence[Sample]) -> Sample:
