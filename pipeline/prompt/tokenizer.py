@@ -8,6 +8,7 @@ on the ids that it will be served.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -281,11 +282,36 @@ def _first(words: Sequence[str]) -> str:
 
 
 def _ordinary_control_words(tokenizer: Any) -> list[str]:
-    vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
-    words = {word for word in CONTROL_WORDS & vocabulary.keys() if vocabulary[word] not in added}
-    if any(word in vocabulary for word in _ORDINARY_END):
+    number_of, added = tokenizer.backend_tokenizer.token_to_id, tokenizer.added_tokens_decoder
+    words = {word for word in CONTROL_WORDS if number_of(word) is not None and number_of(word) not in added}
+    if any(number_of(word) is not None for word in _ORDINARY_END):
         words.discard("</s>")
     return sorted(words)
+
+
+_PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+
+
+def _parts(tokenizer: Any) -> dict[str, Any]:
+    """All that a tokenizer does but its vocabulary, as tokenizer.json writes it."""
+    found = {name: getattr(tokenizer.backend_tokenizer, name) for name in _PARTS}
+    return {name: None if part is None else json.loads(part.__getstate__()) for name, part in found.items()}
+
+
+def _parts_of_file(file: Path) -> dict[str, Any]:
+    """The same of a tokenizer.json; its vocabulary, which usually comes last, is not read, for it takes a second."""
+    text, decode, found = file.read_text(encoding="utf-8"), json.JSONDecoder().raw_decode, dict[str, Any]()
+    at = _after_sign(text, 0)
+    while set(_PARTS) - found.keys() and text[at] != "}":
+        name, at = decode(text, at)
+        found[name], at = decode(text, _after_sign(text, at))
+        at = _after_sign(text, at)
+    return found
+
+
+def _after_sign(text: str, at: int) -> int:
+    """Where the next key or value of a JSON object begins, behind one brace, colon or comma."""
+    return re.compile(r"\s*[{:,]?\s*").match(text, at).end()  # type: ignore[union-attr]  # it matches nothing too
 
 
 def _splits_as_its_file(tokenizer: Any, file: Path) -> bool:
@@ -293,8 +319,11 @@ def _splits_as_its_file(tokenizer: Any, file: Path) -> bool:
 
     GPT-2's own, which other tokenizers over bytes name as theirs, splits them as GPT-2 did.
     """
-    own, whole = (json.loads(text) for text in (tokenizer.backend_tokenizer.to_str(), file.read_text(encoding="utf-8")))
+    own, whole = _parts(tokenizer), _parts_of_file(file)
     return all(own[part] == whole.get(part) for part in ("normalizer", "pre_tokenizer"))
+
+
+_FEW = 1000  # words of a vocabulary; how a class builds the rest of itself does not depend on them
 
 
 def _saved_as_it_is(tokenizer: Any) -> bool:
@@ -308,8 +337,24 @@ def _saved_as_it_is(tokenizer: Any) -> bool:
         return True
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
+        _shorten(Path(folder) / "tokenizer.json")
         saved = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    return bool(saved.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str())
+    return _parts(saved) == _parts(tokenizer)
+
+
+def _shorten(file: Path) -> None:
+    """Leave a tokenizer.json the first words of its vocabulary and those that were added."""
+    if not file.is_file():
+        return
+    whole = json.loads(file.read_text(encoding="utf-8"))
+    model, added = whole["model"], {token["content"] for token in whole["added_tokens"]}
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {word: id for word, id in model["vocab"].items() if id < _FEW or word in added}
+    else:
+        model["vocab"] = model["vocab"][:_FEW]
+    if "merges" in model:
+        model["merges"] = []
+    file.write_text(json.dumps(whole, ensure_ascii=False), encoding="utf-8")
 
 
 def _from_its_files(tokenizer: Any, edit: Callable[[dict[str, Any]], None]) -> Any:

@@ -1,6 +1,7 @@
 """The well-known chat templates on real tokenizers: what they train, what they need, and that it can be served."""
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,22 +52,29 @@ WRITTEN = {
 }
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("tokenizers")
-
-
-def raw(name: str, folders: Path) -> Path:
+@cache
+def raw(name: str) -> Path:
     """A tokenizer without a chat template; Phi-3's is Llama 2's with a few tokens more."""
-    folder = folders / name
-    if folder.is_dir():
-        return folder
+    folder = small_models.scratch() / f"raw-{name}"
     if name != "phi-3":
         return bases.tokenizer_files(name, folder, chat_template=False)
-    tokenizer = AutoTokenizer.from_pretrained(raw("llama2", folders))
+    tokenizer = AutoTokenizer.from_pretrained(raw("llama2"))
     tokenizer.add_tokens(["<|assistant|>", "<|system|>", "<|user|>", "<|end|>"], special_tokens=True)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@cache
+def trained(template: str) -> Any:
+    """The tokenizer that a chat template is tried on, with that: nobody changes it."""
+    tokenizer, _ = load_tokenizer(raw(TOKENIZERS[template]), chat_template=template)
+    return tokenizer
+
+
+@cache
+def untouched(name: str) -> Any:
+    """The base's own: nobody changes it."""
+    return AutoTokenizer.from_pretrained(raw(name))
 
 
 def test_all_are_tried() -> None:
@@ -75,11 +83,11 @@ def test_all_are_tried() -> None:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_the_answers_and_their_end_of_turn_are_trained(name: str, folders: Path) -> None:
-    tokenizer, _ = load_tokenizer(raw(TOKENIZERS[name], folders), chat_template=name)
+def test_the_answers_and_their_end_of_turn_are_trained(name: str) -> None:
+    tokenizer = trained(name)
     (text,) = training_texts(tokenizer, CHAT)
     written = WRITTEN[name].replace("EOS", tokenizer.eos_token)
-    own = AutoTokenizer.from_pretrained(raw(TOKENIZERS[name], folders))
+    own = untouched(TOKENIZERS[name])
     bos = own.bos_token if own("a").input_ids[:1] == [own.bos_token_id] and own.bos_token else ""
     assert text.text == bos + written
     (row,) = tokenize_texts(tokenizer, [text])
@@ -95,10 +103,10 @@ def test_the_answers_and_their_end_of_turn_are_trained(name: str, folders: Path)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_what_is_saved_is_what_is_trained(name: str, folders: Path, tmp_path: Path) -> None:
-    tokenizer, _ = load_tokenizer(raw(TOKENIZERS[name], folders), chat_template=name)
+def test_what_is_saved_is_what_is_trained(name: str, tmp_path: Path) -> None:
+    tokenizer = trained(name)
     tokenizer.save_pretrained(tmp_path)
-    saved, own = AutoTokenizer.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(raw(TOKENIZERS[name], folders))
+    saved, own = AutoTokenizer.from_pretrained(tmp_path), untouched(TOKENIZERS[name])
     assert saved.chat_template == tokenizer.chat_template
     assert saved.eos_token == tokenizer.eos_token
     assert saved.get_vocab() == own.get_vocab()
@@ -109,8 +117,8 @@ def test_what_is_saved_is_what_is_trained(name: str, folders: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_it_is_served_exactly(name: str, folders: Path) -> None:
-    tokenizer, _ = load_tokenizer(raw(TOKENIZERS[name], folders), chat_template=name)
+def test_it_is_served_exactly(name: str) -> None:
+    tokenizer = trained(name)
     template = ChatTemplate.from_tokenizer(tokenizer)
     for way in ("go", "native"):
         choice = choose(template, way, servers.engine())
@@ -121,8 +129,8 @@ def test_it_is_served_exactly(name: str, folders: Path) -> None:
         assert len(report.outcomes) == len(conversations(template.special_tokens))
 
 
-def test_a_raw_base_gets_the_default_and_is_told(folders: Path) -> None:
-    tokenizer, said = load_tokenizer(raw("llama2", folders))
+def test_a_raw_base_gets_the_default_and_is_told() -> None:
+    tokenizer, said = load_tokenizer(raw("llama2"))
     assert tokenizer.eos_token == "</s>"
     (words,) = said
     assert f"no chat template and is trained with {DEFAULT}" in words
@@ -130,21 +138,21 @@ def test_a_raw_base_gets_the_default_and_is_told(folders: Path) -> None:
     assert "model.chat_template: alpaca, chatml" in words
 
 
-def test_the_key_replaces_an_instruct_models_own(folders: Path) -> None:
-    folder = bases.tokenizer_files("llama3_1", folders / "instruct")
+def test_the_key_replaces_an_instruct_models_own(tmp_path: Path) -> None:
+    folder = bases.tokenizer_files("llama3_1", tmp_path / "instruct")
     tokenizer, said = load_tokenizer(folder, chat_template="alpaca")
     assert "### Instruction" in tokenizer.chat_template
     assert said == ["model.chat_template = alpaca: a turn ends with EOS, <|eot_id|>"]
 
 
-def test_the_end_of_a_turn_becomes_eos(folders: Path, tmp_path: Path) -> None:
-    """A raw Qwen's EOS is <|endoftext|>."""
-    tokenizer = AutoTokenizer.from_pretrained(raw("qwen3", folders))
+def test_the_end_of_a_turn_becomes_eos(tmp_path: Path) -> None:
+    """As a raw Qwen's, EOS is <|endoftext|>."""
+    tokenizer = AutoTokenizer.from_pretrained(raw(small_models.BASE))
     tokenizer.eos_token = "<|endoftext|>"
     tokenizer.save_pretrained(tmp_path / "raw")
-    trained, said = load_tokenizer(tmp_path / "raw", chat_template="chatml")
+    changed, said = load_tokenizer(tmp_path / "raw", chat_template="chatml")
     assert any("EOS is <|im_end|> instead of <|endoftext|>" in words for words in said)
-    trained.save_pretrained(tmp_path / "trained")
+    changed.save_pretrained(tmp_path / "trained")
     assert AutoTokenizer.from_pretrained(tmp_path / "trained").eos_token == "<|im_end|>"
 
 
@@ -153,39 +161,39 @@ def test_the_end_of_a_turn_becomes_eos(folders: Path, tmp_path: Path) -> None:
     [
         ("chatml", "llama3_1", "tokens that the base does not have: <|im_start|>, <|im_end|>"),
         ("gemma", "llama2", "tokens that the base does not have: <start_of_turn>, <end_of_turn>"),
-        ("llama-3", "qwen3", "<|start_header_id|>, <|end_header_id|>, <|eot_id|>"),
+        ("llama-3", small_models.BASE, "<|start_header_id|>, <|end_header_id|>, <|eot_id|>"),
         ("phi-3", "mistral_nemo", "<|user|>, <|end|>, <|assistant|>"),
     ],
 )
-def test_what_needs_new_tokens_is_refused(name: str, tokenizer: str, words: str, folders: Path) -> None:
+def test_what_needs_new_tokens_is_refused(name: str, tokenizer: str, words: str) -> None:
     with pytest.raises(UserError) as error:
-        load_tokenizer(raw(tokenizer, folders), chat_template=name)
+        load_tokenizer(raw(tokenizer), chat_template=name)
     assert words in str(error.value)
     assert "need no other: alpaca, completion, mistral, vicuna, zephyr" in str(error.value)
 
 
-def test_a_base_without_eos_is_refused(folders: Path, tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(raw("qwen3", folders))
+def test_a_base_without_eos_is_refused(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(raw(small_models.BASE))
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path / "base")
     with pytest.raises(UserError, match="the base's tokenizer names none .eos_token."):
         load_tokenizer(tmp_path / "base")
 
 
-def test_a_file(folders: Path, tmp_path: Path) -> None:
+def test_a_file(tmp_path: Path) -> None:
     file = tmp_path / "own.jinja"
     file.write_text("{% for m in messages %}{{ m.role }}> {{ m.content }}{{ eos_token }}{% endfor %}assistant>")
     with pytest.raises(UserError, match=r"ends an answer with '</s>assistant>', which is no token"):
-        load_tokenizer(raw("llama2", folders), chat_template=str(file))
+        load_tokenizer(raw("llama2"), chat_template=str(file))
     file.write_text(file.read_text().replace("assistant>", "{% if add_generation_prompt %}assistant>{% endif %}"))
-    tokenizer, _ = load_tokenizer(raw("llama2", folders), chat_template=str(file))
+    tokenizer, _ = load_tokenizer(raw("llama2"), chat_template=str(file))
     assert tokenizer.chat_template == file.read_text()
     file.write_text("{{ raise_exception('never') }}")
     with pytest.raises(UserError, match="it refuses a conversation of .user, assistant.: never"):
-        load_tokenizer(raw("llama2", folders), chat_template=str(file))
+        load_tokenizer(raw("llama2"), chat_template=str(file))
 
 
-def test_the_data_stage_says_it_and_trains_it(folders: Path, tmp_path: Path) -> None:
+def test_the_data_stage_says_it_and_trains_it(tmp_path: Path) -> None:
     base = bases.base("raw-llama2", "llama2", chat_template=False)
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"messages": CHAT}) + "\n", encoding="utf-8")
