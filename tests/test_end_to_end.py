@@ -142,17 +142,7 @@ def test_the_page_is_whole_and_needs_nothing_else(run: Path) -> None:
         *("base", "adapter", "adapter-16bit", "merged", "gguf-16bit", "q4_k_m", "ollama"),
     ]
     assert len(page.tables["Answers side by side"]) == 1 + 4 * 7
-    shows_the_proof(page, run)
-
-
-def shows_the_proof(page: Page, run: Path) -> None:
-    """Every check of verify.json has its row, in its order."""
-    proof = json.loads((run / "verify" / "verify.json").read_text(encoding="utf-8"))
-    shown = [row[:3] for row in page.tables["Proof"][1:]]
-    assert shown == [
-        [check["verdict"], check["stage"], f"{check['sentence']} {check['id']}{check['words']}"]
-        for check in proof["checks"]
-    ]
+    page.shows_the_proof(run)
 
 
 def test_again_skips_everything_and_another_type_runs_only_what_follows(run: Path) -> None:
@@ -169,15 +159,3 @@ def test_again_skips_everything_and_another_type_runs_only_what_follows(run: Pat
     assert (run / "modelfile" / "q8_0" / "Modelfile").is_file()
     rows = json.loads(pipeline("status", run.parent, "--json").stdout)["stages"]
     assert {row["state"] for row in rows} == {"fresh"}
-
-
-def test_a_broken_link_ends_the_command(run: Path) -> None:
-    """A limit that no quantized file keeps stands for a file that is broken."""
-    answer = pipeline("run", run.parent, "--set", "verify.quantized_divergence=1e-9")
-    assert answer.returncode == 1
-    assert "the first broken stage is quantize/q4_k_m: logits.quantized: mean KL" in answer.stderr
-    assert re.search(r"logits\.quantized +quantize/q4_k_m +fail", answer.stdout)
-    assert "labels.spans" not in answer.stdout
-    page = Page.of(run / "report" / "report.html")
-    assert "The first broken stage is quantize/q4_k_m: mean KL" in page.text
-    shows_the_proof(page, run)

@@ -5,25 +5,33 @@ raw, without a chat template and without a pad token.
 """
 
 import json
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
+from support.page import Page
 
 from benchmarks.families import FAMILIES, project, whole_way
+from benchmarks.program import COMMAND
 from pipeline.config import Config
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import PASS
 from pipeline.verify.trained_labels import check as check_labels
 
 
-def test_a_raw_llama_in_4_bits(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    try:
+        return project(tmp_path_factory.mktemp("whole") / "llama", FAMILIES["Llama 2 in 4 bits (bitsandbytes)"])
+    except FileNotFoundError as missing:
+        pytest.skip(str(missing))
+
+
+def test_a_raw_llama_in_4_bits(config: Path, tmp_path: Path) -> None:
     """What is saved says no more of its tokens than the base did; merged into what its weights unpack to."""
     from transformers import AutoTokenizer
 
-    try:
-        config = project(tmp_path / "llama", FAMILIES["Llama 2 in 4 bits (bitsandbytes)"])
-    except FileNotFoundError as missing:
-        pytest.skip(str(missing))
     found = whole_way(config)
     assert found["failed"] == [], found["output"]
     assert found["status"] == 0, found["output"]
@@ -47,3 +55,16 @@ def test_a_raw_llama_in_4_bits(tmp_path: Path) -> None:
         assert text == "<s><|user|>\nHi</s>\n"
         assert saved.get_vocab() == base.get_vocab()
     assert json.loads((run / "merge" / "model" / "config.json").read_text()).get("pad_token_id") is None
+
+
+def test_a_broken_link_ends_the_command(config: Path) -> None:
+    """A limit that no quantized file keeps stands for a file that is broken."""
+    command = [*COMMAND, "run", str(config), "--set", "verify.quantized_divergence=1e-9"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert answer.returncode == 1
+    assert "the first broken stage is quantize/q4_k_m: logits.quantized: mean KL" in answer.stderr
+    assert re.search(r"logits\.quantized +quantize/q4_k_m +fail", answer.stdout)
+    assert "labels.spans" not in answer.stdout
+    page = Page.of(config.parent / "run" / "report" / "report.html")
+    assert "The first broken stage is quantize/q4_k_m: mean KL" in page.text
+    page.shows_the_proof(config.parent / "run")

@@ -1,6 +1,7 @@
 """A run's page as a browser's parser sees it: its elements, its texts, and its tables by their headings."""
 
 import base64
+import json
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -31,6 +32,14 @@ class Page(HTMLParser):
     @property
     def text(self) -> str:
         return "".join(self.texts)
+
+    def shows_the_proof(self, run: Path) -> None:
+        """Every check of a run's verify.json has its row, in its order."""
+        proof = json.loads((run / "verify" / "verify.json").read_text(encoding="utf-8"))
+        assert [row[:3] for row in self.tables["Proof"][1:]] == [
+            [check["verdict"], check["stage"], f"{check['sentence']} {check['id']}{check['words']}"]
+            for check in proof["checks"]
+        ]
 
     def pictures(self) -> list[str]:
         """The SVG documents of its images, each of which must hold all of its picture."""
