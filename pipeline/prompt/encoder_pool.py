@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 from collections import deque
@@ -88,6 +89,7 @@ _own: Callable[[Any], Any] | None = None  # in a process of the pool
 def _begin(work: Callable[[Any], Any], parent: int) -> None:
     global _own
     end_with_parent(parent)
+    gc.freeze()  # what it was forked with is no garbage, and looking through it would copy its pages
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads were not forked
     _own = work
 

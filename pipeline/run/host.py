@@ -11,6 +11,7 @@ goes to standard output: {"status": ..., "cpu_seconds": ..., "peak_memory_bytes"
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -50,6 +51,7 @@ def main(parent: int) -> int:
         signal.signal(signal.SIGINT, signal.SIG_IGN if interrupted == signal.SIG_IGN else signal.SIG_DFL)
         failure = _import(request["libraries"], Layout(Path(run)).log(name, variant))
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        gc.freeze()  # what was imported stays: no stage need look through it for garbage
         child = os.fork()
         if child == 0:
             end_with_parent(own)
