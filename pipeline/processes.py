@@ -177,8 +177,10 @@ def die_with_parent(by: signal.Signals = signal.SIGTERM) -> None:
 
 
 def cores() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0))
+    """How many processors this process may use, or is told to compute with as torch and llama.cpp are."""
+    told = re.match(r"[1-9]\d*", os.environ.get("OMP_NUM_THREADS", ""))
+    there = len(os.sched_getaffinity(0))
+    return min(there, int(told[0])) if told else there
 
 
 def end_with_parent(parent: int) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
-# Processes that each keep every core busy spend most of their time waiting for each other's threads: each has its own.
+# Processes that each keep every core busy spend most of their time waiting for each other's threads.
 if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) :: workers] or cores)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @cache

@@ -1,5 +1,6 @@
 """Running a program and a server, ending both, and what is said when one fails."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -110,3 +111,9 @@ def test_a_server_that_ends_is_not_waited_for(tmp_path: Path) -> None:
         process = processes.start([sys.executable, "-c", "raise SystemExit(3)"], file)
     assert not processes.wait_until(lambda: False, process, 600)
     assert process.wait() == 3
+
+
+@pytest.mark.parametrize(("told", "most"), [("1", 1), ("1,4", 1), ("100000", None), ("0", None), ("many", None)])
+def test_no_more_threads_than_it_is_told(told: str, most: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", told)
+    assert processes.cores() == (most or len(os.sched_getaffinity(0)))

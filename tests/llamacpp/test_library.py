@@ -10,6 +10,7 @@ from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp import perplexity
 from pipeline.llamacpp.divergence import Divergence
 from pipeline.llamacpp.library import LlamaModel
+from pipeline.processes import cores
 from pipeline.prompt.hostile_strings import hostile_strings
 
 TEXT = " ".join(
@@ -83,7 +84,7 @@ def test_llama_perplexity_finds_the_same_divergence(tmp_path: Path) -> None:
             ours.add(logits, model.logits(part)[scored])
 
     done: list[float] = []
-    theirs = perplexity.compare(small_models.quantized()[0], reference, threads=2, on_chunk=done.append)
+    theirs = perplexity.compare(small_models.quantized()[0], reference, threads=cores(), on_chunk=done.append)
     assert theirs.positions == positions == ours.positions == 127 * chunks
     assert done[-1] == chunks
     assert theirs.mean == pytest.approx(ours.mean, rel=0.02)
@@ -93,7 +94,7 @@ def test_llama_perplexity_finds_the_same_divergence(tmp_path: Path) -> None:
     assert theirs.same_top == pytest.approx(ours.same_top, abs=0.01)
     assert theirs.mean > 0.001
 
-    same = perplexity.compare(small_models.converted()[0], reference, threads=2)
+    same = perplexity.compare(small_models.converted()[0], reference, threads=cores())
     assert abs(same.mean) < 2e-5
     assert same.same_top > 0.99
 
