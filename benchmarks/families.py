@@ -6,6 +6,7 @@ With --write the rows go into docs/families.md, each as soon as it is known; tho
 """
 
 import json
+import re
 import subprocess
 import tempfile
 import textwrap
@@ -162,7 +163,8 @@ def whole_way(config: Path, *options: str) -> dict[str, Any]:
     proof = _json(run.verify_json)
     return {
         "status": done.returncode,
-        "said": " ".join(done.stderr.rpartition("error: ")[2].split()) if done.returncode else "",
+        # What the program says; what another one said, quoted in it, does not begin a line.
+        "said": " ".join(re.split(r"^error: ", done.stderr, flags=re.MULTILINE)[-1].split()) if done.returncode else "",
         "output": done.stderr,
         "way": _json(run.template_choice(_QUANT)).get("way", ""),
         "checks": proof.get("counts", {}),

@@ -58,3 +58,6 @@ def test_unsloth_trains_what_merge_loads() -> None:
         assert step["trained"] == step["merged"], name
         assert len(step["changed"]) == len(step["trained"]), name
         assert all(step["changed"]), name
+        # What it computes with in 4 bits is what merge takes for that; of Falcon it leaves everything in 16.
+        assert bool(step["unpacked"]) == (name != "falcon"), name
+        assert max(step["unpacked"].values(), default=0) < 0.01, name

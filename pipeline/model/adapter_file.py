@@ -21,6 +21,12 @@ from pipeline.model.weights_file import Weights, read_weights
 
 _OUTER = "base_model.model."
 _EXPERT = re.compile(r"\.experts\.\d+\.")  # a module in the files; in the loaded model all of a layer are one tensor
+# The matrices of each expert that such a tensor is made of, one after the other (transformers' conversion_mapping.py).
+_JOINED = {
+    "gate_up_proj": ("gate_proj", "up_proj", "w1", "w3"),
+    "up_proj": ("up_proj",),
+    "down_proj": ("down_proj", "w2"),
+}
 
 
 @dataclass(frozen=True)
@@ -148,6 +154,31 @@ def renaming(modules: Iterable[str], base: Weights) -> Renaming:
             if len(found) == 1:
                 return Renaming(found[0].removesuffix(f"{end}.weight"), module.removesuffix(end))
     return Renaming()
+
+
+def stored_as(name: str, base: Weights, names: Renaming) -> tuple[str, ...]:
+    """The tensors of a base's files whose numbers, one after the other, are those of one of the loaded model.
+
+    Args:
+        name: in the loaded model.
+        base: the files.
+        names: of `renaming`.
+
+    Returns:
+        One; of a tensor of experts each expert's; () where the files have it otherwise.
+    """
+    stored = names.to_file(name)
+    for same in (stored, stored.replace(".mlp.", ".block_sparse_moe.")):  # as Mixtral's files call a mixture
+        if same in base.shapes:
+            return (same,)
+    joined = re.fullmatch(r"(?P<layer>.*?\.\d+\.).*\bexperts\.(?P<kind>\w+)", stored)
+    if joined is None or joined["kind"] not in _JOINED:
+        return ()
+    kinds = _JOINED[joined["kind"]]
+    each = re.compile(rf".*\.experts\.(\d+)\.({'|'.join(kinds)})\.weight")
+    of_layer = (other for other in base.shapes if other.startswith(joined["layer"]))
+    found = [match for other in of_layer if (match := each.fullmatch(other))]
+    return tuple(match[0] for match in sorted(found, key=lambda match: (int(match[1]), kinds.index(match[2]))))
 
 
 def is_matrix(tensors: Weights, name: str) -> bool:

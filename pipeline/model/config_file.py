@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+# What a model may take in beside text, by the part of its config.json.
+SENSES = {"vision_config": "images", "audio_config": "sound"}
+
 
 def text_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of the language model: those of `text_config`, which multimodal models have, before the others.
@@ -24,6 +27,11 @@ def text_config(folder: Path) -> dict[str, Any]:
         OSError, ValueError: config.json is missing, or is no JSON.
     """
     return text_settings(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+
+
+def senses(settings: Mapping[str, Any]) -> list[str]:
+    """What a model takes in beside text, in words."""
+    return [what for part, what in SENSES.items() if settings.get(part)]
 
 
 def write_vocabulary(path: Path, rows: int) -> None:

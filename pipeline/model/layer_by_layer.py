@@ -7,12 +7,14 @@ dropped. So a model of any size takes the memory of its largest part, and every 
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from pipeline.model.adapter_file import renaming
+from pipeline.model.adapter_file import renaming, stored_as
 from pipeline.model.predict import batches, padded
+from pipeline.model.targets import without_weights
 from pipeline.model.weights_file import Weights
 
 Source = Callable[[str], Any]  # a tensor of the model by the name that it has in the files
@@ -29,29 +31,29 @@ class Layers:
     Args:
         weights: the model's files.
         trust_remote_code: run the folder's own Python code.
+
+    Raises:
+        UserError: transformers does not know the architecture.
     """
 
     def __init__(self, weights: Weights, *, trust_remote_code: bool = False) -> None:
-        import torch
         from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoModelForCausalLM
 
-        config = AutoConfig.from_pretrained(weights.folder, trust_remote_code=trust_remote_code)
-        with init_empty_weights(include_buffers=False):
-            self.model = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, trust_remote_code=trust_remote_code
-            ).eval()
+        place = init_empty_weights(include_buffers=False)
+        self.model = without_weights(weights.folder, trust_remote_code=trust_remote_code, place=place).eval()
         self.model.tie_weights()
         self._parts = [(name, part) for name, part in _parts(self.model)]
         own, tensors = set(weights.own), list(_tensors(self.model))
         names = renaming((name.removesuffix(".weight") for name, value in tensors if value.dim() == 2), weights)
-        stored = {id(value): names.to_file(name) for name, value in tensors if names.to_file(name) in own}
-        self._stored = {name: stored.get(id(value), "") for name, value in tensors}
-        self.unused = sorted(own - set(self._stored.values()))
+        found = ((value, stored_as(name, weights, names)) for name, value in tensors)
+        stored = {id(value): parts for value, parts in found if parts and own.issuperset(parts)}
+        self._stored = {name: stored.get(id(value), ()) for name, value in tensors}
+        self.unused = sorted(own.difference(*self._stored.values()))
         self.misshapen = [
             name
             for name, value in tensors
-            if self._stored[name] and weights.shapes[self._stored[name]] != tuple(value.shape)
+            if (parts := [weights.shapes[of] for of in self._stored[name]])
+            and (parts != [tuple(value.shape)] if len(parts) == 1 else sum(map(math.prod, parts)) != value.numel())
         ]
 
     @property
@@ -97,9 +99,10 @@ class Layers:
     def _load(self, prefix: str, part: Any, source: Source) -> None:
         import torch
 
-        for name, _ in _tensors(part):
+        for name, empty in _tensors(part):
             holder, key = _holder(part, name)
-            value = source(self._stored[f"{prefix}.{name}"]).float()
+            parts = self._stored[f"{prefix}.{name}"]
+            value = source(parts[0]).float() if len(parts) == 1 else _joined(parts, source, empty.shape)
             if key in holder._buffers:
                 holder._buffers[key] = value
             else:
@@ -139,6 +142,19 @@ def _tensors(module: Any) -> Iterator[tuple[str, Any]]:
         for name, value in child.named_buffers(recurse=False):
             if name not in child._non_persistent_buffers_set:
                 yield (f"{prefix}.{name}" if prefix else name), value
+
+
+def _joined(parts: Sequence[str], source: Source, shape: Sequence[int]) -> Any:
+    """The tensors of the experts as the one that the model has; each is read when its place is filled."""
+    import torch
+
+    joined = torch.empty(shape)
+    numbers, at = joined.view(-1), 0
+    for part in parts:
+        value = source(part).reshape(-1)
+        numbers[at : at + len(value)] = value
+        at += len(value)
+    return joined
 
 
 def _holder(part: Any, name: str) -> tuple[Any, str]:

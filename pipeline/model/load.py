@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.model import memory, training_memory
 from pipeline.model.base import base_folder
 from pipeline.model.four_bit import is_4bit
+from pipeline.model.nf4 import Record, dequantize_base
 from pipeline.model.quiet import quiet_transformers
 from pipeline.model.weights_file import TORCH_TYPES, Weights, read_weights
 from pipeline.prompt.tokenizer import load_tokenizer, saved_tokenizer
@@ -97,47 +98,52 @@ def _rounded(tensor: Any, outtype: str) -> Any:
     return tensor.to(getattr(torch, TORCH_TYPES[outtype])).to(tensor.dtype)
 
 
-def _load_16bit(folder: Path, trust_remote_code: bool = False) -> Any:
-    device = device_for(memory.asked_model(read_weights(folder).parameters))
+def _load_stored(folder: Path, trust_remote_code: bool = False) -> Any:
+    """A model as its folder has it. A CPU gets weights in 4 bits unpacked once, not anew for every token."""
+    parameters, packed = read_weights(folder).parameters, is_4bit(folder)
+    device = device_for(training_memory.least(parameters, in_4bit=True) if packed else memory.asked_model(parameters))
     compute = compute_type(device)
     model = load_model(folder, compute, device, trust_remote_code=trust_remote_code).eval()
-    return model.dequantize(dtype=compute) if is_4bit(folder) and device == "cpu" else model
+    return model.dequantize(dtype=compute) if packed and device == "cpu" else model
 
 
 def load_base(settings: Model) -> tuple[Any, Any]:
     """The untouched base, and the tokenizer that it is trained with."""
     folder, remote = base_folder(settings), settings.trust_remote_code
     tokenizer, _ = load_tokenizer(folder, trust_remote_code=remote, chat_template=settings.chat_template)
-    return _load_16bit(folder, remote), tokenizer
+    return _load_stored(folder, remote), tokenizer
 
 
 def load_merged(folder: Path) -> tuple[Any, Any]:
     """A merged model and its tokenizer."""
-    return _load_16bit(folder), saved_tokenizer(folder)
+    return _load_stored(folder), saved_tokenizer(folder)
 
 
-def load_adapter(settings: Model, adapter: Path, *, in_4bit: bool, tokenizer: Any = None) -> tuple[Any, Any]:
+def load_adapter(settings: Model, adapter: Path, record: Record | None, *, tokenizer: Any = None) -> tuple[Any, Any]:
     """The adapter on the base that it was trained on, and the trained tokenizer.
 
     Args:
         settings: the base.
         adapter: a PEFT adapter's folder.
-        in_4bit: on the base in 4-bit NF4, as it was trained. A CPU gets these weights dequantized once, which is what
-            it would otherwise compute again for every token.
+        record: which of the base's weights training had in 4 bits; None where it had them as they are stored.
         tokenizer: the trained one, for a folder that has none; None for its own.
     """
     from peft import PeftModel
 
     tokenizer = tokenizer or saved_tokenizer(adapter)
-    model = _load_4bit(settings) if in_4bit else load_base(settings)[0]
+    model = load_base(settings)[0] if record is None else _load_4bit(settings, record)
     return PeftModel.from_pretrained(model, adapter).eval(), tokenizer
 
 
-def _load_4bit(settings: Model) -> Any:
+def _load_4bit(settings: Model, record: Record) -> Any:
     from transformers import BitsAndBytesConfig
 
-    folder = base_folder(settings)
+    folder, remote = base_folder(settings), settings.trust_remote_code
     device = device_for(training_memory.least(read_weights(folder).parameters, in_4bit=True))
+    if device == "cpu" or record.experts:  # a CPU would unpack them for every token; transformers packs no experts
+        model = _load_stored(folder, remote)
+        dequantize_base(model, record)
+        return model
     compute = compute_type(device)
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -145,7 +151,4 @@ def _load_4bit(settings: Model) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
     )
-    model = load_model(
-        folder, compute, device, trust_remote_code=settings.trust_remote_code, quantization_config=quantization
-    )
-    return model.dequantize(dtype=compute) if device == "cpu" else model
+    return load_model(folder, compute, device, trust_remote_code=remote, quantization_config=quantization)

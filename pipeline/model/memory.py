@@ -51,12 +51,17 @@ def merge(base: Mapping[str, Sequence[int]], *, measures: bool) -> int:
     Args:
         base: the shapes of its own tensors, by name.
         measures: the adapter was trained on 4 bits: both bases are measured layer by layer, and a matrix is dequantized
-            whole, by two threads at once.
+            whole, by two threads at once; a layer's experts are, as they were packed, together.
     """
     if not measures:
         return _LIBRARIES + GIB // 4  # a few pieces of 16 MiB for each thread
-    matrix = max((math.prod(shape) for name, shape in base.items() if _LAYER.match(name)), default=0)
-    return max(by_layers(base), _LIBRARIES + 2 * 5 * 4 * matrix)
+    matrix, experts = 0, Counter[str]()
+    for name, shape in base.items():
+        if (within := _LAYER.match(name)) and ".experts." in name:
+            experts[within[0]] += math.prod(shape)
+        elif within:
+            matrix = max(matrix, math.prod(shape))
+    return max(by_layers(base) + 3 * 4 * max(experts.values(), default=0), _LIBRARIES + 2 * 5 * 4 * matrix)
 
 
 def by_layers(model: Mapping[str, Sequence[int]]) -> int:

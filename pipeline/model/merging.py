@@ -18,7 +18,7 @@ from typing import Any
 
 from pipeline.errors import PipelineError, UserError
 from pipeline.model.adapter_file import AdapterFile, is_matrix, refuse_half_of_a_pair, renaming
-from pipeline.model.nf4 import Record, dequantized
+from pipeline.model.nf4 import Kept, Record
 from pipeline.model.targets import OTHER_SENSES
 from pipeline.model.weights_file import Weights, torch_type
 from pipeline.model.weights_writer import TensorPlan, WeightsWriter
@@ -97,11 +97,7 @@ class MergedWeights:
         self._refuse_what_is_lacking(set(parts))
         self._refuse_what_is_tied()
         self._refuse_a_pair_that_parted(heads)
-        in_4bit = record.in_4bit if record is not None and dequantize else frozenset()
-        self._in_4bit = {
-            name for module in in_4bit if (name := f"{self._renaming.to_file(module)}.weight") in base.shapes
-        }
-        self._turned = {f"{self._renaming.to_file(module)}.weight" for module in transposed}
+        self._kept = Kept(base, record if record is not None and dequantize else Record(), self._renaming)
 
     @property
     def names(self) -> list[str]:
@@ -158,8 +154,8 @@ class MergedWeights:
         addition = self.additions.get(name)
         if addition is not None:
             yield from self._added(name, addition)
-        elif name in self._in_4bit:
-            yield 0, None, self._dequantized(name)
+        elif name in self._kept:
+            yield 0, None, self._kept[name]
         elif name in self._replaced:
             yield from ((row, None, piece) for row, piece in self.adapter.weights.pieces(self._replaced[name]))
         elif name in self._biases:
@@ -176,8 +172,8 @@ class MergedWeights:
         adapter = self.adapter.weights
         a, b = adapter[addition.a].float(), adapter[addition.b].float()
         magnitude = None if addition.magnitude is None else adapter[addition.magnitude].float().reshape(-1)
-        if addition.transposed or name in self._in_4bit:  # blocks of 4 bits run across rows
-            before = self._dequantized(name) if name in self._in_4bit else self.base[name].float()
+        if addition.transposed or name in self._kept:  # blocks of 4 bits run across rows
+            before = self._kept[name] if name in self._kept else self.base[name].float()
             yield 0, before, _sum(before, a, b, magnitude, addition)
             return
         count, width = self.base.shapes[name]
@@ -187,9 +183,6 @@ class MergedWeights:
             before = self.base.rows(name, row, stop).float()
             part = None if magnitude is None else magnitude[row:stop]
             yield row, before, _sum(before, a, b[row:stop], part, addition)
-
-    def _dequantized(self, name: str) -> Any:
-        return dequantized(self.base[name].float(), transposed=name in self._turned)
 
     def _addition(self, module: str, found: dict[str, str], turned: bool) -> tuple[str, Addition]:
         embedding = "lora_embedding_A" in found or "lora_embedding_B" in found

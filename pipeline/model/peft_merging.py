@@ -75,7 +75,7 @@ class PeftMerge:
     def take(self, what: str) -> None:
         """Have "16bit" or "dequantized" weights under the adapter."""
         if what == "dequantized" and not self._before:
-            self._before = dequantize_base(self._model, self._record)
+            dequantize_base(self._model, self._record, self._before)
         elif what == "16bit" and self._before:
             restore_base(self._model, self._before)
             self._before = {}

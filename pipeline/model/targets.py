@@ -94,8 +94,13 @@ def of_base(folder: Path, lora: Lora, *, trust_remote_code: bool = False) -> Tar
     return find(without_weights(folder, trust_remote_code=trust_remote_code), lora)
 
 
-def without_weights(folder: Path, *, trust_remote_code: bool = False) -> Any:
+def without_weights(folder: Path, *, trust_remote_code: bool = False, place: Any = None) -> Any:
     """A base's model on torch's meta device: all names and shapes, no numbers.
+
+    Args:
+        folder: the base's.
+        trust_remote_code: run its own Python code.
+        place: a context that puts less of it there.
 
     Raises:
         UserError: transformers does not know the architecture.
@@ -107,8 +112,8 @@ def without_weights(folder: Path, *, trust_remote_code: bool = False) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        with torch.device("meta"), quiet_transformers():
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        with place or torch.device("meta"), quiet_transformers():
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model.base: {folder}: transformers cannot build this model: {error}") from None
 

@@ -344,6 +344,9 @@ def _adapter(config: Config, folder: Path) -> Stream:
     """The adapter on its base as it was trained, answering greedily."""
     from pipeline.model.generate import stream_answer
     from pipeline.model.load import load_adapter
+    from pipeline.model.nf4 import Record
+    from pipeline.model.sixteen_bit import has_two_bases
 
-    model, tokenizer = load_adapter(config.model, folder, in_4bit=config.train.load_in_4bit)
+    record = Record.read(folder.parent) if has_two_bases(config) else None
+    model, tokenizer = load_adapter(config.model, folder, record)
     return lambda messages: stream_answer(model, tokenizer, messages, config.eval.max_new_tokens)

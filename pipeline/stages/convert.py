@@ -18,6 +18,7 @@ from pipeline.llamacpp.gguf_file import GGUFInfo, check, inspect
 from pipeline.model import memory
 from pipeline.model.adapter_file import read_adapter
 from pipeline.model.base import as_trained
+from pipeline.model.config_file import SENSES
 from pipeline.model.nf4 import Record
 from pipeline.model.plain_adapter import write_plain
 from pipeline.model.sixteen_bit import merge_files, sixteen_bit_base
@@ -38,7 +39,7 @@ _HARMLESS = ("Unknown RoPE type: default",)
 # Tensors that the converter computes from config.json.
 _COMPUTED = re.compile(r"^(blk\.\d+\.)?rope_(freqs|factors_long|factors_short)\.weight$")
 # Parts of a multimodal or multi-token-prediction model that a text GGUF leaves out, by what config.json calls them.
-_LEFT_OUT = ("vision_config", "audio_config", "num_nextn_predict_layers", "mtp_num_hidden_layers")
+_LEFT_OUT = (*SENSES, "num_nextn_predict_layers", "mtp_num_hidden_layers")
 
 
 def main(task: Task) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from pipeline.errors import UserError
 from pipeline.model import targets
 from pipeline.model.added_tokens import shown_or_not
 from pipeline.model.base import base_folder
+from pipeline.model.config_file import senses, text_config
 from pipeline.model.continued_adapter import read_continued_adapter
 from pipeline.model.facts import base_files, context_of
 from pipeline.model.sixteen_bit import check_bits
@@ -89,6 +90,11 @@ def main(task: Task) -> dict[str, Any]:
     data, model = task.config.data, task.config.model
     base = base_folder(model)
     encoder = _encoder(task, base)
+    for sense in senses(text_config(base)):
+        task.warn(
+            f"model.base: takes {sense} as well as text, and only texts are trained and served: the GGUF files leave "
+            f"out its part for {sense}, so that what Ollama serves takes no {sense}"
+        )
     preparer = Preparer(_reading(task), encoder, task.config.train.seed, data.shuffle)
     figures: dict[str, Any] = {} if data.train is None else _adapter(task, base)
     with task.new(task.layout.findings).open("w", encoding="utf-8", newline="\n") as file:

@@ -19,8 +19,11 @@ from pipeline.console import progress
 from pipeline.data.metric import score
 from pipeline.data.questions import Question, asked
 from pipeline.data.sources import read_rows
-from pipeline.model.adapter_folder import CONFIG, WEIGHTS
+from pipeline.model.adapter_folder import CONFIG, WEIGHTS, fit_to, read_given_adapter
+from pipeline.model.base import base_folder
 from pipeline.model.facts import base_files
+from pipeline.model.nf4 import Record
+from pipeline.model.sixteen_bit import has_two_bases
 from pipeline.model.trained_tokenizer import adapter_files, trained_tokenizer
 from pipeline.run.stage import Stage, Task
 from pipeline.verify.rungs import ADAPTER, ADAPTER_16BIT, BASE, GGUF_16BIT, MERGED, OLLAMA, alone, is_alone, rungs
@@ -193,17 +196,18 @@ def _transformers(task: Task) -> Answerer:
     from pipeline.model.generate import answer_in_batches, answers
     from pipeline.model.load import load_adapter, load_base, load_merged
 
-    settings, limit = task.config.model, task.config.eval.max_new_tokens
+    config, settings, limit = task.config, task.config.model, task.config.eval.max_new_tokens
     if task.variant == BASE:
         model, tokenizer = load_base(settings)
     elif task.variant == MERGED:
         model, tokenizer = load_merged(task.layout.merged_model)
-    elif (folder := _alone(task.config, task.variant)) is not None:
-        tokenizer, _ = trained_tokenizer(task.config)  # the combination's: all have the same
-        model, _ = load_adapter(settings, folder, in_4bit=task.config.train.load_in_4bit, tokenizer=tokenizer)
+    elif (folder := _alone(config, task.variant)) is not None:
+        tokenizer, _ = trained_tokenizer(config)  # the combination's: all have the same
+        model, _ = load_adapter(settings, folder, _record(config, folder), tokenizer=tokenizer)
     else:
-        in_4bit = task.variant == ADAPTER and task.config.train.load_in_4bit
-        model, tokenizer = load_adapter(settings, task.layout.adapter, in_4bit=in_4bit)
+        in_4bit = task.variant == ADAPTER and has_two_bases(config)
+        record = Record.read(task.layout.node("train")) if in_4bit else None
+        model, tokenizer = load_adapter(settings, task.layout.adapter, record)
 
     def answer(questions: Sequence[Question], update: Callable[[float], None]) -> list[str]:
         asked = [question.messages for question in questions]
@@ -212,6 +216,15 @@ def _transformers(task: Task) -> Answerer:
         return answers(model, tokenizer, asked, [question.expected for question in questions], limit, update)
 
     return answer
+
+
+def _record(config: Config, adapter: Path) -> Record | None:
+    """How the training of an adapter from elsewhere had the base, by the configuration's word."""
+    if not has_two_bases(config):
+        return None
+    remote = config.model.trust_remote_code
+    base = base_folder(config.model)
+    return fit_to(read_given_adapter(adapter), base, in_4bit=True, trust_remote_code=remote).record
 
 
 def _correct(config: Config, answer: str, expected: str) -> bool | None:
@@ -290,7 +303,7 @@ STAGE = Stage(
     needs=needs,
     reads={
         "data": ("test.jsonl", "test-sets.json"),
-        "train": ("adapter/*", "!adapter/README.md"),
+        "train": ("adapter/*", "modules.json", "!adapter/README.md"),
         "convert": ("*.gguf",),
         "deploy": ("deploy.json",),
     },

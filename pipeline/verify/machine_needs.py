@@ -11,6 +11,7 @@ from pipeline.errors import PipelineError, UserError
 from pipeline.figures import size
 from pipeline.llamacpp.quantizer import quantization_type
 from pipeline.model import memory, training_memory
+from pipeline.model.layer_by_layer import Layers
 from pipeline.model.sixteen_bit import chosen_base
 from pipeline.model.weights_file import Weights
 from pipeline.ollama.address import is_here, normal_host
@@ -44,9 +45,13 @@ def check(config: Config, run_folder: Path, base: Weights, gpu_bytes: int | None
 
     in_4bit, there = config.train.load_in_4bit, memory_bytes()
     measures = chosen_base(config) is None
+    remote = config.model.trust_remote_code
     if config.merge.way == "peft":
         merge = memory.merge_by_peft(parameters, in_float32=False, dequantizes=measures)
         yield _bytes(_MEMORY, merge, there, 'take merge.way = "tensors", a smaller base or a larger machine')
+    elif measures and Layers(base, trust_remote_code=remote).lacking:  # `merge` measures it whole
+        merge = memory.merge_by_peft(parameters, in_float32=False, dequantizes=True)
+        yield _bytes(_MEMORY, merge, there, 'set merge.base to "16bit", take a smaller base or a larger machine')
     else:
         merge = memory.merge(base.own_shapes, measures=measures)
         yield _bytes(_MEMORY, merge, there, "take a smaller base or a larger machine")

@@ -22,7 +22,7 @@ from pipeline.model.config_file import text_config
 from pipeline.model.layer_by_layer import Layers
 from pipeline.model.load import load_model
 from pipeline.model.memory import fits_float32
-from pipeline.model.nf4 import Record, dequantized
+from pipeline.model.nf4 import Kept, Record
 from pipeline.model.weights_file import BUFFERS, Weights, read_weights
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import Claim, Result
@@ -102,16 +102,15 @@ def check_merge(artefacts: Artefacts) -> Iterator[Result]:
     touched, touched_words = 0, ""
     limit = artefacts.settings.rounding
     record = Record.read(adapter_folder.parent)
-    in_4bit, transposed = ({names_of.to_file(name) for name in names} for names in (record.in_4bit, record.transposed))
-    if artefacts.merged_into == "16bit":
-        in_4bit = set()
+    transposed = {names_of.to_file(name) for name in record.transposed}
+    kept = Kept(base, record if artefacts.merged_into == "dequantized" else Record(), names_of)
     names = [name for name in base.shapes if merged.shapes.get(name) == base.shapes[name]]
     with torch.no_grad(), progress("weights", len(names), "tensors") as update:
         for number, name in enumerate(names, 1):
             module = name.removesuffix(".weight")
             if module in modules:
                 turned = module in transposed
-                weight = dequantized(base[name], transposed=turned) if module in in_4bit else base[name].float()
+                weight = kept[name] if name in kept else base[name].float()
                 found = merged[name].float()
                 if turned:
                     weight, found = weight.T, found.T
@@ -137,9 +136,7 @@ def check_merge(artefacts: Artefacts) -> Iterator[Result]:
                     wrong += 1
                     worst_words = worst_words or f"{name} is not what was trained"
             else:
-                before = base[name]
-                if module in in_4bit:
-                    before = dequantized(before, transposed=module in transposed)
+                before = kept[name] if name in kept else base[name]
                 if not torch.equal(merged[name], before.to(merged[name].dtype)):
                     touched += 1
                     touched_words = touched_words or f"{name} differs from the base, and no adapter changes it"

@@ -12,6 +12,12 @@ from pipeline.model.load import load_float32
 from pipeline.model.predict import predict
 from pipeline.model.weights_file import read_weights
 
+MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LATENT = {
+    "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4,
+    "head_dim": 8,
+}  # fmt: skip
 ROWS = [[*range(3, 3 + length)] for length in (5, 60, 2, 40, 60, 60, 60, 33)] * 3  # of several batches
 
 
@@ -24,9 +30,12 @@ ROWS = [[*range(3, 3 + length)] for length in (5, 60, 2, 40, 60, 60, 60, 33)] * 
         ("gemma2", {"tie_word_embeddings": True}),
         ("qwen3", {}),
         ("phi3", {}),
+        ("mixtral", MIXTURE),
+        ("qwen3_moe", MIXTURE | {"num_experts": 4}),
+        ("deepseek_v3", MIXTURE | LATENT),
     ],
 )
-def test_every_logit_is_that_of_the_loaded_model(tmp_path: Path, model_type: str, sizes: dict[str, bool]) -> None:
+def test_every_logit_is_that_of_the_loaded_model(tmp_path: Path, model_type: str, sizes: dict[str, int]) -> None:
     base = random_base(tmp_path, model_type, **sizes)
     weights = read_weights(base)
     layers = Layers(weights)

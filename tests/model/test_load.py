@@ -9,7 +9,7 @@ from support.good_run import config_of, good_run
 
 from pipeline.model.load import compute_type, device_for, load_adapter, load_base, load_float32, round_matrices
 from pipeline.model.memory import answers_together
-from pipeline.model.nf4 import dequantized
+from pipeline.model.nf4 import Record, dequantized
 
 MATRIX, VECTOR = "model.layers.0.mlp.down_proj.weight", "model.norm.weight"
 
@@ -27,7 +27,7 @@ def test_the_base_and_the_adapter_on_four_bits() -> None:
     stored = load_file(Path(settings.base) / "model.safetensors")[MATRIX]
     assert torch.equal(model.state_dict()[MATRIX].cpu(), stored.to(model.dtype))
 
-    adapted, trained = load_adapter(settings, run / "train" / "adapter", in_4bit=True)
+    adapted, trained = load_adapter(settings, run / "train" / "adapter", Record.read(run / "train"))
     assert trained.get_vocab() == tokenizer.get_vocab()
     assert answers_together(adapted, 100) == 32
     layer = adapted.get_submodule("base_model.model.model.layers.0.mlp.down_proj").base_layer

@@ -101,6 +101,17 @@ def project(tmp_path: Path, base: Path) -> Project:
     return Project(tmp_path, base)
 
 
+def test_what_is_left_out_of_a_vision_language_base_is_said(tmp_path: Path, base: Path) -> None:
+    folder = tmp_path / "vision"
+    shutil.copytree(base, folder)
+    settings = {"model_type": "llama", "vision_config": {"hidden_size": 64}}
+    (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    project = Project(tmp_path, folder)
+    project.run()
+    (warning,) = project.task.warnings
+    assert "leave out its part for images" in warning
+
+
 def test_files_and_figures_say_what_will_be_trained(project: Project) -> None:
     figures = project.run("data.validation_fraction=0.1")
     assert figures["train_rows"] + figures["validation_rows"] == 100
