@@ -18,23 +18,24 @@ if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
 
 
 @cache
-def asks_ollama(file: Path) -> bool:
-    """Whether a file's tests ask the one Ollama (support/servers.py)."""
-    return bool(re.search(r"^from support import .*\bservers\b", file.read_text("utf-8"), re.MULTILINE))
+def shares(file: Path) -> bool:
+    """Whether a file's tests take what others do: the one Ollama (support/servers.py), the runs of shared_base.py."""
+    wanted = r"^ *from support( import .*\bservers\b|\.shared_base import)"
+    return bool(re.search(wanted, file.read_text("utf-8"), re.MULTILINE))
 
 
 class OneOllama(LoadFileScheduling):
-    """Tests of one file run in one process, and all tests that ask the one Ollama in the same."""
+    """Tests of one file run in one process, and all tests that share what takes longest to make in the same."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
-        return "servers" if asks_ollama(self.config.rootpath / file) else file
+        return "shared" if shares(self.config.rootpath / file) else file
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest comes first, so that at the end no process works alone: those tests, then the whole ways."""
     long = ("test_end_to_end.py", "test_whole_way.py")
-    items.sort(key=lambda item: (not asks_ollama(item.path), item.path.name not in long))
+    items.sort(key=lambda item: (not shares(item.path), item.path.name not in long))
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneOllama:

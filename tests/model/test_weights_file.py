@@ -128,7 +128,4 @@ def test_merge_convert_and_preflight_take_one_type(
     assert merge.main(make_task(run, "merge", **sections))["stored"] == {"f16": "float16", "bf16": "bfloat16"}[expected]
     figures = convert.main(make_task(run, "convert", **sections))
     assert figures["type"] == expected
-    (tmp_path / "merged").mkdir()
-    of_run = Artefacts.of_run(run, make_task(run, "verify", **sections).config, tmp_path / "merged")
-    assert of_run.expected.path.name == f"again-{expected}.gguf"
     assert inspect(run / "convert" / figures["file"]).tensor_types.keys() == {expected, "f32"}
