@@ -9,6 +9,7 @@ import pytest
 import pipeline
 from pipeline import config
 from pipeline.run.code import NO_PART, PART, code_in, code_of
+from pipeline.stages import modelfile
 
 STAGE = "pipeline.stages.train"
 
@@ -41,7 +42,7 @@ def test_no_rule_that_can_change_a_result_is_left_out() -> None:
     sections = [kind for kind in vars(config).values() if isinstance(kind, type) and issubclass(kind, config.Section)]
     own = {name for kind in sections for name, member in vars(kind).items() if isinstance(member, property)}
     assert own == {"called", "given_adapters", "own_template", "run_folder", "tests"}
-    assert PART.keys() <= code_of("pipeline.stages.modelfile").keys()
+    assert PART.keys() <= code_of(modelfile.__name__).keys()
 
 
 @pytest.mark.parametrize(
