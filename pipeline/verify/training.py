@@ -46,9 +46,10 @@ def trainings_of(artefacts: Artefacts) -> list[Training] | str:
         layout = Layout.of_adapter(folder)
         if layout is None or not layout.batches.is_file():
             return f"{folder} was trained elsewhere: the rows that it was trained on are not known here"
-        if reason := _other_since(layout):
+        config = _made_with(layout)
+        if reason := _other_since(layout) if config else "another version of this program wrote in it":
             return f"{layout.run}: {reason} since {folder} was trained: the rows that it was trained on are not known"
-        found.append(Training(layout, folder, Config.model_validate_json(layout.config.read_text(encoding="utf-8"))))
+        found.append(Training(layout, folder, config))
     return found
 
 
@@ -58,13 +59,20 @@ def training_files(config: Config) -> list[Path]:
     return [path for layout in layouts for path in (layout.rows("train"), layout.batches) if path.is_file()]
 
 
+def _made_with(layout: Layout) -> Config | None:
+    """A run's configuration; None where this version cannot read it."""
+    try:
+        return Config.model_validate_json(layout.config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 def _other_since(layout: Layout) -> str | None:
     """What of a run is no longer what its adapter was made of, or None."""
     try:
         stages: dict[str, Any] = read_manifest(layout.run)["stages"]
-        Config.model_validate_json(layout.config.read_text(encoding="utf-8"))
-    except (PipelineError, OSError, ValueError):
-        return "another version of this program wrote in it"
+    except PipelineError:
+        return "its record was lost"
     if not {"data", "train"} <= set(stages):
         return "its record was lost"
     data, train = stages["data"]["outputs"], stages["train"]
