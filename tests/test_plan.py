@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,36 +36,46 @@ PROGRAM = """
 import json, sys
 from click.testing import CliRunner
 from pipeline.cli import main
-for arguments in json.loads(sys.argv[1]):
+for arguments in map(json.loads, sys.stdin):
     told = CliRunner().invoke(main, ["plan", *arguments])
-    print(json.dumps([told.exit_code, told.stdout, told.stderr]))
+    print(json.dumps([told.exit_code, told.stdout, told.stderr]), flush=True)
 """
+Plan = Callable[..., tuple[int, str, str]]
 
 
-def plans(project: Path, *options: Sequence[str]) -> list[tuple[int, str, str]]:
-    """Exit status, output and errors of the command with each of these options, one after the other."""
+@pytest.fixture(scope="module")
+def plan(project: Path) -> Iterator[Plan]:
+    """Exit status, output and errors of the command with some options."""
     environment = {**os.environ, "HF_ENDPOINT": (project / "address").read_text(), "HF_HOME": str(project / "home")}
-    arguments = json.dumps([[str(project), *given] for given in options])
-    command = [sys.executable, "-c", PROGRAM, arguments]
-    answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return [tuple(json.loads(line)) for line in answer.stdout.splitlines()]
+    command, pipe = [sys.executable, "-c", PROGRAM], subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as process:
+
+        def ask(*options: str) -> tuple[int, str, str]:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            print(json.dumps([str(project), *options]), file=process.stdin, flush=True)
+            status, output, errors = json.loads(process.stdout.readline())
+            return status, output, errors
+
+        yield ask
+        assert process.stdin is not None
+        process.stdin.close()
 
 
-def figures(project: Path, *options: Sequence[str]) -> list[dict[str, Any]]:
-    found = []
-    for status, output, errors in plans(project, *(["--json", *given] for given in options)):
-        assert output, errors
-        content: dict[str, Any] = json.loads(output)
-        assert status == bool(content["problems"])
-        found.append(content)
-    return found
+def figures(plan: Plan, *options: str) -> dict[str, Any]:
+    status, output, errors = plan("--json", *options)
+    assert output, errors
+    content: dict[str, Any] = json.loads(output)
+    assert status == bool(content["problems"])
+    return content
 
 
-def test_three_cards(project: Path) -> None:
+def test_three_cards(plan: Plan) -> None:
     """With the defaults of each: 24 and 16 GB hold it, 8 GB only with shorter rows."""
     machine = ("--memory", "32GB", "--disk", "200GB")
     small = ("--gpu", "8GB", *machine, "--set", "train.batch=8")
-    content, middle, too_small = figures(project, ("--gpu", "24GB", *machine), ("--gpu", "16GB", *machine), small)
+    content, middle = (figures(plan, "--gpu", size, *machine) for size in ("24GB", "16GB"))
+    too_small = figures(plan, *small)
     assert content["problems"] == []
     assert content["shape"]["parameters"] == 8_030_261_248
     assert content["shape"]["modules"]["gate_proj"] == 32
@@ -79,12 +89,12 @@ def test_three_cards(project: Path) -> None:
     assert "set train.batch=" in problem
     settings = problem.partition("set ")[2].split(", ")
     again = [word for setting in settings for word in ("--set", setting)]
-    assert figures(project, [*small, *again])[0]["problems"] == []  # the advice holds
+    assert figures(plan, *small, *again)["problems"] == []  # the advice holds
 
 
-def test_what_a_person_sees(project: Path) -> None:
-    tiny = ("--gpu", "4GB", "--memory", "8GB", "--disk", "20GB")
-    (status, shown, _), (mistaken, _, said) = plans(project, tiny, ("--gpu", "large"))
+def test_what_a_person_sees(plan: Plan, project: Path) -> None:
+    status, shown, _ = plan("--gpu", "4GB", "--memory", "8GB", "--disk", "20GB")
+    mistaken, _, said = plan("--gpu", "large")
     assert status == 1
     for words in (
         *("8,030,261,248 weights", "gate_proj (32)", "128.5 GB and the activations"),

@@ -37,7 +37,7 @@ def code_of(module: str) -> dict[str, str]:
     """The digest of a module and of every module of its program that it imports, by their names.
 
     Args:
-        module: an imported module; its program is all that lies in the folder of its top-level package.
+        module: an imported module; its program is its top-level package.
     """
     return code_in(packages_of(module), module)
 
@@ -56,15 +56,25 @@ def code_in(root: Path, module: str) -> dict[str, str]:
         root: the folder in which top-level packages lie.
         module: a module below it.
     """
+    package = module.partition(".")[0]
     digests: dict[str, str] = {}
-    queue = [module]
-    while queue:
-        name = queue.pop()
-        if name in digests or _no_part(name) or (path := _source(root, name)) is None:
+    names, known, leaves = (
+        [module],
+        {module},
+        set(),
+    )  # leaves: modules that are no packages, so that what is in them is no module
+    for name in names:  # it grows
+        if name.partition(".")[0] != package or name.rpartition(".")[0] in leaves or _no_part(name):
             continue
+        path = _source(root, name)
+        if path is None:
+            continue
+        if path.stem != "__init__":
+            leaves.add(name)
         status = path.stat()
         digests[name], imports = _read(path, status.st_mtime_ns, status.st_size)
-        queue += imports
+        names += [one for one in imports if one not in known]
+        known.update(imports)
     return dict(sorted(digests.items()))
 
 

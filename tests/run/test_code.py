@@ -37,6 +37,13 @@ def test_it_is_the_modules_that_a_stage_imports() -> None:
     assert "pipeline.stages.merge" not in code
 
 
+def test_libraries_beside_an_installed_program_are_no_part(program: Path) -> None:
+    """A wheel's lie in the same folder; they count by their versions."""
+    (program / "numpy.py").write_text("import pipeline.stages.merge\n")
+    assert {name.partition(".")[0] for name in code_in(program, STAGE)} == {"pipeline"}
+    assert code_in(program, STAGE) == code_of("pipeline.stages.train")
+
+
 def test_no_rule_that_can_change_a_result_is_left_out() -> None:
     """The configuration's own properties say which files are meant, and these count by their content."""
     sections = [kind for kind in vars(config).values() if isinstance(kind, type) and issubclass(kind, config.Section)]

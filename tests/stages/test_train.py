@@ -485,10 +485,9 @@ def test_added_tokens_and_whole_matrices_are_trained_and_merged(project: Path) -
             shutil.rmtree(base.folder)  # it lies in the cache
 
 
-@pytest.mark.parametrize("half", ["embed_tokens", "lm_head"])
-def test_half_of_a_tied_pair_is_refused_before_training(project: Path, half: str) -> None:
-    process = train(project, "half", "--set", f'lora.save_modules=["{half}"]')
+def test_half_of_a_tied_pair_is_refused_before_training(project: Path) -> None:
+    process = train(project, "half", "--set", 'lora.save_modules=["lm_head"]')
     _, said = process.communicate()
     assert process.returncode == 2
-    assert f'lora.save_modules = ["{half}"]: the base\'s head is its embedding (tied)' in said
+    assert 'lora.save_modules = ["lm_head"]: the base\'s head is its embedding (tied)' in said
     assert not (project / "half" / "train").exists()
