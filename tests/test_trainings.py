@@ -168,7 +168,7 @@ def test_two_on_one_base_are_trained_and_combined_by_one_command(tmp_path: Path)
     for name, rows in (("sql", conversations(3, 8)), ("tone", conversations(20, 8))):
         write_rows(tmp_path / f"{name}.jsonl", rows)
     common = (
-        f'[model]\nbase = "{small_base()}"\n[train]\nsteps = 2\nkeep = "last"\nmax_length = 256\nload_in_4bit = false\n'
+        f'[model]\nbase = "{small_base()}"\n[train]\nsteps = 2\nkeep = "last"\nmax_length = 512\nload_in_4bit = false\n'
     )
     (tmp_path / "pipeline.toml").write_text(common + TEXT[TEXT.index("[[") : TEXT.index("[export]")] + BOTH)
     done = subprocess.run([sys.executable, "-m", "pipeline", "train", tmp_path], capture_output=True, text=True)

@@ -74,7 +74,7 @@ def test_what_a_gguf_adapter_cannot_hold(lora: dict[str, Any], why: str, tmp_pat
 def test_it_is_refused_before_the_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dora = scratch() / "dora-for-gguf"
     if not dora.exists():
-        peft_adapter(dora, small_base(), use_dora=True)
+        peft_adapter(dora, small_base(converts=True), use_dora=True)
     monkeypatch.chdir(tmp_path)
     told = CliRunner().invoke(main, ["export", "--adapter", str(dora), "--as", "adapter"])
     assert told.exit_code == 2

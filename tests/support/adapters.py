@@ -1,25 +1,29 @@
 """Small random bases, adapters on them as others save them, by PEFT alone and by TRL, and PEFT's own merge."""
 
-import json
 import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from support.small_models import base_folder, scratch
+from pipeline.prompt.tokenizer import read_saved
+from support.bases import short
+from support.small_models import BASE, base_folder, scratch
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 @cache
-def small_base(*, tied: bool = True, hidden: int = 256) -> Path:
-    """A Llama of two layers with rows of 256, so that K-quants apply, and the packaged base's tokenizer."""
+def small_base(*, tied: bool = True, hidden: int = 256, converts: bool = False) -> Path:
+    """A Llama of two layers with rows of 256, so that K-quants apply, and the packaged base's tokenizer.
+
+    That has a few thousand of its words, or all of them where the base is to be one that llama.cpp's converter knows.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder = scratch() / f"small-base-{hidden}{'' if tied else '-untied'}"
-    plain = json.loads((base_folder() / "config.json").read_text(encoding="utf-8"))
+    folder = scratch() / f"small-base-{hidden}{'' if tied else '-untied'}{'-converts' if converts else ''}"
+    tokenizer = base_folder() if converts else short(BASE)
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=hidden,
@@ -28,7 +32,7 @@ def small_base(*, tied: bool = True, hidden: int = 256) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=hidden // 4,
-        vocab_size=plain["vocab_size"],
+        vocab_size=read_saved(tokenizer).size,
         tie_word_embeddings=tied,
         max_position_embeddings=2048,
         initializer_range=0.08,
@@ -37,7 +41,7 @@ def small_base(*, tied: bool = True, hidden: int = 256) -> Path:
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     for name in TOKENIZER:
-        shutil.copy(base_folder() / name, folder / name)
+        shutil.copy(tokenizer / name, folder / name)
     return folder
 
 

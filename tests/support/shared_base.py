@@ -27,7 +27,7 @@ SYSTEM = {"one": "You are the first.", "two": ""}
 @cache
 def adapter_of(name: str) -> Path:
     """A PEFT adapter on the small base."""
-    return peft_adapter(scratch() / f"shared-{name}", small_base(), **LORA[name])
+    return peft_adapter(scratch() / f"shared-{name}", small_base(converts=True), **LORA[name])
 
 
 @cache
@@ -47,7 +47,7 @@ def config_of(name: str, **sections: Any) -> Config:
     """The configuration of a run."""
     return make_config(
         **{
-            "model": {"base": str(small_base())},
+            "model": {"base": str(small_base(converts=True))},
             "adapter": {"path": adapter_of(name)},
             "data": {"train": None},
             "train": {"load_in_4bit": False, "max_length": 256},

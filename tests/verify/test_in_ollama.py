@@ -24,7 +24,7 @@ NAME = "somebodys:latest"
 @pytest.fixture
 def gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("OLLAMA_HOST", servers.ollama().host)
-    yield write_scratch_model(tmp_path / "scratch.gguf", ChatTemplate.from_folder(small_base()))
+    yield write_scratch_model(tmp_path / "scratch.gguf", ChatTemplate.from_folder(small_base(converts=True)))
     if servers.client().digest(NAME):
         servers.client().unload(NAME)
         servers.client().delete(NAME)
@@ -35,12 +35,12 @@ def judged(gguf: Path, template: str, stop: list[str]) -> dict[str, str]:
     body = {"files": {gguf.name: client.upload(gguf)}, "template": template, "parameters": {"stop": stop}}
     client.create(NAME, body)
     settings = Verify(stopping=0, stopping_prompts=1)
-    artefacts = Artefacts(settings, small_base(), gguf, {}, gguf.parent, ollama=NAME)
+    artefacts = Artefacts(settings, small_base(converts=True), gguf, {}, gguf.parent, ollama=NAME)
     return {result.id: result.verdict for result in check(artefacts)}
 
 
 def test_what_is_sent_is_what_the_folder_says(gguf: Path) -> None:
-    template = ChatTemplate.from_folder(small_base())
+    template = ChatTemplate.from_folder(small_base(converts=True))
     right, stops = derive(template).template, list(stop_strings(template))
     assert set(judged(gguf, right, stops).values()) == {PASS}
     wrong = judged(gguf, right.replace("<|im_end|>\n", "<|im_end|>\n\n"), stops)

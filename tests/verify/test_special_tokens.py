@@ -19,7 +19,7 @@ from pipeline.verify.special_tokens import check
 def folder(tmp_path: Path) -> Path:
     """A model's folder without its weights, which are not read."""
     for name in ("config.json", "generation_config.json", *TOKENIZER):
-        shutil.copy(small_base() / name, tmp_path / name)
+        shutil.copy(small_base(converts=True) / name, tmp_path / name)
     return tmp_path
 
 
