@@ -391,8 +391,9 @@ def make_trainer(
     steps, evaluate, save = schedule(len(trainer.train_dataset), len(validation_rows), task.config)
     trainer.args.max_steps, trainer.args.eval_steps, trainer.args.save_steps = steps, evaluate, save
     trainer.args.warmup_steps = math.ceil(steps * settings.warmup)
-    # No gradients: there is room for more rows. Unsloth takes no more than the training's when it makes the trainer.
-    trainer.args.per_device_eval_batch_size = 4 * (settings.batch or 1)
+    # No gradients: there is room for more rows; but without a GPU the logits of all tokens are there at once. The
+    # libraries have a number of their own.
+    trainer.args.per_device_eval_batch_size = (4 if cuda else 1) * (settings.batch or 1)
     return trainer
 
 
