@@ -25,7 +25,8 @@ _UNKNOWN = 8e9  # parameters of a base whose size could not be learned: a common
 _CUDA_CONTEXT = 2**29
 _FRAGMENTS = 0.05  # of what is allocated lies free in pieces that are too small
 _LIBRARIES = 1.08e9  # torch, transformers, PEFT, TRL and Unsloth in a process, with the tokenizer
-_HOLES = 0.35  # of what is kept: glibc's heap holds the holes of what was freed in between
+# glibc takes blocks of less than 32 MiB from a heap, where what a layer frees leaves holes: two fifths of what stays.
+_HEAP, _HOLES = 2**25, 0.4
 _LOGITS = 2**24  # of a piece of Unsloth's loss, which never has those of all tokens at once
 
 
@@ -145,11 +146,13 @@ def on_processor(
     # What autograd keeps of a layer, as its hooks count it. In bfloat16: queries, keys, values and what attention makes
     # of them (8 hidden), three of the gate (6 intermediate), and in float32 the inputs of the norms (8 hidden) and
     # PEFT's copy of every module's input (24 hidden, 4 intermediate). In float32 modules share their input.
-    kept = 40 * hidden + 10 * intermediate if bfloat16 else 32 * hidden + 16 * intermediate
-    if not checkpointing:
-        kept *= shape.layers
+    parts = (40 * hidden, 10 * intermediate) if bfloat16 else (32 * hidden, 16 * intermediate)
+    if checkpointing:  # the input of each, and one of them computed again; no holes: train.py sees to it
+        kept, holes = sum(parts) + number * hidden * shape.layers, 0.0
     else:
-        kept += number * hidden * shape.layers  # the input of each
+        kept = sum(parts) * shape.layers
+        blocks = (FLOAT32 * hidden, FLOAT32 * intermediate)
+        holes = shape.layers * sum(_HOLES * part for part, block in zip(parts, blocks, strict=True) if block < _HEAP)
     backward = 20 * intermediate  # gradients of a feed-forward, in both types, while they are made
     weights = shape.linear * (NF4_BYTES if in_4bit else number) + shape.other * number
     # A piece in float32 and `number`, and the head as the matrix product packs it.
@@ -165,7 +168,7 @@ def on_processor(
         adapter=FLOAT32 * shape.trained,
         gradients=max(0, FLOAT32 * shape.trained - kept),  # they come as activations go
         optimizer=0 if optimizer == "sgd" else 8 * shape.trained,  # Unsloth takes AdamW in float32 for one in 8 bits
-        activations=int((1 + _HOLES) * kept + backward),
+        activations=int(kept + holes + backward),
         workspace=int(workspace + quantizing),
         beside=int(_LIBRARIES),
         mapped=SIXTEEN_BIT * shape.linear if in_4bit and bfloat16 else 0,
