@@ -147,13 +147,7 @@ def on_processor(
     # of them (8 hidden), three of the gate (6 intermediate), and in float32 the inputs of the norms (8 hidden) and
     # PEFT's copy of every module's input (24 hidden, 4 intermediate). In float32 modules share their input.
     parts = (40 * hidden, 10 * intermediate) if bfloat16 else (32 * hidden, 16 * intermediate)
-    if checkpointing:  # the input of each, and one of them computed again; no holes: train.py sees to it
-        kept, holes = sum(parts) + number * hidden * shape.layers, 0.0
-    else:
-        kept = sum(parts) * shape.layers
-        blocks = (FLOAT32 * hidden, FLOAT32 * intermediate)
-        holes = shape.layers * sum(_HOLES * part for part, block in zip(parts, blocks, strict=True) if block < _HEAP)
-    backward = 20 * intermediate  # gradients of a feed-forward, in both types, while they are made
+    layer, backward = sum(parts), 20 * intermediate  # gradients of a feed-forward, in both types, while they are made
     weights = shape.linear * (NF4_BYTES if in_4bit else number) + shape.other * number
     # A piece in float32 and `number`, and the head as the matrix product packs it.
     logits = min(tokens * shape.vocabulary, _LOGITS) * (FLOAT32 + number)
@@ -161,15 +155,23 @@ def on_processor(
     workspace = logits + head
     if validates:  # with the logits of all tokens, in float32 too, and their logarithms
         workspace = max(workspace, tokens * shape.vocabulary * (number + 2 * FLOAT32))
-    # NF4 is made of a matrix by five copies of it in float32, and the heap keeps as much in holes.
-    quantizing = 2 * 5 * FLOAT32 * shape.largest if in_4bit else 0
+    if checkpointing:  # the input of each layer; one is computed again when the loss is done. train.py sees to holes
+        kept = number * hidden * shape.layers
+        activations: float = kept + max(0, layer + backward - workspace)
+    else:
+        kept = layer * shape.layers
+        blocks = (FLOAT32 * hidden, FLOAT32 * intermediate)
+        holes = _HOLES * sum(part for part, block in zip(parts, blocks, strict=True) if block < _HEAP)
+        activations = kept + holes * shape.layers + backward
+        if in_4bit:  # NF4 is made of a matrix by five copies of it in float32, and the heap keeps as much in holes
+            workspace += 2 * 5 * FLOAT32 * shape.largest
     return TrainingMemory(
         weights=int(weights),
         adapter=FLOAT32 * shape.trained,
         gradients=max(0, FLOAT32 * shape.trained - kept),  # they come as activations go
         optimizer=0 if optimizer == "sgd" else 8 * shape.trained,  # Unsloth takes AdamW in float32 for one in 8 bits
-        activations=int(kept + holes + backward),
-        workspace=int(workspace + quantizing),
+        activations=int(activations),
+        workspace=workspace,
         beside=int(_LIBRARIES),
         mapped=SIXTEEN_BIT * shape.linear if in_4bit and bfloat16 else 0,
     )
