@@ -2,8 +2,8 @@
 
 On a GPU the coefficients were fitted to 13 runs on an H100 with Unsloth 2026.10.9: Llamas with 1.2, 3.2 and 8.0 billion
 weights, 4 and 16 bits, ranks 16 to 128, 900 to 16,000 tokens in a batch, with and without checkpointing. Their peaks
-come out within 1.1 % on average and 7.2 % at worst. Without one they were counted, and PLACEHOLDER
-(tests/model/test_training_memory.py). Other architectures were not measured.
+come out within 1.1 % on average and 7.2 % at worst. Without one, those of 16 runs of 0.03 to 0.6 billion weights in
+bfloat16 come out within 3.1 % and 7.9 % (tests/model/test_training_memory.py). Other architectures were not measured.
 """
 
 from __future__ import annotations
