@@ -22,7 +22,7 @@ STEPS = 2
 
 
 class Case(NamedTuple):
-    """A training: weights of the base, whose tokenizer it has, bits, rank, tokens of a row, rows of a batch."""
+    """A training: the base's weights, whose tokenizer it has, bits, rank, tokens of a row, rows of a batch."""
 
     parameters: float
     tokenizer: str
@@ -30,6 +30,7 @@ class Case(NamedTuple):
     rank: int
     length: int
     batch: int
+    checkpointing: bool = False
 
     @property
     def base(self) -> str:
@@ -38,7 +39,8 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         rows = f"{self.batch} x {self.length} tokens"
-        return f"{self.parameters / 1e9:g}e9 {self.tokenizer}, {self.bits} bits, rank {self.rank}, {rows}"
+        checkpointed = ", checkpointing" if self.checkpointing else ""
+        return f"{self.parameters / 1e9:g}e9 {self.tokenizer}, {self.bits} bits, rank {self.rank}, {rows}{checkpointed}"
 
 
 SMALL, LARGE = "smollm2-135m-instruct", "llama3_1"  # vocabularies of 49,000 and 128,000
@@ -48,6 +50,7 @@ CASES = (
     Case(0.1e9, SMALL, 4, 16, 1024, 2), Case(0.1e9, LARGE, 4, 16, 256, 2), Case(0.1e9, LARGE, 16, 32, 512, 4),
     Case(0.3e9, SMALL, 4, 16, 128, 1), Case(0.3e9, SMALL, 16, 64, 256, 2), Case(0.3e9, LARGE, 4, 16, 512, 1),
     Case(0.6e9, SMALL, 4, 16, 128, 2), Case(0.6e9, SMALL, 16, 16, 256, 1),
+    Case(0.1e9, SMALL, 4, 16, 1024, 2, True), Case(0.3e9, LARGE, 16, 32, 512, 2, True),
 )  # fmt: skip
 
 
@@ -84,9 +87,10 @@ def _run(case: Case, folder: Path, overrides: Sequence[str]) -> tuple[dict[str, 
     config = project(folder / "project", str(base), list(_rows(case)))
     given = (
         *(f"train.steps={STEPS}", f"train.batch={case.batch}", "train.accumulation=1", f"lora.r={case.rank}"),
-        *(f"train.load_in_4bit={json.dumps(case.bits == 4)}", 'model.chat_template="chatml"', *overrides),
-        'data.on_overlong="truncate"',
-        f"train.max_length={case.length}",
+        *(f"train.load_in_4bit={json.dumps(case.bits == 4)}", f"train.max_length={case.length}"),
+        f"train.gradient_checkpointing={json.dumps(case.checkpointing)}",
+        # vicuna needs no token that a base may lack.
+        *('data.on_overlong="truncate"', 'model.chat_template="vicuna"', *overrides),
     )
     options = settings(given)
     child(*COMMAND, "data", config, "--force", *options)
@@ -97,8 +101,8 @@ def _run(case: Case, folder: Path, overrides: Sequence[str]) -> tuple[dict[str, 
     record = recorded(config, "train")
     on_gpu = record["figures"].get("peak_gpu_bytes")
     counted: dict[str, int] = plan["training"] | {"needed": train["gpu"] or train["memory"]}
-    if on_gpu is not None:  # what is free beside it is not the training's
-        counted["needed"] -= counted["beside"]
+    # What is free beside the training on a card is not its own; in memory, files that are mapped are resident too.
+    counted["needed"] += counted["mapped"] if on_gpu is None else -counted["beside"]
     return counted, on_gpu or record["peak_memory_bytes"]
 
 

@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,10 +180,14 @@ def count(settings: Config, machine: Machine) -> tuple[Shape, list[Row], int]:
 def training(settings: Config, shape: Shape, longest: int, *, on_gpu: bool) -> Any:
     """The parts of the training's memory with rows of so many tokens."""
     from pipeline.model import training_memory
+    from pipeline.model.load import compute_type
 
     train = settings.train
     assert train.batch is not None
-    count = training_memory.on_gpu if on_gpu else training_memory.on_processor
+    count: Any = training_memory.on_gpu
+    if not on_gpu:
+        validates = settings.data.validation is not None or settings.data.validation_fraction > 0
+        count = partial(training_memory.on_processor, bfloat16=compute_type("cpu").itemsize == 2, validates=validates)
     return count(
         shape,
         train.batch * longest,
@@ -250,9 +255,9 @@ def _nearest(settings: Config, shape: Shape, longest: int, there: int, *, on_gpu
         change.update(more)
         changes.append((dict(change), min(longest, change.get("max_length", longest))))
 
-    if on_gpu and not train.load_in_4bit:
+    if not train.load_in_4bit:
         add(load_in_4bit=True)
-    if on_gpu and not train.gradient_checkpointing:
+    if not train.gradient_checkpointing:
         add(gradient_checkpointing=True)
     while rows > 1:
         rows //= 2
@@ -293,7 +298,7 @@ def _show(settings: Config, shape: Shape, machine: Machine, rows: list[Row], wro
     table.add_row("there is", gpu, size(machine.memory), size(machine.disk), "")
     console.print(table)
     needed = training(settings, shape, longest, on_gpu=machine.gpu is not None)
-    parts = ", ".join(f"{name} {size(value)}" for name, value in asdict(needed).items())
+    parts = ", ".join(f"{name} {size(value)}" for name, value in asdict(needed).items() if value)
     train = settings.train
     console.print(Text(f"train, with {train.batch} rows of {longest} tokens: {parts}"))
     console.print(Text(f"every weight trained instead: {size(full_fine_tuning(shape))} and the activations"))

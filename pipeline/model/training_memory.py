@@ -1,8 +1,9 @@
 """What training needs of memory, part by part: weights, adapter, gradients, optimizer, activations. Sizes in bytes.
 
-The coefficients were fitted to 13 runs on an H100 with Unsloth 2026.10.9: Llamas with 1.2, 3.2 and 8.0 billion weights,
-4 and 16 bits, ranks 16 to 128, 900 to 16,000 tokens in a batch, with and without checkpointing. Their peaks come out
-within 1.1 % on average and 7.2 % at worst (tests/model/test_training_memory.py). Other architectures were not measured.
+On a GPU the coefficients were fitted to 13 runs on an H100 with Unsloth 2026.10.9: Llamas with 1.2, 3.2 and 8.0 billion
+weights, 4 and 16 bits, ranks 16 to 128, 900 to 16,000 tokens in a batch, with and without checkpointing. Their peaks
+come out within 1.1 % on average and 7.2 % at worst. Without one, those of 16 runs of 0.03 to 0.6 billion weights in
+bfloat16 come out within 3.1 % and 7.9 % (tests/model/test_training_memory.py). Other architectures were not measured.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ CHECKPOINTED = 1e9  # parameters, from which on a base on a GPU is trained with 
 _UNKNOWN = 8e9  # parameters of a base whose size could not be learned: a common size, and none of the smallest
 _CUDA_CONTEXT = 2**29
 _FRAGMENTS = 0.05  # of what is allocated lies free in pieces that are too small
-_LIBRARIES = 3 * 2**29  # torch, transformers and Unsloth in a process
+_LIBRARIES = 1.08e9  # torch, transformers, PEFT, TRL and Unsloth in a process, with the tokenizer
+# glibc takes blocks of less than 32 MiB from a heap, where what a layer frees leaves holes: two fifths of what stays.
+_HEAP, _HOLES = 2**25, 0.4
+_LOGITS = 2**24  # of a piece of Unsloth's loss, which never has those of all tokens at once
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class TrainingMemory:
         activations: of the longest batch.
         workspace: matrices that are unpacked from 4 bits, and the loss over the vocabulary.
         beside: what the card or the machine must have free beyond what is allocated.
+        mapped: of the base's files, what is resident only until another needs the room: it need not be free.
     """
 
     weights: int
@@ -47,6 +52,7 @@ class TrainingMemory:
     activations: int
     workspace: int
     beside: int
+    mapped: int = 0
 
     @property
     def allocated(self) -> int:
@@ -119,14 +125,56 @@ def on_gpu(shape: Shape, tokens: int, *, in_4bit: bool, checkpointing: bool, opt
     return replace(parts, beside=_CUDA_CONTEXT + int(_FRAGMENTS * parts.allocated))
 
 
-def on_processor(shape: Shape, tokens: int, *, in_4bit: bool, checkpointing: bool, optimizer: str) -> TrainingMemory:
-    """The peak of LoRA training without a GPU, roughly: computed in float32, every layer's activations kept.
+def on_processor(
+    shape: Shape,
+    tokens: int,
+    *,
+    in_4bit: bool,
+    checkpointing: bool,
+    optimizer: str,
+    bfloat16: bool,
+    validates: bool,
+) -> TrainingMemory:
+    """The peak of LoRA training without a GPU, where transformers and PEFT compute it, with Unsloth's loss.
 
-    Args: as `on_gpu`; `checkpointing` makes no difference.
+    Args: as `on_gpu`, and
+        bfloat16: the processor computes in it; else in float32. The adapter is in float32 either way.
+        validates: there is validation data.
     """
-    parts = on_gpu(shape, tokens, in_4bit=in_4bit, checkpointing=False, optimizer=optimizer)
-    logits = 3 * FLOAT32 * tokens * shape.vocabulary  # with their logarithms and their gradients
-    return replace(parts, activations=2 * parts.activations, workspace=logits, beside=_LIBRARIES)
+    number = SIXTEEN_BIT if bfloat16 else FLOAT32
+    hidden, intermediate = tokens * shape.hidden, tokens * shape.intermediate
+    # What autograd keeps of a layer, as its hooks count it. In bfloat16: queries, keys, values and what attention makes
+    # of them (8 hidden), three of the gate (6 intermediate), and in float32 the inputs of the norms (8 hidden) and
+    # PEFT's copy of every module's input (24 hidden, 4 intermediate). In float32 modules share their input.
+    parts = (40 * hidden, 10 * intermediate) if bfloat16 else (32 * hidden, 16 * intermediate)
+    layer, backward = sum(parts), 20 * intermediate  # gradients of a feed-forward, in both types, while they are made
+    weights = shape.linear * (NF4_BYTES if in_4bit else number) + shape.other * number
+    # A piece in float32 and `number`, and the head as the matrix product packs it.
+    logits = min(tokens * shape.vocabulary, _LOGITS) * (FLOAT32 + number)
+    head = number * shape.vocabulary * shape.hidden
+    workspace = logits + head
+    if validates:  # with the logits of all tokens, in float32 too, and their logarithms
+        workspace = max(workspace, tokens * shape.vocabulary * (number + 2 * FLOAT32))
+    if checkpointing:  # the input of each layer; one is computed again when the loss is done. train.py sees to holes
+        kept = number * hidden * shape.layers
+        activations: float = kept + max(0, layer + backward - workspace)
+    else:
+        kept = layer * shape.layers
+        blocks = (FLOAT32 * hidden, FLOAT32 * intermediate)
+        holes = _HOLES * sum(part for part, block in zip(parts, blocks, strict=True) if block < _HEAP)
+        activations = kept + holes * shape.layers + backward
+        if in_4bit:  # NF4 is made of a matrix by five copies of it in float32, and the heap keeps as much in holes
+            workspace += 2 * 5 * FLOAT32 * shape.largest
+    return TrainingMemory(
+        weights=int(weights),
+        adapter=FLOAT32 * shape.trained,
+        gradients=max(0, FLOAT32 * shape.trained - kept),  # they come as activations go
+        optimizer=0 if optimizer == "sgd" else 8 * shape.trained,  # Unsloth takes AdamW in float32 for one in 8 bits
+        activations=int(activations),
+        workspace=workspace,
+        beside=int(_LIBRARIES),
+        mapped=SIXTEEN_BIT * shape.linear if in_4bit and bfloat16 else 0,
+    )
 
 
 def full_fine_tuning(shape: Shape) -> int:

@@ -6,7 +6,9 @@ is what is trained; every batch that the trainer really used is written down for
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
 import itertools
 import json
 import math
@@ -62,6 +64,8 @@ def main(task: Task) -> dict[str, Any]:
     )
     assert settings.max_length is not None
     cuda = torch.cuda.is_available()
+    if settings.gradient_checkpointing and not cuda:
+        _free_at_once()
     model, _ = FastLanguageModel.from_pretrained(
         str(folder),
         max_seq_length=settings.max_length,
@@ -170,6 +174,15 @@ def _prepare_environment(task: Task) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.chdir(task.scratch)
+
+
+def _free_at_once() -> None:
+    """Have glibc give back every freed block of a MiB and more: the holes in its heap are what checkpointing frees.
+
+    That takes some time, as checkpointing does. Another C library has no such call.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD of malloc.h
 
 
 def _prepare_tracker(task: Task, *, new: bool) -> None:
@@ -391,8 +404,9 @@ def make_trainer(
     steps, evaluate, save = schedule(len(trainer.train_dataset), len(validation_rows), task.config)
     trainer.args.max_steps, trainer.args.eval_steps, trainer.args.save_steps = steps, evaluate, save
     trainer.args.warmup_steps = math.ceil(steps * settings.warmup)
-    # No gradients: there is room for more rows. Unsloth takes no more than the training's when it makes the trainer.
-    trainer.args.per_device_eval_batch_size = 4 * (settings.batch or 1)
+    # No gradients: there is room for more rows; but without a GPU the logits of all tokens are there at once. The
+    # libraries have a number of their own.
+    trainer.args.per_device_eval_batch_size = (4 if cuda else 1) * (settings.batch or 1)
     return trainer
 
 

@@ -1,4 +1,8 @@
-"""The memory of training as it is counted, against peaks that torch reported on an H100 (26 November 2026)."""
+"""The memory of training as it is counted, against peaks that were measured.
+
+On an H100 torch reported them (26 November 2026); without a GPU they are the resident set of the stage's process, of
+the runs of `benchmarks.plan` (28 November 2026, 2 cores, 24 GB).
+"""
 
 import json
 from functools import cache
@@ -10,7 +14,7 @@ from pipeline.config import Lora
 from pipeline.model import training_memory
 from pipeline.model.shape import Shape, shape_of
 from pipeline.model.targets import without_weights
-from pipeline.model.training_memory import full_fine_tuning, on_gpu
+from pipeline.model.training_memory import TrainingMemory, full_fine_tuning, on_gpu, on_processor
 
 # Hidden, intermediate, layers, heads, tied: Llama 3.2 1B and 3B, Llama 3.1 8B; 128,256 words each.
 LLAMAS = {
@@ -34,17 +38,44 @@ PEAKS = [
     ("8b", 16, 7968, True, True, 7941429248),
     ("8b", 128, 4040, True, True, 10168572928),
 ]
+# Hidden, layers and words of a random Llama, r, tokens of the longest batch, in 4 bits, checkpointing, bfloat16, peak.
+RESIDENT = [
+    (512, 1, 49152, 16, 256, True, False, True, 1280593920),
+    (512, 1, 49152, 16, 1024, False, False, True, 1450942464),
+    (512, 1, 49152, 64, 4096, True, False, True, 1735979008),
+    (768, 7, 49152, 16, 128, True, False, True, 1725005824),
+    (768, 7, 49152, 16, 1024, False, False, True, 2151227392),
+    (768, 7, 49152, 128, 1024, True, False, True, 2256351232),
+    (768, 7, 49152, 16, 2048, True, False, True, 2909704192),
+    (512, 9, 128256, 16, 512, True, False, True, 1994588160),
+    (512, 9, 128256, 32, 2048, False, False, True, 2822406144),
+    (1280, 10, 49152, 16, 128, True, False, True, 2489470976),
+    (1280, 10, 49152, 64, 512, False, False, True, 2855501824),
+    (1024, 11, 128256, 16, 512, True, False, True, 3051167744),
+    (1536, 15, 49152, 16, 256, True, False, True, 3683975168),
+    (1536, 15, 49152, 16, 256, False, False, True, 3183165440),
+    (768, 7, 49152, 16, 2048, True, True, True, 1577738240),
+    (1024, 11, 128256, 32, 1024, False, True, True, 2159656960),
+    (768, 7, 49152, 16, 1024, False, False, False, 2545025024),
+    (768, 7, 49152, 16, 512, True, False, False, 1989779456),
+]
 
 
 @cache
 def llama(name: str, r: int) -> Shape:
     hidden, intermediate, layers, heads, tied = LLAMAS[name]
-    folder = scratch() / f"shape-{name}"
+    return shape(r, hidden, intermediate, layers, heads, 8, 128256, tied=tied)
+
+
+def shape(
+    r: int, hidden: int, intermediate: int, layers: int, heads: int, kept: int, words: int, *, tied: bool
+) -> Shape:
+    folder = scratch() / f"shape-{hidden}-{layers}-{words}"
     folder.mkdir(exist_ok=True)
     config = {
-        **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": hidden},
+        **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": words, "hidden_size": hidden},
         **{"intermediate_size": intermediate, "num_hidden_layers": layers, "num_attention_heads": heads},
-        **{"num_key_value_heads": 8, "head_dim": hidden // heads, "tie_word_embeddings": tied},
+        **{"num_key_value_heads": kept, "head_dim": hidden // heads, "tie_word_embeddings": tied},
     }
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return shape_of(without_weights(folder), Lora(r=r))
@@ -72,6 +103,39 @@ def test_what_was_measured() -> None:
         errors.append(abs(counted / measured - 1))
         assert errors[-1] < 0.08, (name, r, tokens, counted, measured)
     assert sum(errors) / len(errors) < 0.02
+
+
+def resident(
+    hidden: int, layers: int, words: int, r: int, tokens: int, in_4bit: bool, checkpointing: bool, bfloat16: bool,
+    *, validates: bool = False,
+) -> TrainingMemory:  # fmt: skip
+    """What is counted without a GPU for a Llama of `benchmarks.random_model`."""
+    base = shape(r, hidden, 4 * hidden, layers, hidden // 64, hidden // 256, words, tied=True)
+    return on_processor(
+        base,
+        tokens,
+        in_4bit=in_4bit,
+        checkpointing=checkpointing,
+        optimizer="adamw_torch",
+        bfloat16=bfloat16,
+        validates=validates,
+    )
+
+
+def test_what_was_measured_without_a_gpu() -> None:
+    errors = []
+    for *settings, measured in RESIDENT:
+        counted = resident(*settings)
+        errors.append(abs((counted.needed + counted.mapped) / measured - 1))
+        assert errors[-1] < 0.1, (settings, counted, measured)
+    assert sum(errors) / len(errors) < 0.05
+
+
+def test_validation_has_the_logits_of_all_tokens() -> None:
+    """Ten bytes each in bfloat16, in float32 and as logarithms: 503 MB were seen for 1,024 tokens of 49,152 words."""
+    settings = (768, 7, 49152, 16, 1024, False, False, True)
+    few, many = (resident(*settings, validates=validates) for validates in (False, True))
+    assert many.workspace == 10 * 1024 * 49152 > few.workspace
 
 
 @pytest.mark.parametrize(("in_4bit", "optimizer"), [(False, "adamw_8bit"), (True, "adamw_torch")])
