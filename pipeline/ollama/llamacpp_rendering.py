@@ -17,7 +17,7 @@ from typing import Any
 from pipeline.llamacpp.llama_server import LlamaServer, Refused
 from pipeline.ollama.scratch_model import write_scratch_model
 from pipeline.prompt.cases import Case, conversations
-from pipeline.prompt.conformance import RenderRefused, judge
+from pipeline.prompt.conformance import RenderRefused, judge, reordered, unreasoned
 from pipeline.prompt.guard import guarded
 from pipeline.prompt.plain_jinja import plain_jinja
 from pipeline.prompt.template import ChatTemplate
@@ -99,7 +99,7 @@ def as_carried(model: Path, folder: Path) -> Path:
 
 
 def ask_llama_server(server: LlamaServer, template: ChatTemplate, conversation: Case) -> str:
-    """A conversation's prompt from llama-server, asked for it as Ollama asks.
+    """A conversation's prompt from llama-server, asked for it as Ollama asks: reasoning beside a text goes on to none.
 
     Args:
         server: has the template.
@@ -113,13 +113,13 @@ def ask_llama_server(server: LlamaServer, template: ChatTemplate, conversation: 
     if conversation.tools:
         if "tools" not in template.source and "tool_call" not in template.source:
             raise RenderRefused("it does not support tools")
-        fields["tools"] = list(conversation.tools)
+        fields["tools"] = reordered(conversation.tools)
     think = conversation.think
     if think is None and "<think>" in template.source and "</think>" in template.source:
         think = True  # what Ollama says for a model that can think, when nothing is said
     if think is not None:
         fields["chat_template_kwargs"] = {"enable_thinking": think}
     try:
-        return server.apply_template(conversation.messages, **fields)
+        return server.apply_template(unreasoned(conversation.messages), **fields)
     except Refused as error:
         raise RenderRefused(str(error)) from None

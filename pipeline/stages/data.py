@@ -42,8 +42,8 @@ from pipeline.prompt.encoder_pool import EncoderPool
 from pipeline.prompt.lengths import check_room, question_lengths
 from pipeline.prompt.prepared import Batch, Prepared, Preparer
 from pipeline.prompt.sequences import TOO_LONG_CUT, TOO_LONG_DROPPED, TOO_LONG_SPLIT, Encoder
+from pipeline.prompt.served_ids import refuse_other_ids
 from pipeline.prompt.template import TemplateRefused, render
-from pipeline.prompt.token_white_space import refuse_left
 from pipeline.prompt.tokenizer import beyond_embedding, saved_tokenizer
 from pipeline.prompt.training_set import TrainingSet
 from pipeline.run.stage import Stage, Task
@@ -264,7 +264,7 @@ def _served_otherwise(tokenizer: Any, row: Conversation) -> RowError | None:
             yield render(tokenizer, question.messages, add_generation_prompt=True, tools=question.tools)
 
     try:
-        refuse_left(tokenizer, prompt(), row.place)
+        refuse_other_ids(tokenizer, prompt(), row.place)
     except RowError as error:
         return error
     return None
