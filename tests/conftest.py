@@ -17,6 +17,11 @@ if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The matrices that take too long for every day."""
+    parser.addoption("--all-templates", action="store_true", help="Try every chat template that llama.cpp ships.")
+
+
 @cache
 def shares(file: Path) -> bool:
     """Whether a file's tests take what others do: the one Ollama (support/servers.py), the runs of shared_base.py."""

@@ -8,7 +8,8 @@ from pathlib import Path
 from pipeline.errors import PipelineError
 from pipeline.llamacpp.gguf_file import GGUFInfo, inspect
 from pipeline.llamacpp.programs import source_tree
-from pipeline.processes import failure, follow
+from pipeline.llamacpp.scripts import Scripts
+from pipeline.processes import failure
 from pipeline.prompt.token_white_space import PHI3, taking
 
 _EXPLANATIONS = {
@@ -20,7 +21,7 @@ _EXPLANATIONS = {
     "No module named": "a Python package that this model's converter needs is missing: run `pipeline setup`",
 }
 # NO_LOCAL_GGUF would make it use another gguf-py than its own.
-_ENVIRONMENT = {"NO_LOCAL_GGUF": None, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+_SCRIPTS = Scripts({"NO_LOCAL_GGUF": None, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"})
 
 
 def command(model: Path, target: Path, outtype: str, name: str | None = None) -> list[str | Path]:
@@ -79,7 +80,7 @@ def convert(arguments: Sequence[str | Path], folder: Path, on_line: Callable[[st
         output.append(line)
         on_line(line)
 
-    status = follow(arguments, on_line=read, environment=_ENVIRONMENT)
+    status = _SCRIPTS.run(arguments[1:], read)  # without the interpreter
     if status:
         explained = [text for sign, text in _EXPLANATIONS.items() if any(sign in line for line in output)]
         error = failure("llama.cpp's converter", status, output, folder)

@@ -1,4 +1,8 @@
-"""Every chat template that llama.cpp ships, tried for real: none is served differently without saying so."""
+"""Chat templates that llama.cpp ships, tried for real: none is served differently without saying so.
+
+Tried are those of the families that people fine-tune most, and those with which something is amiss; all of them with
+`pytest --all-templates`.
+"""
 
 import json
 from functools import cache
@@ -43,10 +47,24 @@ NEED_TOOLS = {
     "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use",
     "NousResearch-Hermes-3-Llama-3.1-8B-tool_use",
 }
+FAMILIES = (
+    *("meta-llama", "Qwen", "google", "microsoft", "mistralai", "openai", "HuggingFaceTB"),
+    *("ibm-granite-granite-3", "deepseek-ai-DeepSeek-R1"),
+)
 
 
 def templates() -> dict[str, Path]:
     return {path.stem: path for path in sorted((source_tree() / "models" / "templates").glob("*.jinja"))}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "shipped" in metafunc.fixturenames:
+        metafunc.parametrize("shipped", tried(metafunc.config))
+
+
+def tried(config: pytest.Config) -> list[str]:
+    every = config.getoption("--all-templates")
+    return [name for name in templates() if every or name.startswith(FAMILIES) or name in REFUSED or name in NEED_TOOLS]
 
 
 @cache
@@ -54,10 +72,9 @@ def chosen(name: str) -> Choice:
     return choose(ChatTemplate.from_file(templates()[name]), "auto", servers.engine())
 
 
-@pytest.mark.parametrize("name", templates())
-def test_it_is_served_exactly_or_refused_with_the_reason(name: str) -> None:
-    choice = chosen(name)
-    assert (choice.way == "refused") == (name in REFUSED), choice.reason
+def test_it_is_served_exactly_or_refused_with_the_reason(shipped: str) -> None:
+    choice = chosen(shipped)
+    assert (choice.way == "refused") == (shipped in REFUSED), choice.reason
     if choice.way == "refused":
         assert choice.go_template is None
         message = str(refusal(choice))
@@ -69,8 +86,8 @@ def test_it_is_served_exactly_or_refused_with_the_reason(name: str) -> None:
     assert [outcome.name for outcome in report.outcomes] == [case.name for case in CONVERSATIONS]
     named = report.counts.keys() - {EXACT, "template refuses", "server refuses"}
     # What is not exact byte for byte is said, and what is left out.
-    assert len(choice.warnings) == len(named) + (name in PLAIN)
-    assert any("tools are left out" in words for words in choice.warnings) == (name in PLAIN)
+    assert len(choice.warnings) == len(named) + (shipped in PLAIN)
+    assert any("tools are left out" in words for words in choice.warnings) == (shipped in PLAIN)
     assert (choice.way == "go") == (choice.go_template is not None)
     assert (choice.way == "native") == (choice.jinja is not None) == (choice.requires is not None)
 
@@ -82,31 +99,30 @@ def chats_exactly(choice: Choice) -> bool:
     return not unlike or (unlike <= with_tools and "Ollama ignores a TEMPLATE" in choice.reason)
 
 
-def test_the_table() -> None:
-    choices = {name: chosen(name) for name in templates()}
+def test_the_table(request: pytest.FixtureRequest) -> None:
+    choices = {name: chosen(name) for name in tried(request.config)}
     derived = [name for name, choice in choices.items() if "go" in choice.reports and chats_exactly(choice)]
     for name, choice in choices.items():
         print(f"{name:50} {choice.way:8} {'derived exactly' if name in derived else '':16} {choice.reason}")
-    assert len(choices) >= 70
-    assert len(derived) >= 55
-    assert sum(choice.way != "refused" for choice in choices.values()) >= 69
+    assert len(choices) >= 25
+    assert len(derived) >= 0.7 * len(choices)
 
 
-@pytest.mark.parametrize("name", templates())
-def test_llama_cpp_renders_it_exactly_or_the_difference_is_named(name: str) -> None:
+def test_llama_cpp_renders_it_exactly_or_the_difference_is_named(shipped: str) -> None:
     """The native way of each, where a TEMPLATE is preferred too."""
-    choice = chosen(name)
+    choice = chosen(shipped)
     if "native" not in choice.reports:
-        choice = choose(ChatTemplate.from_file(templates()[name]), "native", servers.engine())
+        choice = choose(ChatTemplate.from_file(templates()[shipped]), "native", servers.engine())
     report = choice.reports["native"]
     assert [outcome.name for outcome in report.outcomes] == [case.name for case in CONVERSATIONS]
-    assert report.exact == (name not in REFUSED)
+    assert report.exact == (shipped not in REFUSED)
     unnamed = {outcome.name for outcome in report.outcomes if outcome.status not in (*HARMLESS, TRIMMED)}
     assert not unnamed
 
 
-def test_templates_that_need_tools_are_known_by_it() -> None:
-    assert {name for name in templates() if "the template needs tools" in chosen(name).reason} == NEED_TOOLS
+def test_templates_that_need_tools_are_known_by_it(request: pytest.FixtureRequest) -> None:
+    names = tried(request.config)
+    assert {name for name in names if "the template needs tools" in chosen(name).reason} == NEED_TOOLS
 
 
 @pytest.mark.parametrize("name", ["Qwen-Qwen3-0.6B", "google-gemma-2-2b-it", "ibm-granite-granite-3.3-2B-Instruct"])
