@@ -98,11 +98,11 @@ def on_gpu(shape: Shape, tokens: int, *, in_4bit: bool, checkpointing: bool, opt
     Args:
         shape: the base and its adapter.
         tokens: of the longest batch: rows times the longest row.
-        in_4bit: the layers' linear modules are stored in NF4; else all is in 16 bits.
+        in_4bit: the layers' linear modules and experts are stored in NF4; else all is in 16 bits.
         checkpointing: activations are computed again in the backward pass, so that only one layer's are there at once.
         optimizer: as transformers names it; one that is not known here is counted as AdamW in float32.
     """
-    weights = _weights(shape.linear, shape.other, in_4bit=in_4bit)
+    weights = _weights(shape.linear + shape.experts, shape.other, in_4bit=in_4bit)
     if checkpointing:
         activations = tokens * (7.5 * shape.intermediate + 18 * shape.hidden)
     else:
@@ -125,8 +125,9 @@ def on_processor(shape: Shape, tokens: int, *, in_4bit: bool, checkpointing: boo
     Args: as `on_gpu`; `checkpointing` makes no difference.
     """
     parts = on_gpu(shape, tokens, in_4bit=in_4bit, checkpointing=False, optimizer=optimizer)
+    weights = int(_weights(shape.linear, shape.experts + shape.other, in_4bit=in_4bit))  # experts stay in 16 bits
     logits = 3 * FLOAT32 * tokens * shape.vocabulary  # with their logarithms and their gradients
-    return replace(parts, activations=2 * parts.activations, workspace=logits, beside=_LIBRARIES)
+    return replace(parts, weights=weights, activations=2 * parts.activations, workspace=logits, beside=_LIBRARIES)
 
 
 def full_fine_tuning(shape: Shape) -> int:

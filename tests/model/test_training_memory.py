@@ -4,13 +4,14 @@ import json
 from functools import cache
 
 import pytest
+from support import bases
 from support.small_models import scratch
 
 from pipeline.config import Lora
 from pipeline.model import training_memory
 from pipeline.model.shape import Shape, shape_of
 from pipeline.model.targets import without_weights
-from pipeline.model.training_memory import full_fine_tuning, on_gpu
+from pipeline.model.training_memory import NF4_BYTES, full_fine_tuning, on_gpu, on_processor
 
 # Hidden, intermediate, layers, heads, tied: Llama 3.2 1B and 3B, Llama 3.1 8B; 128,256 words each.
 LLAMAS = {
@@ -48,6 +49,23 @@ def llama(name: str, r: int) -> Shape:
     }
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return shape_of(without_weights(folder), Lora(r=r))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "mixtral"])
+def test_experts_are_counted_as_they_are_stored(model_type: str) -> None:
+    """All of a layer's are one tensor, which Unsloth packs on a GPU; the router beside them stays."""
+    model = without_weights(bases.base(f"architecture-{model_type}", "smollm2-135m-instruct", model_type))
+    weights = {name: of.numel() for name, of in model.named_parameters()}
+    experts = [size for name, size in weights.items() if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+    attention = [size for name, size in weights.items() if name.endswith("_proj.weight")]
+    shape = shape_of(model, Lora(r=4))
+    assert len(experts) == 2 * shape.layers
+    assert (shape.experts, shape.linear) == (sum(experts), sum(attention))
+    assert shape.parameters == sum(weights.values())
+    assert shape.largest == max(experts)
+    of = {"tokens": 1, "in_4bit": True, "checkpointing": False, "optimizer": "sgd"}
+    processor, card = (count(shape, **of).weights for count in (on_processor, on_gpu))
+    assert processor - card == pytest.approx((2 - NF4_BYTES) * sum(experts), abs=2)
 
 
 def test_a_base_by_its_parts() -> None:
