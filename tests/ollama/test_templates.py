@@ -276,6 +276,19 @@ def test_a_template_that_llama_cpp_cannot_read_is_written_anew(given: str, way: 
     assert refused >= {case.name for case in CONVERSATIONS if case.tools or (case.uses_tools and way == "native")}
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("a system message folded into the first turn", "a last turn that differs", "thinking dropped, then trimmed"),
+        *("line breaks stripped", "system texts at the end", "the last system text in front", "backslashes and quotes"),
+        *("an empty system message is none", "today's date in words", "a generation prompt without thinking"),
+    ],
+)
+def test_what_is_written_anew_is_exact_in_llama_cpp(case: str) -> None:
+    template = ChatTemplate(UNREAD + DERIVABLE[case], "<s>", "</s>")
+    assert "selectattr: unknown test" in carried_template(template).left_out
+
+
 def test_one_that_cannot_be_written_anew_is_told_in_llama_cpps_words() -> None:
     """Its llama-server does not start: no prompt differs, none is made."""
     counts = "{{ messages | length }}" + CHATML
