@@ -166,7 +166,7 @@ def check_against(info: GGUFInfo, weights: Weights, task: Task) -> None:
         raise PipelineError(f"{info.path.name} has {len(vocabulary)} tokens, the tokenizer {tokenizer.size}")
     template = tokenizer.chat_template
     if template is not None and info.metadata.get("tokenizer.chat_template") != template:
-        raise PipelineError(f"{info.path.name}: its chat template is not the one that it was to carry")
+        raise PipelineError(f"{info.path.name}: its chat template is not the trained one")
 
 
 def is_byte_level(folder: Path) -> bool:
