@@ -52,7 +52,7 @@ _TIED = ("gemma2", "gemma3_text", "gemma3", "gpt2", "falcon", "granite", "smollm
 
 
 def tokenizer_files(
-    name: str,
+    name: str | Path,
     folder: Path,
     *,
     chat_template: bool = True,
@@ -62,7 +62,7 @@ def tokenizer_files(
     """Copy the files of a tokenizer into a folder.
 
     Args:
-        name: of a packaged base, or of a tokenizer in third_party/pins.toml.
+        name: of a packaged base, of a tokenizer in third_party/pins.toml, or the folder of one.
         folder: where to.
         chat_template: whether it keeps its own.
         added: special tokens that the family has beyond this tokenizer's own.
@@ -71,7 +71,10 @@ def tokenizer_files(
     Raises:
         FileNotFoundError: the tokenizer is not on this machine.
     """
-    source = resolve_base(name) if name in PACKAGED else tokenizer_folder(name)
+    if isinstance(name, Path):
+        source: Path | None = name
+    else:
+        source = resolve_base(name) if name in PACKAGED else tokenizer_folder(name)
     if source is None:
         raise FileNotFoundError(f"the tokenizer of {name} is not here: `pipeline setup --dev` fetches it")
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,7 +113,7 @@ def _change_tokens(folder: Path, words: tuple[str, ...], taking: tuple[str, ...]
 
 def write_small_base(
     folder: Path,
-    tokenizer: str,
+    tokenizer: str | Path,
     model_type: str = "llama",
     *,
     chat_template: bool = True,

@@ -79,22 +79,13 @@ def test_what_export_prints_can_be_typed(project: Path, monkeypatch: pytest.Monk
     assert f"ollama create home:latest -f '{path}'" in result.stderr.splitlines()
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("", "train.jsonl"),
-        ("{\n", "train.jsonl:1"),
-        ('{"messages": []}\n', "train.jsonl:1"),
-        (json.dumps({"messages": [{"role": "user", "content": "x"}]}) + "\n", "train.jsonl:1"),
-    ],
-)
-def test_bad_data_is_named_by_file_and_line(project: Path, text: str, said: str) -> None:
-    (project / "train.jsonl").write_text(text)
+def test_bad_data_is_named_by_file_and_line(project: Path) -> None:
+    (project / "train.jsonl").write_text('{"messages": []}\n')
     answer = subprocess.run(
         [sys.executable, "-m", "pipeline", "data", str(project)], capture_output=True, text=True, check=False
     )
     assert answer.returncode == 2, answer.stderr
-    assert said in answer.stderr
+    assert "train.jsonl:1" in answer.stderr
     assert "Traceback" not in answer.stderr
     assert not (project / "run" / "data").exists()
 

@@ -107,7 +107,7 @@ def test_verified_by_the_same_checks() -> None:
     run = servers.family_run(name)
     files = {"q8_0": run / "quantize" / "q8_0" / "model-q8_0.gguf"}
     for model, differs in ((run / "merge" / "model", False), (servers.family(name), True)):
-        artefacts = Artefacts(Verify(strings=1500), model, None, files, small_models.scratch() / name)
+        artefacts = Artefacts(Verify(strings=600), model, None, files, small_models.scratch() / name)
         results = [*token_ids.check_files(artefacts), *prompt_check.check_files(artefacts)]
         assert not [(result.id, result.words) for result in results if result.verdict == FAIL]
         named = [result.sentence for result in results if result.id == "tokenizer.habits"]

@@ -21,7 +21,7 @@ _EXPLANATIONS = {
     "No module named": "a Python package that this model's converter needs is missing: run `pipeline setup`",
 }
 # NO_LOCAL_GGUF would make it use another gguf-py than its own.
-_SCRIPTS = Scripts({"NO_LOCAL_GGUF": None, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"})
+SCRIPTS = Scripts({"NO_LOCAL_GGUF": None, "HF_HUB_OFFLINE": "1"})
 
 
 def command(model: Path, target: Path, outtype: str, name: str | None = None) -> list[str | Path]:
@@ -80,7 +80,7 @@ def convert(arguments: Sequence[str | Path], folder: Path, on_line: Callable[[st
         output.append(line)
         on_line(line)
 
-    status = _SCRIPTS.run(arguments[1:], read)  # without the interpreter
+    status = SCRIPTS.run(arguments[1:], read)  # without the interpreter
     if status:
         explained = [text for sign, text in _EXPLANATIONS.items() if any(sign in line for line in output)]
         error = failure("llama.cpp's converter", status, output, folder)

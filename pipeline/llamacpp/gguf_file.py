@@ -10,11 +10,12 @@ and a file that ends too early can be told from one that is wrong.
 import math
 import mmap
 import struct
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,18 +159,27 @@ def inspect(path: Path) -> GGUFInfo:
         PipelineError: it is no GGUF file, or is cut short.
     """
     try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            if size < 24:
-                raise PipelineError(f"{path}: is cut short: {size} bytes")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _parse(path, data, size)
+        state = path.stat()
+        # Within a tick of the file system's clock a file may be written again and have the same time.
+        settled = time.time_ns() - state.st_mtime_ns > 1_000_000_000
+        read = _read if settled else _read.__wrapped__
+        info = read(path, state.st_size, (state.st_dev, state.st_ino, state.st_mtime_ns))
+        return replace(info, metadata=dict(info.metadata))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder; give a GGUF file") from None
     except OSError as error:
         raise PipelineError(f"{path}: cannot be read: {error}") from error
+
+
+@lru_cache(maxsize=4)  # every check asks, and a vocabulary takes a while
+def _read(path: Path, size: int, state: tuple[int, ...]) -> GGUFInfo:
+    """Read a file's header; `state` is another where its content may be."""
+    if path.is_file() and size < 24:
+        raise PipelineError(f"{path}: is cut short: {size} bytes")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return _parse(path, data, size)
 
 
 def _parse(path: Path, data: mmap.mmap, size: int) -> GGUFInfo:

@@ -1,10 +1,11 @@
 """llama.cpp's Python scripts, each run in a child of one process that has imported what they import.
 
-Importing torch and transformers takes longer than many a conversion. A process that converts more than once does it
-once; a script begins as it would by itself, untouched by what this process or another script has done.
+Importing torch and transformers takes longer than many a conversion. So it is done once, and a script begins as it
+would by itself, untouched by another script or by what this process has done.
 
-`python -m pipeline.llamacpp.scripts PARENT` reads a JSON list from each line of standard input, a script's path and its
-arguments, and hands on what the script prints. Its exit status comes after a NUL, negative for a signal.
+That process reads a JSON list from each line of its standard input, a script's path and its arguments, and hands on
+what the script prints. Its exit status comes after a NUL, negative for a signal. Either it is started,
+`python -m pipeline.llamacpp.scripts PARENT`, or it is forked from this one (`Scripts.fork`).
 """
 
 import atexit
@@ -13,15 +14,28 @@ import importlib
 import json
 import os
 import runpy
-import subprocess
+import select
+import signal
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from io import TextIOWrapper
 from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 from pipeline.lines import lines
-from pipeline.processes import end_with_parent, stop
+from pipeline.processes import end_with_parent, leave
 
 _SLOW = ("torch", "transformers.models.auto.tokenization_auto")
+
+
+class _Server(NamedTuple):
+    """The process: where its requests are written, and where its output is read."""
+
+    pid: int
+    requests: int
+    output: int
 
 
 class Scripts:
@@ -33,9 +47,17 @@ class Scripts:
 
     def __init__(self, environment: Mapping[str, str | None]) -> None:
         self._environment = environment
-        self._process: subprocess.Popen[bytes] | None = None
+        self._server: _Server | None = None
         atexit.register(self.close)
         os.register_at_fork(after_in_child=self._forget)
+
+    def fork(self) -> None:
+        """Fork the process that scripts will run in, where this one has imported what they import.
+
+        To be called before anything else is done here: what was is there too, and threads are not.
+        """
+        if self._server is None and all(module in sys.modules for module in _SLOW):
+            self._server = self._make(self._forked)
 
     def run(self, arguments: Sequence[str | Path], on_line: Callable[[str], None]) -> int:
         """Run a script to its end.
@@ -47,49 +69,73 @@ class Scripts:
         Returns:
             Its exit status; negative is the signal that ended it, or the process that all of them run in.
         """
-        if self._process is None or self._process.poll() is not None:
-            self._process = self._start()
-        process = self._process
-        assert process.stdin is not None
-        assert process.stdout is not None
-        output, ended = process.stdout.fileno(), None
+        if self._server is not None and select.select([self._server.output], [], [], 0)[0]:
+            self.close()  # it has ended, while nothing ran
+        server = self._server = self._server or self._make(self._started)
+        ended = None
         try:
-            process.stdin.write(json.dumps([str(argument) for argument in arguments]).encode() + b"\n")
-            process.stdin.flush()
-            for line in lines(piece.replace(b"\r", b"\n") for piece in iter(lambda: os.read(output, 65536), b"")):
+            os.write(server.requests, json.dumps([str(argument) for argument in arguments]).encode() + b"\n")
+            pieces = iter(lambda: os.read(server.output, 65536), b"")
+            for line in lines(piece.replace(b"\r", b"\n") for piece in pieces):
                 said, last, status = line.partition(b"\0")
                 if said or not last:
                     on_line(said.decode("utf-8", "replace"))
                 if last:
                     ended = int(status)
                     return ended
-            return process.wait()
         finally:
             if ended is None:  # it was killed, or is to end: what it runs ends with it
-                stop(process)
-                self.close()
+                with suppress(ProcessLookupError):
+                    os.kill(server.pid, signal.SIGKILL)
+                killed = self.close()
+        return killed
 
-    def close(self) -> None:
-        """No further script comes soon: another starts anew."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.communicate()
+    def close(self) -> int:
+        """No further script comes soon: another starts anew. Returns how the process ended."""
+        server, self._server = self._server, None
+        if server is None:
+            return 0
+        os.close(server.requests)
+        os.close(server.output)
+        return os.waitstatus_to_exitcode(os.waitpid(server.pid, 0)[1])
 
     def _forget(self) -> None:
-        self._process = None
+        self._server = None
 
-    def _start(self) -> "subprocess.Popen[bytes]":
+    def _make(self, process: Callable[[int, int], int]) -> _Server:
+        """The process that `process` makes, given what it reads and what it writes."""
+        read, requests = os.pipe()
+        output, write = os.pipe()
+        try:
+            return _Server(process(read, write), requests, output)
+        finally:
+            os.close(read)
+            os.close(write)
+
+    def _started(self, read: int, write: int) -> int:
+        command = [sys.executable, "-P", "-m", "pipeline.llamacpp.scripts", str(os.getpid())]
+        standard = [(os.POSIX_SPAWN_DUP2, own, number) for number, own in enumerate((read, write, write))]
+        return os.posix_spawn(command[0], command, self._variables(), file_actions=standard)
+
+    def _forked(self, read: int, write: int) -> int:
+        sys.stdout.flush()  # else what waits there is written twice
+        parent, child = os.getpid(), os.fork()
+        if child == 0:
+            for number, own in enumerate((read, write, write)):
+                os.dup2(own, number)
+            os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+            variables = self._variables()
+            os.environ.clear()
+            os.environ.update(variables)
+            main(parent)
+        return child
+
+    def _variables(self) -> dict[str, str]:
         changed = {**os.environ, **self._environment}
-        return subprocess.Popen(
-            [sys.executable, "-P", "-m", "pipeline.llamacpp.scripts", str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env={name: value for name, value in changed.items() if value is not None},
-        )
+        return {name: value for name, value in changed.items() if value is not None}
 
 
-def main(parent: int) -> None:
+def main(parent: int) -> NoReturn:
     """Run scripts until standard input ends.
 
     Args:
@@ -99,18 +145,34 @@ def main(parent: int) -> None:
     for module in _SLOW:
         importlib.import_module(module)
     gc.freeze()
+    for stream in (sys.stdout, sys.stderr):
+        assert isinstance(stream, TextIOWrapper)
+        stream.reconfigure(write_through=True)
     own = os.getpid()
-    for line in sys.stdin.buffer:
-        child = os.fork()
-        if child == 0:
-            end_with_parent(own)
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what comes there next is not for the script
-            sys.argv = json.loads(line)
-            sys.path[0:0] = [str(Path(sys.argv[0]).parent)]
-            runpy.run_path(sys.argv[0], run_name="__main__")
-            return
-        _, status = os.waitpid(child, 0)
-        os.write(1, b"\0%d\n" % os.waitstatus_to_exitcode(status))
+    with open(0, "rb", closefd=False) as requests:
+        for line in requests:
+            child = os.fork()
+            if child == 0:
+                end_with_parent(own)
+                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what comes there next is not for the script
+                _run(json.loads(line))
+            _, status = os.waitpid(child, 0)
+            os.write(1, b"\0%d\n" % os.waitstatus_to_exitcode(status))
+    os._exit(0)
+
+
+def _run(arguments: list[str]) -> NoReturn:
+    sys.argv, sys.path[0:0] = arguments, [str(Path(arguments[0]).parent)]
+    try:
+        runpy.run_path(arguments[0], run_name="__main__")
+        leave(0)
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+    except BaseException:
+        traceback.print_exc()
+        leave(1)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ goes to standard output: {"status": ..., "cpu_seconds": ..., "peak_memory_bytes"
 
 from __future__ import annotations
 
-import atexit
 import gc
 import importlib
 import json
@@ -19,9 +18,9 @@ import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NoReturn
 
-from pipeline.processes import end_with_parent
+from pipeline.llamacpp.converter import SCRIPTS
+from pipeline.processes import end_with_parent, leave
 from pipeline.run import worker
 from pipeline.run.layout import Layout
 
@@ -58,7 +57,8 @@ def main(parent: int) -> int:
             signal.signal(signal.SIGINT, interrupted)
             answers.close()
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what comes there next is not for the stage
-            _leave(worker.main(Path(run), packages, module, name, variant, failure))
+            SCRIPTS.fork()
+            leave(worker.main(Path(run), packages, module, name, variant, failure))
         _, status, usage = os.wait4(child, 0)
         answer = {
             "status": os.waitstatus_to_exitcode(status),
@@ -92,14 +92,6 @@ def _import(libraries: Iterable[str], log: Path) -> Exception | None:
         os.dup2(terminal, 2)
         os.close(terminal)
     return None
-
-
-def _leave(status: int) -> NoReturn:
-    """End a child without taking apart, piece by piece, what was imported: that takes longer than many stages do."""
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 if __name__ == "__main__":

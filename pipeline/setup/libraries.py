@@ -246,7 +246,7 @@ def bring_up_to_date(choice: str = AUTO) -> bool:
         if wrong:
             say(f"Python libraries: {len(wrong)} of {len(applicable(locked()))} are to be installed")
             install(resource("requirements.lock"), environment, torch)
-            _compile(environment)
+            compile_libraries(environment)
         if _program_is_missing(environment):
             _install_program(environment)
         left = differences(locked(), environment, torch)
@@ -259,11 +259,14 @@ def bring_up_to_date(choice: str = AUTO) -> bool:
     return True
 
 
-def _compile(environment: Environment) -> None:
+def compile_libraries(environment: Environment) -> None:
     """Compile the libraries once: else the first start of each stage does, or every start where it may not write.
 
-    A third of all lines are left out: tests, models of which a run reads one, and a program of Unsloth's own.
+    A third of all lines are left out: tests, models of which a run reads one, and a program of Unsloth's own. Whoever
+    has told Python to write no compiled code gets none.
     """
+    if os.environ.get("PYTHONDONTWRITEBYTECODE"):
+        return
     say("compiling the Python libraries")
     folders = {package.folder.parent for package in environment.installed()}
     # Some packages hold files of other Pythons, which do not compile: that is no fault.

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,7 +18,7 @@ from pipeline.llamacpp.scripts import Scripts
 def scripts() -> Iterator[Scripts]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GONE", "1")
-        scripts = Scripts({"GONE": None, "NEW": "x", "PYTHONUNBUFFERED": "1"})
+        scripts = Scripts({"GONE": None, "NEW": "x"})
         yield scripts
         scripts.close()
 
@@ -102,3 +103,23 @@ def test_a_killed_process_is_told_and_started_anew(scripts: Scripts, tmp_path: P
     path = script(tmp_path, "import os, signal; os.kill(os.getppid(), signal.SIGKILL)\nimport time; time.sleep(600)")
     assert run(scripts, path)[0] == -signal.SIGKILL
     assert run(scripts, script(tmp_path, "print('next')")) == (0, ["next"])
+
+
+def test_a_process_that_has_imported_them_forks_it(tmp_path: Path) -> None:
+    path = script(tmp_path, "import os, sys; print(os.environ['NEW'], sys.argv[1:], 'torch' in sys.modules)")
+    code = f"""
+import os, psutil, torch, transformers.models.auto.tokenization_auto
+from pipeline.llamacpp.scripts import Scripts
+print("before", end="")
+scripts = Scripts({{"NEW": "x"}})
+scripts.fork()
+(forked,) = psutil.Process().children()
+os.environ["NEW"] = "y"
+for number in "12":
+    print(scripts.run([{str(path)!r}, number], print))
+assert psutil.Process().children() == [forked]
+assert scripts.close() == 0
+"""
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.splitlines() == ["beforex ['1'] True", "0", "x ['2'] True", "0"]

@@ -57,7 +57,7 @@ def raw(name: str) -> Path:
     """A tokenizer without a chat template; Phi-3's is Llama 2's with a few tokens more."""
     folder = small_models.scratch() / f"raw-{name}"
     if name != "phi-3":
-        return bases.tokenizer_files(name, folder, chat_template=False)
+        return bases.tokenizer_files(bases.short(name), folder, chat_template=False)
     tokenizer = AutoTokenizer.from_pretrained(raw("llama2"))
     tokenizer.add_tokens(["<|assistant|>", "<|system|>", "<|user|>", "<|end|>"], special_tokens=True)
     tokenizer.save_pretrained(folder)
@@ -139,7 +139,7 @@ def test_a_raw_base_gets_the_default_and_is_told() -> None:
 
 
 def test_the_key_replaces_an_instruct_models_own(tmp_path: Path) -> None:
-    folder = bases.tokenizer_files("llama3_1", tmp_path / "instruct")
+    folder = bases.tokenizer_files(bases.short("llama3_1"), tmp_path / "instruct")
     tokenizer, said = load_tokenizer(folder, chat_template="alpaca")
     assert "### Instruction" in tokenizer.chat_template
     assert said == ["model.chat_template = alpaca: a turn ends with EOS, <|eot_id|>"]
@@ -194,7 +194,7 @@ def test_a_file(tmp_path: Path) -> None:
 
 
 def test_the_data_stage_says_it_and_trains_it(tmp_path: Path) -> None:
-    base = bases.base("raw-llama2", "llama2", chat_template=False)
+    base = bases.base("raw-llama2-short", bases.short("llama2"), chat_template=False)
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"messages": CHAT}) + "\n", encoding="utf-8")
     sections: dict[str, Any] = {"data": {"train": str(rows), "validation_fraction": 0.0}, "train": {"max_length": 256}}

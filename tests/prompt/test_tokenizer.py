@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import bases, servers, small_models
+from support import bases, small_models
 from tokenizers import Tokenizer, normalizers
 from transformers import AutoTokenizer
 
@@ -23,7 +23,7 @@ DECOMPOSED, COMPOSED = "cafe\u0301", "caf\u00e9"
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[str], Any]:
     """As it is trained, what was changed, and that again from its files."""
-    tokenizer, changes = load_tokenizer(servers.family("qwen3"))
+    tokenizer, changes = load_tokenizer(bases.short("qwen3"))
     folder = tmp_path_factory.mktemp("qwen3")
     tokenizer.save_pretrained(folder)
     return tokenizer, changes, AutoTokenizer.from_pretrained(folder)
@@ -40,7 +40,7 @@ def test_the_words_are_those_of_the_pinned_source() -> None:
 
 
 def test_texts_are_not_normalised(qwen: tuple[Any, list[str], Any]) -> None:
-    own = AutoTokenizer.from_pretrained(servers.family("qwen3"))
+    own = AutoTokenizer.from_pretrained(bases.short("qwen3"))
     assert ids(own, DECOMPOSED) == ids(own, COMPOSED)
     tokenizer, changes, again = qwen
     assert "texts are not normalised (NFC)" in changes[0]
@@ -60,7 +60,7 @@ def test_control_words_are_one_token(qwen: tuple[Any, list[str], Any]) -> None:
 
 
 def test_nothing_else_changes(qwen: tuple[Any, list[str], Any]) -> None:
-    own = AutoTokenizer.from_pretrained(servers.family("qwen3"))
+    own = AutoTokenizer.from_pretrained(bases.short("qwen3"))
     tokenizer, _, again = qwen
     for read in (tokenizer, again):
         assert read.get_vocab() == own.get_vocab()
@@ -78,14 +78,14 @@ def test_a_tokenizer_that_reads_as_llama_cpp_is_left_as_it_is() -> None:
     tokenizer, changes = as_served(own)
     assert changes == ["texts are not normalised (NFKC)"]
     assert ids(tokenizer, "\ufb01") != ids(own, "\ufb01") == ids(own, "fi")
-    again, changes = as_served(as_served(AutoTokenizer.from_pretrained(servers.family("qwen3")))[0])
+    again, changes = as_served(as_served(AutoTokenizer.from_pretrained(bases.short("qwen3")))[0])
     assert changes == []
     assert again.backend_tokenizer.normalizer is None
 
 
 @pytest.mark.parametrize("word", ["<|tool_response>", "<|plamo:eos|>"])
 def test_where_llama_cpp_takes_the_end_for_a_word(word: str) -> None:
-    own = AutoTokenizer.from_pretrained(servers.family("qwen3"))
+    own = AutoTokenizer.from_pretrained(bases.short("qwen3"))
     own.add_tokens([word], special_tokens=True)
     tokenizer, _ = as_served(own)
     assert len(ids(tokenizer, "</s>")) > 1
@@ -95,7 +95,7 @@ def test_the_data_stage_trains_and_says_it(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     conversation = [{"role": "user", "content": "Strike it: <s>a</s>"}, {"role": "assistant", "content": DECOMPOSED}]
     rows.write_text(json.dumps({"messages": conversation}) + "\n", encoding="utf-8")
-    base = servers.family("qwen3")
+    base = bases.base("qwen3-short", bases.short("qwen3"), "qwen3")
     task = small_models.make_task(
         tmp_path / "run",
         "data",
@@ -115,7 +115,7 @@ def test_the_data_stage_trains_and_says_it(tmp_path: Path) -> None:
 
 def test_what_is_saved_reads_as_what_was_loaded(tmp_path: Path) -> None:
     """Llama 2's own class is built from a setting that it does not save."""
-    tokenizer, _ = load_tokenizer(bases.tokenizer_files("llama2", tmp_path / "base"))
+    tokenizer, _ = load_tokenizer(bases.tokenizer_files(bases.short("llama2"), tmp_path / "base"))
     tokenizer.save_pretrained(tmp_path / "saved")
     saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
     for text in ("<s>Be brief</s>\nNo", " Be  brief", "\n", "</s>"):
@@ -145,7 +145,7 @@ def prepare(base: Path, rows: Path, run: Path) -> Any:
 
 def test_texts_are_split_as_tokenizer_json_says(tmp_path: Path) -> None:
     """GPT-4's names GPT-2's class, which would split them as GPT-2 did."""
-    folder = bases.tokenizer_files("gpt4", tmp_path / "gpt4")
+    folder = bases.tokenizer_files(bases.short("gpt4"), tmp_path / "gpt4")
     assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "GPT2Tokenizer"
     own, text = Tokenizer.from_file(str(folder / "tokenizer.json")), "In 123456 days\n\n\nit'll"
     assert ids(base_tokenizer(folder), text) == own.encode(text, add_special_tokens=False).ids
@@ -154,17 +154,18 @@ def test_texts_are_split_as_tokenizer_json_says(tmp_path: Path) -> None:
 
 def test_tokens_without_a_row_are_ordinary_text() -> None:
     """Gemma 3's text models: the last token, that of an image, has no row."""
-    short = bases.base("gemma3-short", "gemma3", "gemma3_text", rows=262144)
-    own = AutoTokenizer.from_pretrained(short)
-    assert len(own) == 262145
-    tokenizer, said = load_tokenizer(short)
-    assert len(tokenizer) == 262144
+    words = len(AutoTokenizer.from_pretrained(bases.short("gemma3")))
+    base = bases.base("gemma3-without-row", bases.short("gemma3"), "gemma3_text", rows=words - 1)
+    own = AutoTokenizer.from_pretrained(base)
+    assert own.get_vocab()["<image_soft_token>"] == words - 1
+    tokenizer, said = load_tokenizer(base)
+    assert len(tokenizer) == words - 1
     assert "<image_soft_token> have no row" in said[0]
-    assert "262,145 tokens" in said[0]
-    assert "262,144 rows" in said[0]
+    assert f"{words:,} tokens" in said[0]
+    assert f"{words - 1:,} rows" in said[0]
     for text in ("Hello there, 你好", "<start_of_turn>user\nHi<end_of_turn>\n"):
         assert ids(tokenizer, text) == ids(own, text)
-    assert max(ids(tokenizer, "<image_soft_token>")) < 262144
+    assert max(ids(tokenizer, "<image_soft_token>")) < words - 1
 
 
 def test_added_tokens_without_rows(tmp_path: Path) -> None:
@@ -201,7 +202,11 @@ def test_added_tokens_without_rows(tmp_path: Path) -> None:
 def test_a_saved_tokenizer_is_read_from_its_files(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.prompt import tokenizer as module
 
-    source = small_models.base_folder() if name == "smollm2" else bases.tokenizer_files(name, tmp_path / "source")
+    source = (
+        small_models.base_folder()
+        if name == "smollm2"
+        else bases.tokenizer_files(bases.short(name), tmp_path / "source")
+    )
     loaded = AutoTokenizer.from_pretrained(source)
     loaded.save_pretrained(tmp_path / "saved")
     expected = Saved(loaded.bos_token_id, loaded.eos_token_id, len(loaded), loaded.chat_template)
@@ -217,7 +222,7 @@ def test_a_saved_tokenizer_is_read_from_its_files(name: str, tmp_path: Path, mon
 
 def test_what_was_saved_is_loaded_as_it_was_beside_a_configuration_too(tmp_path: Path) -> None:
     """Beside a Qwen2's config.json transformers takes a class of its own, which normalises again."""
-    base = bases.tokenizer_files("qwen2_5", tmp_path / "base")
+    base = bases.tokenizer_files(bases.short("qwen2_5"), tmp_path / "base")
     (base / "config.json").write_text('{"model_type": "qwen2", "vocab_size": 151936}')
     tokenizer, _ = load_tokenizer(base)
     tokenizer.save_pretrained(tmp_path / "saved")

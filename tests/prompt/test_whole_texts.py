@@ -19,7 +19,7 @@ from pipeline.prompt.whole_texts import tokenize_whole_texts
 @pytest.fixture(scope="module", params=["llama3_1", "llama2", "qwen3"])
 def tokenizer(request: pytest.FixtureRequest) -> Any:
     folder = small_models.scratch() / f"texts-{request.param}"
-    bases.tokenizer_files(request.param, folder, chat_template=False)
+    bases.tokenizer_files(bases.short(request.param), folder, chat_template=False)
     loaded, _ = load_tokenizer(folder, chat_template="completion")
     return loaded
 

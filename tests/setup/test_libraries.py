@@ -34,6 +34,21 @@ def test_environment_is_filled_from_the_lock_and_only_then_complete(
     assert version_in(environment, "one") == "1.1"
 
 
+def test_libraries_are_compiled_unless_python_is_told_to_write_none(
+    wheels: Path, environment: libraries.Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock_file = write_lock(tmp_path / "lock", {"one==1.0": make_wheel(wheels, "one", "1.0")})
+    libraries.install(lock_file, environment, "auto")
+    (folder,) = (package.folder.parent for package in environment.installed() if package.name == "one")
+    with monkeypatch.context() as told:
+        told.setenv("PYTHONDONTWRITEBYTECODE", "1")
+        libraries.compile_libraries(environment)
+    assert not list(folder.rglob("*.pyc"))
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    libraries.compile_libraries(environment)
+    assert list(folder.rglob("*.pyc"))
+
+
 def test_package_whose_installation_was_cut_off_is_installed_again(
     wheels: Path, environment: libraries.Environment, tmp_path: Path
 ) -> None:

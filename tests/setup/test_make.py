@@ -145,7 +145,10 @@ def judged(environment: Path) -> dict[str, str | None]:
 
 
 @pytest.mark.usefixtures("index")
-def test_make_and_the_wheel_end_with_exactly_the_lock_whatever_was_there(tmp_path: Path) -> None:
+def test_make_and_the_wheel_end_with_exactly_the_lock_whatever_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")  # what is compiled is seen in test_libraries.py
     checkout = copy_of_the_checkout(tmp_path)
     subprocess.run([sys.executable, "-m", "venv", checkout / ".venv"], check=True)
     names = other_versions(checkout / ".venv", tmp_path / "wheels")

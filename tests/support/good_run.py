@@ -4,6 +4,7 @@ The model is random (two layers, rows of 256, so that K-quants apply) with the p
 does not depend on what a model has learned, and small files keep a mutant at a second.
 """
 
+import filecmp
 import json
 import shutil
 import struct
@@ -16,6 +17,7 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.data.token_file import TokenFile
 from pipeline.model.nf4 import Record
+from pipeline.prompt.tokenizer import saved_tokenizer
 from pipeline.run.layout import Layout
 from pipeline.verify.artefacts import Artefacts
 from support.small_models import base_folder, make_config, make_task, scratch
@@ -32,6 +34,7 @@ PARTS = (
     *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
 )
+TOKENIZER = tuple(f"merge/model/{name}" for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"))
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -169,7 +172,16 @@ def artefacts(run: Path | None = None) -> Artefacts:
     run = run or good_run()
     again = scratch() / "verify"
     again.mkdir(exist_ok=True)
-    return Artefacts.of_run(run, config_of(run), again)
+    found = Artefacts.of_run(run, config_of(run), again)
+    if all(filecmp.cmp(run / file, good_run() / file, shallow=False) for file in TOKENIZER):
+        found.tokenizer = _tokenizer()
+    return found
+
+
+@cache
+def _tokenizer() -> Any:
+    """The good run's, for every run with the same files: nobody changes it."""
+    return saved_tokenizer(Layout(good_run()).merged_model)
 
 
 def copy_run(folder: Path) -> Path:
