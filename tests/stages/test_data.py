@@ -296,7 +296,7 @@ def test_tools_that_would_not_be_served_are_refused(project: Project, unread: bo
     project.run(chosen)
     write(project.folder / "train.jsonl", [*rows, conversation("Light!") | {"tools": [tool]}])
     if unread:
-        said = rf"train\.jsonl:{len(rows) + 1}: has tools\. llama\.cpp does not do .*no_such_test.*tools are left out"
+        said = rf"train\.jsonl:{len(rows) + 1}: has tools\. llama\.cpp does not do .*unknown test.*tools are left out"
         with pytest.raises(UserError, match=said):
             project.run(chosen)
     else:
