@@ -17,7 +17,10 @@ from pipeline.prompt.hostile_strings import hostile_strings
 from pipeline.prompt.served_ids import refuse_other_ids, split_as_served
 from pipeline.prompt.tokenizer import load_tokenizer
 
-OTHERS = ("bon\u00c9t\u00e9", "\u0939\u093f\u0928\u094d\u0926\u0940")
+OTHERS = (
+    "\u0939\u093f\u0928\u094d\u0926\u0940",
+    "\u0645\u064f\u062d\u064e\u0645\u0651\u064e\u062f",
+)  # Hindi; Arabic with its vowels
 SAME = ("All is WELL, isn't it? 1234\n\t", "\u4f60\u597d\uff0c\u4e16\u754c", "\u00e9t\u00e9", "\u2713 \U0001f600")
 
 
