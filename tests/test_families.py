@@ -4,28 +4,34 @@ Every conversation's prompt, as Ollama sends it, is transformers' own, and so ar
 """
 
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import servers, small_models
+from support import bases, servers, small_models
 
 from pipeline.config import Verify
 from pipeline.data.formats import Conversation
 from pipeline.ollama.deployment import planned, read_back, template_in_force
 from pipeline.ollama.proof import prove_prompts
+from pipeline.ollama.serving import llama_server
 from pipeline.prompt.cases import conversations
 from pipeline.prompt.conformance import COMPARED
 from pipeline.prompt.labels import tokenize_texts, training_texts
 from pipeline.prompt.template import ChatTemplate, TemplateRefused, render
+from pipeline.prompt.tokenizer import load_tokenizer
+from pipeline.run.layout import Layout
 from pipeline.run.stage import Task
-from pipeline.stages import modelfile
+from pipeline.setup.places import tokenizer_folder
+from pipeline.stages import convert, modelfile, quantize
 from pipeline.verify import prompt as prompt_check
 from pipeline.verify import token_ids, trained_labels
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import FAIL
 
+STAGES = {"convert": "", "quantize": "q8_0", "modelfile": "q8_0"}
 WAYS = {"qwen3": "native", "llama3_1": "go", "gemma3": "go"}
 
 
@@ -107,6 +113,46 @@ def test_verified_by_the_same_checks() -> None:
         named = [result.sentence for result in results if result.id == "tokenizer.habits"]
         assert any("NFC" in sentence for sentence in named) == differs, named
         assert bool(named) == differs
+
+
+def test_a_jinja_that_llama_cpp_cannot_read_is_served_without_its_tools() -> None:
+    """Mistral Nemo's, on a smaller tokenizer: the file carries what was derived of it, and every rung renders it so."""
+    if (nemo := tokenizer_folder("mistral_nemo")) is None:
+        pytest.skip("the tokenizer of mistral_nemo is not here: `pipeline setup --dev` fetches it")
+    run = small_models.scratch() / "run-unread"
+    merged, kind = run / "merge" / "model", {"export": {"quant": ["q8_0"]}}
+    shutil.copytree(bases.base("unread", "smollm2-135m-instruct"), merged)
+    tokenizer, _ = load_tokenizer(merged)
+    tokenizer.chat_template = ChatTemplate.from_folder(nemo).source
+    tokenizer.save_pretrained(merged)
+    tasks = {name: small_models.make_task(run, name, variant, **kind) for name, variant in STAGES.items()}
+    convert.main(tasks["convert"])
+    quantize.main(tasks["quantize"])
+    figures = modelfile.main(tasks["modelfile"])
+    assert figures["way"] == "native", figures["reason"]
+    assert any("tools are left out" in words for words in tasks["modelfile"].warnings)
+
+    files = {"q8_0": Layout(run).quantized("q8_0")}
+    artefacts = Artefacts(Verify(), merged, Layout(run).gguf_16bit(), files, small_models.scratch() / "unread")
+    results = list(prompt_check.check_files(artefacts))
+    assert not [(result.id, result.words) for result in results if result.verdict == FAIL]
+    assert {result.id for result in results} >= {"prompt.template", "prompt.llamacpp", "prompt.tokens"}
+    with llama_server(files["q8_0"], 512) as server:
+        assert server.chat([{"role": "user", "content": "Hi"}], 4)
+    served, gguf, _ = planned(run / "modelfile" / "q8_0")
+    client, model, template = servers.client(), "family-unread:latest", ChatTemplate.from_tokenizer(tokenizer)
+    client.create(model, {**served.body(), "files": {"m.gguf": client.upload(gguf)}})
+    shown = read_back(client, model, served, template_in_force(served, gguf))
+    assert "tools" not in shown["capabilities"]
+    suite = conversations(template.special_tokens)
+    proof = prove_prompts(client, model, template, tokenizer, gguf, suite, joins=False, system=served.system)
+    assert proof.token_equal >= 45
+    client.delete(model)
+    # Another chat template in the file is found.
+    other = small_models.scratch() / "unread-other.gguf"
+    shutil.copyfile(servers.family_run("qwen3") / "quantize" / "q8_0" / "model-q8_0.gguf", other)
+    wrong = prompt_check.check_file(template, tokenizer, "convert", other, suite)
+    assert next(wrong).verdict == FAIL
 
 
 def test_what_a_template_rewrites_is_still_the_answer() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.llamacpp.library import LlamaModel
 from pipeline.llamacpp.llama_server import LlamaServer
+from pipeline.prompt.served_ids import split_as_served
 from pipeline.prompt.template import with_bos
 from pipeline.prompt.token_white_space import left, parts
 from pipeline.prompt.tokenizer import as_served
@@ -50,7 +51,11 @@ def known_habit(
 
 @lru_cache(maxsize=8)
 def _as_served(tokenizer: Any) -> tuple[Any, list[str]]:
-    return as_served(tokenizer)
+    twin, habits = as_served(tokenizer)
+    split = split_as_served(twin)
+    if split is not twin:
+        habits = [*habits, "marks, and capital letters beyond ASCII, part words otherwise"]
+    return split, habits
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +12,20 @@ if TYPE_CHECKING:
     from pipeline.config import Lora
 
 
+# Of a layer, as Unsloth finds them (unsloth_zoo's temporary_patches/moe_utils_bnb4bit.py).
+_EXPERTS = re.compile(r"\bexperts\.(gate_up_proj|down_proj)$")
+
+
 @dataclass(frozen=True)
 class Shape:
     """How many weights a model has where, and how wide it is.
 
     Attributes:
         linear: weights of the layers' linear modules, which 4-bit training stores in 4 bits.
-        other: all other weights: embeddings, head, norms, experts that are one tensor, other senses.
+        experts: weights of experts that are one tensor of a layer, which it stores so on a GPU alone.
+        other: all other weights: embeddings, head, norms, routers, other senses.
         largest: weights of the largest linear module of a layer.
+        largest_experts: weights of the largest such tensor; 0 without.
         layers: of the language model.
         hidden: values that a layer takes in for each token.
         intermediate: values inside a layer's feed-forward for each token, of all experts that are asked.
@@ -28,8 +35,10 @@ class Shape:
     """
 
     linear: int
+    experts: int
     other: int
     largest: int
+    largest_experts: int
     layers: int
     hidden: int
     intermediate: int
@@ -40,7 +49,7 @@ class Shape:
     @property
     def parameters(self) -> int:
         """All weights."""
-        return self.linear + self.other
+        return self.linear + self.experts + self.other
 
 
 def shape_of(model: Any, lora: Lora, added: int = 0) -> Shape:
@@ -58,14 +67,17 @@ def shape_of(model: Any, lora: Lora, added: int = 0) -> Shape:
 
     chosen = targets.find(model, lora)
     linear = [inner * outer for inner, outer in targets.in_layers(model).values()]
+    experts = [of.numel() for name, of in model.named_parameters() if _EXPERTS.search(name)]
     total = sum(parameter.numel() for parameter in model.parameters())
     settings = text_settings(model.config.to_dict())
     hidden = model.config.get_text_config().hidden_size
     names = [name.rpartition(".")[2] for name in chosen.modules]
     return Shape(
         linear=sum(linear),
-        other=total - sum(linear),
+        experts=sum(experts),
+        other=total - sum(linear) - sum(experts),
         largest=max(linear),
+        largest_experts=max(experts, default=0),
         layers=model.config.get_text_config().num_hidden_layers,
         hidden=hidden,
         intermediate=_intermediate(settings, hidden),

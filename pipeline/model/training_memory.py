@@ -104,11 +104,11 @@ def on_gpu(shape: Shape, tokens: int, *, in_4bit: bool, checkpointing: bool, opt
     Args:
         shape: the base and its adapter.
         tokens: of the longest batch: rows times the longest row.
-        in_4bit: the layers' linear modules are stored in NF4; else all is in 16 bits.
+        in_4bit: the layers' linear modules and experts are stored in NF4; else all is in 16 bits.
         checkpointing: activations are computed again in the backward pass, so that only one layer's are there at once.
         optimizer: as transformers names it; one that is not known here is counted as AdamW in float32.
     """
-    weights = _weights(shape.linear, shape.other, in_4bit=in_4bit)
+    weights = _weights(shape.linear + shape.experts, shape.other, in_4bit=in_4bit)
     if checkpointing:
         activations = tokens * (7.5 * shape.intermediate + 18 * shape.hidden)
     else:
@@ -119,7 +119,7 @@ def on_gpu(shape: Shape, tokens: int, *, in_4bit: bool, checkpointing: bool, opt
         gradients=FLOAT32 * shape.trained,
         optimizer=OPTIMIZER_BYTES.get(optimizer, 8) * shape.trained,
         activations=int(activations),
-        workspace=int(1e8 + 2 * SIXTEEN_BIT * shape.largest),
+        workspace=int(1e8 + 2 * SIXTEEN_BIT * max(shape.largest, shape.largest_experts)),
         beside=_CUDA_CONTEXT,
     )
     return replace(parts, beside=_CUDA_CONTEXT + int(_FRAGMENTS * parts.allocated))
@@ -148,7 +148,8 @@ def on_processor(
     # PEFT's copy of every module's input (24 hidden, 4 intermediate). In float32 modules share their input.
     parts = (40 * hidden, 10 * intermediate) if bfloat16 else (32 * hidden, 16 * intermediate)
     layer, backward = sum(parts), 20 * intermediate  # gradients of a feed-forward, in both types, while they are made
-    weights = shape.linear * (NF4_BYTES if in_4bit else number) + shape.other * number
+    # Experts that are one parameter stay in 16 bits.
+    weights = shape.linear * (NF4_BYTES if in_4bit else number) + (shape.experts + shape.other) * number
     # A piece in float32 and `number`, and the head as the matrix product packs it.
     logits = min(tokens * shape.vocabulary, _LOGITS) * (FLOAT32 + number)
     head = number * shape.vocabulary * shape.hidden

@@ -1,7 +1,7 @@
 """How a model's conversations are to be rendered in Ollama: `go`, `native`, or not at all.
 
 go: a derived TEMPLATE is exact on the whole suite, and Ollama really uses it.
-native: no TEMPLATE; Ollama has llama.cpp render the Jinja in the GGUF, which is exact.
+native: no TEMPLATE; Ollama has llama.cpp render the Jinja that the GGUF carries, which is exact.
 Neither: refused, with the first difference. Nothing is served that differs without being said.
 
 Both are judged by running the real servers on a scratch model (`pipeline.ollama.scratch_model`).
@@ -15,12 +15,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from pipeline.config import TEMPLATE_WAYS
 from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.llama_server import LlamaServer, Refused
 from pipeline.ollama.client import Client
+from pipeline.ollama.llamacpp_rendering import Carried, ask_llama_server, carried_template
 from pipeline.ollama.ollama_server import OllamaServer, find_ollama
 from pipeline.ollama.scratch_model import write_scratch_model
 from pipeline.prompt.cases import Case, conversations
@@ -32,7 +32,6 @@ from pipeline.prompt.conformance import (
     UNREASONED,
     UNTRIMMED,
     Outcome,
-    RenderRefused,
     Report,
     for_ollama,
     judge,
@@ -164,7 +163,12 @@ class Engine:
             self._client.delete(name)
 
     def uses_go(self, template: ChatTemplate, go_template: str) -> bool:
-        """Whether Ollama renders with this TEMPLATE when the GGUF carries this Jinja: it shows the one in force."""
+        """Whether Ollama renders with this TEMPLATE when the GGUF carries this Jinja: it shows the one in force.
+
+        Args:
+            template: the one that the GGUF carries.
+            go_template: the TEMPLATE.
+        """
         client = self._client
         assert client is not None, "there is no Go engine"
         name = "scratch-both:latest"
@@ -180,45 +184,33 @@ class Engine:
         return self._client.render(name, for_ollama(conversation.messages), conversation.tools, conversation.think)
 
 
-def ask_llama_server(server: LlamaServer, template: ChatTemplate, conversation: Case) -> str:
-    """A conversation's prompt from llama-server, asked for it as Ollama asks."""
-    fields: dict[str, Any] = {}
-    if conversation.tools:
-        fields["tools"] = list(conversation.tools)
-    think = conversation.think
-    if think is None and "<think>" in template.source and "</think>" in template.source:
-        think = True  # what Ollama says for a model that can think, when nothing is said
-    if think is not None:
-        fields["chat_template_kwargs"] = {"enable_thinking": think}
-    try:
-        return server.apply_template(conversation.messages, **fields)
-    except Refused as error:
-        raise RenderRefused(str(error)) from None
-
-
-def choose(template: ChatTemplate, way: str = "auto", engine: Engine | None = None) -> Choice:
+def choose(
+    template: ChatTemplate, way: str = "auto", engine: Engine | None = None, carried: Carried | None = None
+) -> Choice:
     """Choose how Ollama is to render this model's conversations.
 
     Args:
         template: the model's own.
         way: "auto", "go", "native", or the path of a Go template.
         engine: running servers; default: started and stopped here.
+        carried: what the GGUF file carries; default: it is found out here.
 
     Raises:
         UserError: a way was forced that is not possible.
     """
     if engine is None:
         with Engine() as own:
-            return choose(template, way, own)
+            return choose(template, way, own, carried)
+    carried = carried or carried_template(template)
     suite = conversations(template.special_tokens)
     if way not in TEMPLATE_WAYS:
-        return _from_file(template, Path(way), engine, suite)
+        return _from_file(template, Path(way), engine, suite, carried)
 
     reports: dict[str, Report] = {}
     derivation = None
     reasons = []
     if way != "native":
-        derivation, reason = _try_go(template, engine, suite, reports)
+        derivation, reason = _try_go(template, engine, suite, reports, carried)
         if not reason:
             assert derivation is not None
             words = f"a derived TEMPLATE is exact ({reports['go'].summary})"
@@ -228,14 +220,14 @@ def choose(template: ChatTemplate, way: str = "auto", engine: Engine | None = No
                 derivation.template,
                 derivation=derivation,
                 reports=reports,
-                warnings=_warnings(template, reports["go"]),
+                warnings=_warnings(template, reports["go"], carried),
             )
         reasons.append(f"go: {reason}")
     if way != "go":
-        jinja, reason = _try_native(template, engine, suite, reports)
+        jinja, reason = _try_native(template, engine, suite, reports, carried)
         if not reason:
             reasons.append(f"llama.cpp renders the Jinja exactly ({reports['native'].summary})")
-            why, warnings = "; ".join(reasons), _warnings(template, reports["native"])
+            why, warnings = "; ".join(reasons), _warnings(template, reports["native"], carried)
             return Choice("native", why, None, jinja, MINIMUM_OLLAMA, derivation, reports, warnings)
         reasons.append(f"native: {reason}")
     return Choice("refused", "; ".join(reasons), derivation=derivation, reports=reports)
@@ -257,9 +249,10 @@ _WARNINGS = {
 _OWN_CODE = ("gemma4", "laguna", "nemotron_h", "gpt_oss", "gpt-oss")
 
 
-def _warnings(template: ChatTemplate, report: Report) -> tuple[str, ...]:
+def _warnings(template: ChatTemplate, report: Report, carried: Carried) -> tuple[str, ...]:
     """What a user should know of an exact way."""
     warnings = tuple(words for status, words in _WARNINGS.items() if report.counts[status])
+    warnings += (carried.left_out,) if carried.left_out else ()
     if template.architecture.startswith(_OWN_CODE):
         own = f"Ollama has code of its own for prompts of {template.architecture}: only `deploy` can prove them"
         return (*warnings, own)
@@ -267,7 +260,7 @@ def _warnings(template: ChatTemplate, report: Report) -> tuple[str, ...]:
 
 
 def _try_go(
-    template: ChatTemplate, engine: Engine, suite: Sequence[Case], reports: dict[str, Report]
+    template: ChatTemplate, engine: Engine, suite: Sequence[Case], reports: dict[str, Report], carried: Carried
 ) -> tuple[Derivation, str]:
     """Derive and judge; the second value says why it cannot be used, "" if it can."""
     derivation = derive(template)
@@ -277,27 +270,27 @@ def _try_go(
         return derivation, "there is no Ollama here to prove the derived TEMPLATE"
     reports["go"] = report = engine.judge_go(template, derivation.template, suite)
     judgement = "exact" if report.exact else f"not exact ({report.summary})"
-    if not engine.uses_go(template, derivation.template):
+    if not engine.uses_go(template.with_source(carried.jinja), derivation.template):
         return derivation, f"{judgement}, but Ollama ignores a TEMPLATE where the Jinja can do more (tools, thinking)"
     return derivation, "" if report.exact else f"the derived TEMPLATE is {judgement}"
 
 
 def _try_native(
-    template: ChatTemplate, engine: Engine, suite: Sequence[Case], reports: dict[str, Report]
+    template: ChatTemplate, engine: Engine, suite: Sequence[Case], reports: dict[str, Report], carried: Carried
 ) -> tuple[str, str]:
     """Guard and judge; the first value is the guarded Jinja, the second says why it cannot be used, "" if it can."""
-    jinja = guarded(template.source)
+    jinja = guarded(carried.jinja)
     try:
         reports["native"] = report = engine.judge_native(template, jinja, suite)
         if report.thinking_switched_on:
-            jinja = guarded(template.source, thinking_not_said=True)
+            jinja = guarded(carried.jinja, thinking_not_said=True)
             reports["native"] = report = engine.judge_native(template, jinja, suite)
     except Refused as error:
         return jinja, f"llama.cpp cannot use the template: {error}"
     return jinja, "" if report.exact else f"llama.cpp renders it differently ({report.summary})"
 
 
-def _from_file(template: ChatTemplate, path: Path, engine: Engine, suite: Sequence[Case]) -> Choice:
+def _from_file(template: ChatTemplate, path: Path, engine: Engine, suite: Sequence[Case], carried: Carried) -> Choice:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -309,14 +302,14 @@ def _from_file(template: ChatTemplate, path: Path, engine: Engine, suite: Sequen
     if not engine.has_go:
         raise UserError(f"{path}: there is no Ollama here to prove a TEMPLATE with: run `pipeline setup`")
     report = engine.judge_go(template, text, suite)
-    if not engine.uses_go(template, text):
+    if not engine.uses_go(template.with_source(carried.jinja), text):
         raise UserError(
             f"{path}: Ollama would ignore this TEMPLATE, because the model's own Jinja can do more (tools, thinking); "
             "use ollama.template = 'native'"
         )
     if not report.exact:
         return Choice("refused", f"{path} does not send what was trained ({report.summary})", reports={"go": report})
-    warnings = _warnings(template, report)
+    warnings = _warnings(template, report, carried)
     return Choice("go", f"given by {path} ({report.summary})", text, reports={"go": report}, warnings=warnings)
 
 

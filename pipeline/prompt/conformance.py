@@ -20,6 +20,7 @@ from typing import Any
 from pipeline.errors import PipelineError
 from pipeline.prompt.cases import Case
 from pipeline.prompt.message_text import WHITE_SPACE
+from pipeline.prompt.plain_jinja import REFUSAL
 from pipeline.prompt.template import ChatTemplate, TemplateRefused
 
 EXACT = "exact"
@@ -141,7 +142,9 @@ def _outcome(template: ChatTemplate, conversation: Case, render: Render, joins: 
 
 
 def _unsupported(words: str, conversation: Case) -> bool:
-    """Whether Ollama itself, and no template, refuses what this conversation asks of the model."""
+    """Whether Ollama itself, or a template of plain conversations, refuses what this conversation asks of the model."""
+    if conversation.uses_tools and f"{REFUSAL}tool" in words:
+        return True
     match = re.fullmatch(r"\S+ does not support (tools|thinking)", words)
     return match is not None and bool(conversation.tools if match[1] == "tools" else conversation.think)
 

@@ -55,6 +55,7 @@ class Encoded:
         left_off: messages after the last trained one.
         opens: whether it begins with an answer, which nobody asks for.
         is_text: whether it is a whole text.
+        tools: whether tools are on offer in it, are called, or say something.
     """
 
     kept: list[Kept]
@@ -63,6 +64,7 @@ class Encoded:
     left_off: int
     opens: bool
     is_text: bool
+    tools: bool
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,7 @@ class Preparer:
                 row.cut,
                 bool(row.messages) and row.messages[0]["role"] == "assistant",
                 row.text is not None,
+                bool(row.tools) or any(one["role"] == "tool" or "tool_calls" in one for one in row.messages),
             )
             for row, outcome in zip(rows, self.encoder.encode(rows), strict=True)
         ]

@@ -15,7 +15,7 @@ from pipeline.prompt.control_tokens import control_tokens_in
 from pipeline.prompt.labels import Tokenized, TrainingText, tokenize_texts, training_texts
 from pipeline.prompt.left_out import left_out
 from pipeline.prompt.lengths import fit, pieces
-from pipeline.prompt.token_white_space import refuse_left
+from pipeline.prompt.served_ids import refuse_other_ids
 from pipeline.prompt.tokenizer import Beyond
 from pipeline.prompt.whole_texts import tokenize_whole_texts
 
@@ -94,7 +94,7 @@ class Encoder:
         try:
             self._check_texts(outcome)
             texts = training_texts(self.tokenizer, row.messages, row.tools, row.trained)
-            refuse_left(self.tokenizer, (text.text for text in texts), row.place)
+            refuse_other_ids(self.tokenizer, (text.text for text in texts), row.place)
             for kind, part in left_out(row, texts):
                 words = f"{row.place}: the model's chat template writes nothing of {part}"
                 if self.unwritten == "error":
@@ -112,7 +112,7 @@ class Encoder:
 
     def _check_texts(self, outcome: Outcome) -> None:
         row = outcome.row
-        refuse_left(self.tokenizer, [row.text or ""], row.place)
+        refuse_other_ids(self.tokenizer, [row.text or ""], row.place)
         if self.beyond.tokens:
             said = (str(value) for message in row.messages for value in message.values())
             try:

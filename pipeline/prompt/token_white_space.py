@@ -19,8 +19,6 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
-from pipeline.data.findings import RowError
-
 # In a model's name, for llama.cpp.
 PHI3 = re.compile("phi-?3", re.IGNORECASE)
 _TAKE_NOTHING = frozenset({"<unk>", "<s>", "<|endoftext|>"})
@@ -75,25 +73,9 @@ def left(tokenizer: Any, text: str) -> str:
     return f"U+{ord(text[match.end()]):04X} after {match[0].rstrip(_ASCII)}"
 
 
-def refuse_left(tokenizer: Any, texts: Iterable[str], place: str) -> None:
-    """Refuse a row with such white space.
-
-    Args:
-        tokenizer: as for `parts`.
-        texts: the row's, rendered; read only where the tokenizer takes any.
-        place: where the row stands.
-
-    Raises:
-        RowError: with the place.
-    """
-    for text in texts if _left(tokenizer) is not None else ():
-        if words := left(tokenizer, text):
-            raise RowError(
-                "white space that is trained as a part of a token and served as a token of its own",
-                f"{place}: has the white space {words}, which the model's tokenizer takes for a part of that token and "
-                "llama.cpp does not, so that other ids would be served than trained: strip it from the beginning of "
-                'the message, or leave the row out with data.on_error = "skip"',
-            )
+def takes_any(tokenizer: Any) -> bool:
+    """Whether any token takes the white space after it."""
+    return _left(tokenizer) is not None
 
 
 @lru_cache(maxsize=8)

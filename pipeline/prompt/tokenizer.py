@@ -263,7 +263,7 @@ def as_served(tokenizer: Any) -> tuple[Any, list[str]]:
             for token in whole["added_tokens"]:
                 token |= {"lstrip": False, "rstrip": takes[token["content"]]}
 
-        tokenizer = _from_its_files(tokenizer, edit)
+        tokenizer = from_its_files(tokenizer, edit)
     if normalized:
         changes.append(f"texts are not normalised ({form})")
     if words:
@@ -357,7 +357,7 @@ def _shorten(file: Path) -> None:
     file.write_text(json.dumps(whole, ensure_ascii=False), encoding="utf-8")
 
 
-def _from_its_files(tokenizer: Any, edit: Callable[[dict[str, Any]], None]) -> Any:
+def from_its_files(tokenizer: Any, edit: Callable[[dict[str, Any]], None]) -> Any:
     """The same, once its tokenizer.json is edited, in the class that reads that as it is.
 
     A family's own class builds its normaliser anew.

@@ -63,6 +63,7 @@ class TrainingSet:
         self.left_off = 0  # messages after the last trained one
         self.merged = 0  # answers whose first token is shared with the prompt
         self.texts = 0  # rows of `out` that are whole texts
+        self.with_tools = ""  # the place of the first row with tools
         self.openings = 0  # answers that open a conversation, which nobody asks for
 
     def add(self, row: Prepared, times: int = 1) -> None:
@@ -88,6 +89,7 @@ class TrainingSet:
         self.out += 1
         self.left_off += encoded.left_off
         self.openings += encoded.opens
+        self.with_tools = self.with_tools or (row.place if encoded.tools else "")
         self.texts += encoded.is_text
         for leaks, near in zip(self._leaks, row.leaks, strict=bool(self._leaks)):
             leaks.add(row.place, near)

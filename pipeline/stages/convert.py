@@ -3,7 +3,8 @@
 With `export.as = "adapter"` it is the untouched base, with the trained tokenizer, and beside it the adapter as a GGUF.
 
 The converter exits 0 on models that then babble, so its output is opened: every parameter is there, no value is NaN,
-the tokenizer is the right kind, and the end-of-sequence token and the chat template are the trained ones.
+the tokenizer is the right kind, the end-of-sequence token is the trained one, and so is the chat template, unless
+llama.cpp cannot do what it says (`pipeline.ollama.llamacpp_rendering`).
 """
 
 import json
@@ -23,6 +24,7 @@ from pipeline.model.nf4 import Record
 from pipeline.model.plain_adapter import write_plain
 from pipeline.model.sixteen_bit import merge_files, sixteen_bit_base
 from pipeline.model.weights_file import Weights, read_weights
+from pipeline.ollama.llamacpp_rendering import as_carried
 from pipeline.processes import require_space
 from pipeline.prompt.tokenizer import read_saved, saved_tokenizer
 from pipeline.run.layout import Layout
@@ -46,6 +48,7 @@ def main(task: Task) -> dict[str, Any]:
     """Write and check `model-f16.gguf` or `model-bf16.gguf`, and `adapter.gguf` where one is served."""
     apart = task.config.export.as_ == "adapter"
     model = _base_as_trained(task) if apart else task.layout.merged_model
+    model = as_carried(model, task.scratch / "carried")
     weights = read_weights(model)
     adapter = _convert_adapter(task, weights) if apart else {}
     asked = task.config.export.outtype
@@ -190,7 +193,7 @@ STAGE = Stage(
     # What the proof is told beside: a file that is proven is the same under every threshold.
     indifferent_to=("verify", "export.quant", "adapter", "adapters", "train.load_in_4bit"),
     files=files,
-    libraries=("torch", "transformers", "bitsandbytes", "tokenizers", "safetensors", "numpy"),
+    libraries=("torch", "transformers", "bitsandbytes", "tokenizers", "safetensors", "numpy", "jinja2"),
     programs=("llama.cpp",),
     figures=("type", "bytes", "tensors", "pre_tokenizer"),
     removes=lambda config: {} if config.merge.keep else {"merge": (Layout.MERGED_WEIGHTS,)},

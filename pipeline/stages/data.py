@@ -28,6 +28,7 @@ from pipeline.data.questions import chosen, question_of, questions_in
 from pipeline.data.sources import Rows, files_of, unparsed_rows
 from pipeline.data.word_pairs import NEAR
 from pipeline.errors import UserError
+from pipeline.llamacpp.programs import installed
 from pipeline.model import targets
 from pipeline.model.added_tokens import shown_or_not
 from pipeline.model.base import base_folder
@@ -36,14 +37,15 @@ from pipeline.model.continued_adapter import read_continued_adapter
 from pipeline.model.facts import base_files, context_of
 from pipeline.model.sixteen_bit import check_bits
 from pipeline.model.trained_tokenizer import adapter_files, trained_tokenizer
+from pipeline.ollama.llamacpp_rendering import carried_template
 from pipeline.ollama.parameters import served_context
 from pipeline.prompt.chat_templates import DEFAULT, OF_TEXTS
 from pipeline.prompt.encoder_pool import EncoderPool
 from pipeline.prompt.lengths import check_room, question_lengths
 from pipeline.prompt.prepared import Batch, Prepared, Preparer
 from pipeline.prompt.sequences import TOO_LONG_CUT, TOO_LONG_DROPPED, TOO_LONG_SPLIT, Encoder
-from pipeline.prompt.template import TemplateRefused, render
-from pipeline.prompt.token_white_space import refuse_left
+from pipeline.prompt.served_ids import refuse_other_ids
+from pipeline.prompt.template import ChatTemplate, TemplateRefused, render
 from pipeline.prompt.tokenizer import beyond_embedding, saved_tokenizer
 from pipeline.prompt.training_set import TrainingSet
 from pipeline.run.stage import Stage, Task
@@ -116,6 +118,7 @@ def main(task: Task) -> dict[str, Any]:
         raise UserError(f"{data.train}: no row is left to train on; see data.on_overlong and the marks of the rows")
     if data.train is not None:
         _check_texts(task, base, sets["train"])
+        _check_tools(encoder.tokenizer, sets.values())
     for name, one in sets.items():
         figures |= {f"{name}_{key}": value for key, value in one.figures().items()}
     figures |= _say(task, found, sets, leaks)
@@ -152,6 +155,18 @@ def _encoder(task: Task, base: Path) -> Encoder:
     beyond.refuse_in(render(tokenizer, [{"role": "user", "content": ""}], add_generation_prompt=True), "chat template")
     longest = task.config.train.max_length or tokenizer.model_max_length
     return Encoder(tokenizer, beyond, longest, data.on_overlong, data.window, data.control_tokens, data.unwritten)
+
+
+def _check_tools(tokenizer: Any, sets: Iterable[TrainingSet]) -> None:
+    """Refuse tools that are trained and that the served model will not be told of; no server is started without any."""
+    place = next((one.with_tools for one in sets if one.with_tools), "")
+    if not place or not installed("llama-server"):  # which preflight says
+        return
+    if left_out := carried_template(ChatTemplate.from_tokenizer(tokenizer)).left_out:
+        raise UserError(
+            f"{place}: has tools. {left_out}. Leave out the rows with tools, or take a model.chat_template, or a base, "
+            "whose tools llama.cpp can write"
+        )
 
 
 def _adapter(task: Task, base: Path) -> dict[str, Any]:
@@ -264,7 +279,7 @@ def _served_otherwise(tokenizer: Any, row: Conversation) -> RowError | None:
             yield render(tokenizer, question.messages, add_generation_prompt=True, tools=question.tools)
 
     try:
-        refuse_left(tokenizer, prompt(), row.place)
+        refuse_other_ids(tokenizer, prompt(), row.place)
     except RowError as error:
         return error
     return None

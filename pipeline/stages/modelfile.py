@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import PipelineError
 from pipeline.llamacpp.gguf_file import inspect
 from pipeline.llamacpp.gguf_template import write_with_template
+from pipeline.ollama.llamacpp_rendering import carried_template
 from pipeline.ollama.modelfile_text import ServedModel, served_system, write
 from pipeline.ollama.parameters import parameters
 from pipeline.ollama.rendering import choose, explain, refusal
@@ -38,12 +39,13 @@ def main(task: Task) -> dict[str, Any]:
     gguf = task.layout.quantized(task.variant)
     template = ChatTemplate.from_folder(model)
     carried = inspect(gguf).metadata.get("tokenizer.chat_template")
-    if carried != template.source:
+    meant = carried_template(template)
+    if carried != meant.jinja:
         raise PipelineError(
             f"{gguf.name} carries another chat template than the merged model has: convert it again "
             "(`pipeline convert --force`)"
         )
-    choice = choose(template, config.ollama.template)
+    choice = choose(template, config.ollama.template, carried=meant)
     if choice.way == "refused":
         raise refusal(choice)
     for warning in choice.warnings:

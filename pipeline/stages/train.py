@@ -45,7 +45,6 @@ def main(task: Task) -> dict[str, Any]:
     from pipeline.model import targets
     from pipeline.model.added_tokens import rows_of
     from pipeline.model.base import base_folder
-    from pipeline.model.nf4 import Record
     from pipeline.prompt.tokenizer import load_tokenizer
 
     config, settings = task.config, task.config.train
@@ -77,7 +76,7 @@ def main(task: Task) -> dict[str, Any]:
         use_exact_model_name=True,
     )
     set_seed(settings.seed)
-    Record.of(model).write(task.output)
+    in_4bit = write_record(model, task)
     chosen = targets.find(model, config.lora)
     merged = targets.of_base(folder, config.lora, trust_remote_code=config.model.trust_remote_code)
     if other := chosen.modules.keys() ^ merged.modules.keys():
@@ -142,7 +141,7 @@ def main(task: Task) -> dict[str, Any]:
         "parameters": total,
         "seconds_per_step": seconds / max(1, trainer.state.global_step),
         "tokens_per_second": tokens / max(seconds, 1e-9),
-        "load_in_4bit": settings.load_in_4bit,
+        "load_in_4bit": in_4bit,
         "batches": "packed" if trainer.args.packing else "end to end" if trainer.args.padding_free else "padded",
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         **({"cuda": torch.version.cuda, "peak_gpu_bytes": torch.cuda.max_memory_allocated()} if cuda else {}),
@@ -150,6 +149,20 @@ def main(task: Task) -> dict[str, Any]:
         "seed": settings.seed,
         **({"from_adapter": str(settings.from_adapter)} if settings.from_adapter is not None else {}),
     }
+
+
+def write_record(model: Any, task: Task) -> bool:
+    """Leave how Unsloth has the base's modules; whether any is in 4 bits."""
+    from pipeline.model.nf4 import Record
+
+    record = Record.of(model)
+    record.write(task.output)
+    if task.config.train.load_in_4bit and not record.in_4bit:
+        task.warn(
+            "train.load_in_4bit: Unsloth loaded nothing of this base in 4 bits on this device: it is trained in 16 "
+            "bits, which takes the memory of 16, and merged so"
+        )
+    return bool(record.in_4bit)
 
 
 def _take_over(model: Any, adapter: Path) -> None:

@@ -17,9 +17,10 @@ from pipeline.llamacpp.gguf_file import inspect
 from pipeline.llamacpp.llama_server import LlamaServer
 from pipeline.llamacpp.tokenizer_differences import known_habit
 from pipeline.ollama.deployment import deployed, deployed_plan, differences, template_in_force
+from pipeline.ollama.llamacpp_rendering import Carried, ask_llama_server, carried_template
 from pipeline.ollama.modelfile_text import served_system
 from pipeline.ollama.parameters import stop_strings
-from pipeline.ollama.rendering import Engine, ask_llama_server, explain
+from pipeline.ollama.rendering import Engine, explain
 from pipeline.prompt.cases import Case, conversations
 from pipeline.prompt.conformance import Report, for_ollama, judge
 from pipeline.prompt.guard import FOREIGN, guarded
@@ -63,6 +64,7 @@ def check_file(
         suite: the conversations that are compared.
     """
     carried = Claim("prompt.template", stage, "the GGUF file carries the trained chat template, byte for byte")
+    derived = Claim("prompt.template", stage, "the GGUF file carries what llama.cpp can do of the chat template")
     rendered = Claim("prompt.llamacpp", stage, "llama.cpp renders the trained prompt")
     tokens = Claim("prompt.tokens", stage, "a served prompt has the trained ids, BOS included")
     try:
@@ -70,25 +72,28 @@ def check_file(
     except PipelineError as error:
         yield from (claim.not_run(f"the file cannot be read: {error}") for claim in (carried, rendered, tokens))
         return
-    yield carried.holds(source == template.source, _template_difference(source, template.source))
+    served = template.with_source(source if isinstance(source, str) else "")
+    meant = Carried(template.source) if source == template.source else carried_template(template)
+    claim = derived if meant.left_out else carried
+    yield claim.holds(source == meant.jinja, _template_difference(source, meant.jinja), meant.left_out or None)
     try:
-        bare = _bare(template, path, suite)
+        bare = _bare(template, served, path, suite)
         shipped = guarded(source, thinking_not_said=True) if isinstance(source, str) else None
         with LlamaServer(path, context=256, template=shipped) as server:
-            report = judge(template, suite, lambda case: ask_llama_server(server, template, case), joins=False)
+            report = judge(template, suite, lambda case: ask_llama_server(server, served, case), joins=False)
             yield _judged(rendered, report, f"guarded as it is served: {report.summary}; bare: {bare}" if bare else "")
             yield from _same_tokens(tokens, template, tokenizer, server, suite)
     except PipelineError as error:
         yield rendered.holds(False, f"llama-server cannot use it: {error}")
 
 
-def _bare(template: ChatTemplate, path: Path, suite: Sequence[Case]) -> str:
+def _bare(template: ChatTemplate, served: ChatTemplate, path: Path, suite: Sequence[Case]) -> str:
     """What a llama-server makes of the file by itself, where it gives a template what transformers does not give it."""
-    if not any(name in template.source for name in (*FOREIGN, "enable_thinking")):
+    if not any(name in served.source for name in (*FOREIGN, "enable_thinking")):
         return ""
     try:
         with LlamaServer(path, context=256) as server:
-            return judge(template, suite, lambda case: ask_llama_server(server, template, case), joins=False).summary
+            return judge(template, suite, lambda case: ask_llama_server(server, served, case), joins=False).summary
     except PipelineError as error:
         return f"refused: {str(error).splitlines()[-1]}"
 
@@ -167,13 +172,13 @@ def _rendered(
     claim: Claim, engine: Engine, template: ChatTemplate, go_template: str, folder: Path, suite: Sequence[Case]
 ) -> Result:
     try:
+        # Of the file that is shipped, with what keeps Ollama from replacing it.
+        shipped = folder / json.loads((folder / "create.json").read_text(encoding="utf-8"))["gguf"]
+        jinja = str(inspect(shipped).metadata["tokenizer.chat_template"])
         if not go_template:
-            # Rendered by the Jinja of the file that is shipped, with what keeps Ollama from replacing it.
-            shipped = folder / json.loads((folder / "create.json").read_text(encoding="utf-8"))["gguf"]
-            jinja = str(inspect(shipped).metadata["tokenizer.chat_template"])
             return _judged(claim, engine.judge_native(template, jinja, suite))
         report = engine.judge_go(template, go_template, suite)
-        if report.exact and not engine.uses_go(template, go_template):
+        if report.exact and not engine.uses_go(template.with_source(jinja), go_template):
             return claim.holds(False, "Ollama ignores this TEMPLATE: the model's own Jinja can do more")
     except PipelineError as error:
         return claim.holds(False, str(error))

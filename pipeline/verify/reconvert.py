@@ -12,6 +12,7 @@ from pipeline.llamacpp import converter
 from pipeline.llamacpp.gguf_file import GGUFInfo, inspect
 from pipeline.model import memory
 from pipeline.model.weights_file import read_weights
+from pipeline.ollama.llamacpp_rendering import as_carried
 from pipeline.processes import require_space
 
 _UNQUANTIZED = {0: "f32", 1: "f16", 32: "bf16"}  # general.file_type
@@ -44,7 +45,7 @@ def reconvert(model: Path, folder: Path, outtype: str, *, without_weights: bool 
             size = memory.float32_file if outtype == "f32" else memory.sixteen_bit_file
             require_space(folder, size(read_weights(model).parameters), "the model, converted again")
         partial = target.with_suffix(".partial")
-        command = converter.command(model, partial, outtype)
+        command = converter.command(as_carried(model, folder / "carried" / model.name), partial, outtype)
         converter.convert([*command, *(("--vocab-only",) if without_weights else ())], folder)
         partial.rename(target)
     return inspect(target)

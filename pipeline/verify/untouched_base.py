@@ -31,6 +31,7 @@ from pipeline.model.sixteen_bit import check_bits, sixteen_bit_base
 from pipeline.model.trained_tokenizer import trained_tokenizer
 from pipeline.model.weights_file import read_weights
 from pipeline.ollama.client import Client
+from pipeline.ollama.llamacpp_rendering import carried_template
 from pipeline.ollama.ollama_server import OllamaServer, find_ollama
 from pipeline.ollama.rendering import choose, refusal
 from pipeline.ollama.target import names_of, refuse_taken, server
@@ -48,6 +49,7 @@ _TOKENS, _STRINGS = 1000, 2000
 _CONVERTED = Claim("preflight.convert", "convert", "the pinned converter takes the base")
 _ADAPTER = Claim("preflight.adapter", "convert", "the pinned converter takes the adapter, and the base has its places")
 _TEMPLATE = Claim("preflight.template", "modelfile", "the base's chat template can be served exactly")
+_TOOLS = Claim("preflight.tools", "modelfile", "the served model takes tools")
 _TARGET = Claim("preflight.target", "deploy", "there is an Ollama to deploy to, and the names are free")
 _SERVED = Claim("preflight.served", "deploy", "Ollama loads the quantized base and answers")
 
@@ -178,9 +180,13 @@ def _judge(artefacts: Artefacts) -> list[Result]:
 
 
 def _template(config: Config, base: Path) -> Iterator[Result]:
-    choice = choose(ChatTemplate.from_folder(base), config.ollama.template)
+    template = ChatTemplate.from_folder(base)
+    carried = carried_template(template)
+    choice = choose(template, config.ollama.template, carried=carried)
     words = str(refusal(choice)) if choice.way == "refused" else ""
     yield _TEMPLATE.holds(choice.way != "refused", words, choice.way, "go or native")
+    if carried.left_out:
+        yield _TOOLS.not_run(carried.left_out)
 
 
 def check_target(config: Config, run_folder: Path, scratch: Path) -> Iterator[Result]:

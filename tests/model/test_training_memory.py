@@ -6,15 +6,17 @@ the runs of `benchmarks.plan` (28 November 2026, 2 cores, 24 GB).
 
 import json
 from functools import cache
+from typing import Any
 
 import pytest
+from support import bases
 from support.small_models import scratch
 
 from pipeline.config import Lora
 from pipeline.model import training_memory
 from pipeline.model.shape import Shape, shape_of
 from pipeline.model.targets import without_weights
-from pipeline.model.training_memory import TrainingMemory, full_fine_tuning, on_gpu, on_processor
+from pipeline.model.training_memory import NF4_BYTES, TrainingMemory, full_fine_tuning, on_gpu, on_processor
 
 # Hidden, intermediate, layers, heads, tied: Llama 3.2 1B and 3B, Llama 3.1 8B; 128,256 words each.
 LLAMAS = {
@@ -79,6 +81,24 @@ def shape(
     }
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return shape_of(without_weights(folder), Lora(r=r))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "mixtral"])
+def test_experts_are_counted_as_they_are_stored(model_type: str) -> None:
+    """All of a layer's are one tensor, which Unsloth packs on a GPU; the router beside them stays."""
+    model = without_weights(bases.base(f"architecture-{model_type}", "smollm2-135m-instruct", model_type))
+    weights = {name: of.numel() for name, of in model.named_parameters()}
+    experts = [size for name, size in weights.items() if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+    attention = [size for name, size in weights.items() if name.endswith("_proj.weight")]
+    shape = shape_of(model, Lora(r=4))
+    assert len(experts) == 2 * shape.layers
+    assert (shape.experts, shape.linear) == (sum(experts), sum(attention))
+    assert shape.parameters == sum(weights.values())
+    assert (shape.largest, shape.largest_experts) == (max(attention), max(experts))
+    of: dict[str, Any] = {"tokens": 1, "in_4bit": True, "checkpointing": False, "optimizer": "sgd"}
+    processor = on_processor(shape, **of, bfloat16=True, validates=False)
+    card = on_gpu(shape, **of)
+    assert processor.weights - card.weights == pytest.approx((2 - NF4_BYTES) * sum(experts), abs=2)
 
 
 def test_a_base_by_its_parts() -> None:

@@ -15,7 +15,8 @@ from pipeline.errors import UserError
 from pipeline.llamacpp.gguf_template import write_with_template
 from pipeline.llamacpp.llama_server import LlamaServer
 from pipeline.llamacpp.programs import source_tree
-from pipeline.ollama.rendering import Choice, Engine, ask_llama_server, choose, refusal
+from pipeline.ollama.llamacpp_rendering import ask_llama_server, carried_template
+from pipeline.ollama.rendering import Choice, Engine, choose, refusal
 from pipeline.ollama.scratch_model import write_scratch_model
 from pipeline.prompt.cases import CONVERSATIONS
 from pipeline.prompt.conformance import (
@@ -34,20 +35,12 @@ from pipeline.prompt.message_text import WHITE_SPACE, Ends, Handling, learn
 from pipeline.prompt.template import ChatTemplate, TemplateRefused
 
 # What no way carries, and why it is refused. All others are served exactly.
-REFUSED = {
+REFUSED = {"fireworks-ai-llama-3-firefunction-v2": "the template wants a variable `functions`"}
+# What llama.cpp renders otherwise: its file carries a template of plain conversations, and tools are left out.
+PLAIN = {
     "StepFun3.5-Flash": "llama.cpp trims every message for this template",
-    "fireworks-ai-llama-3-firefunction-v2": "the template wants a variable `functions`",
     "google-gemma-4-31B-it-interleaved": "llama.cpp has Gemma 4's tools rendered by its own code",
     "meetkai-functionary-medium-v3.1": "the template escapes JSON as HTML, llama.cpp does not",
-}
-# Which conversations llama.cpp itself renders otherwise, for REFUSED's reasons; in all others a difference has a name.
-CALLS = {
-    "a call and its result", "a call, its result, another turn", "a call with several arguments",
-    "reasoning, a call, its result",
-}  # fmt: skip
-NATIVE_DIFFERS = {
-    "google-gemma-4-31B-it-interleaved": CALLS,
-    "meetkai-functionary-medium-v3.1": {"one tool", "several tools, system"} | CALLS,
 }
 NEED_TOOLS = {
     "CohereForAI-c4ai-command-r-plus-tool_use",
@@ -92,7 +85,9 @@ def test_it_is_served_exactly_or_refused_with_the_reason(shipped: str) -> None:
     assert {outcome.status for outcome in report.outcomes} <= set(HARMLESS)
     assert [outcome.name for outcome in report.outcomes] == [case.name for case in CONVERSATIONS]
     named = report.counts.keys() - {EXACT, "template refuses", "server refuses"}
-    assert len(choice.warnings) == len(named)  # what is not exact byte for byte is said
+    # What is not exact byte for byte is said, and what is left out.
+    assert len(choice.warnings) == len(named) + (shipped in PLAIN)
+    assert any("tools are left out" in words for words in choice.warnings) == (shipped in PLAIN)
     assert (choice.way == "go") == (choice.go_template is not None)
     assert (choice.way == "native") == (choice.jinja is not None) == (choice.requires is not None)
 
@@ -122,7 +117,7 @@ def test_llama_cpp_renders_it_exactly_or_the_difference_is_named(shipped: str) -
     assert [outcome.name for outcome in report.outcomes] == [case.name for case in CONVERSATIONS]
     assert report.exact == (shipped not in REFUSED)
     unnamed = {outcome.name for outcome in report.outcomes if outcome.status not in (*HARMLESS, TRIMMED)}
-    assert unnamed == NATIVE_DIFFERS.get(shipped, set())
+    assert not unnamed
 
 
 def test_templates_that_need_tools_are_known_by_it(request: pytest.FixtureRequest) -> None:
@@ -260,10 +255,44 @@ def test_what_probing_cannot_see_is_seen_by_the_suite(what: str, source: str) ->
         assert choice.reports["go"].first_difference() is not None
 
 
-def test_a_template_that_llama_cpp_cannot_read_is_told_in_its_words() -> None:
+UNREAD = "{% set ignored = messages | selectattr('content', 'no_such_test') %}"  # Jinja2 never runs it
+
+
+@pytest.mark.parametrize(("given", "way"), [("auto", "go"), ("native", "native")])
+def test_a_template_that_llama_cpp_cannot_read_is_written_anew(given: str, way: str) -> None:
+    """For plain conversations; what tools say is refused, and not left out of a prompt in silence."""
+    tools = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML.replace("m.content", "(m.tool_calls or m.content)")
+    template = ChatTemplate(UNREAD + tools, "<s>", "</s>")
+    carried = carried_template(template)
+    assert "selectattr: unknown test" in carried.left_out
+    assert "tools are left out" in carried.left_out
+    choice = choose(template, given, servers.engine())
+    assert choice.way == way, choice.reason
+    assert choice.jinja == (guarded(carried.jinja) if way == "native" else None)
+    assert carried.left_out in choice.warnings
+    report = choice.reports[way]
+    assert report.counts[EXACT] > 50
+    refused = {outcome.name for outcome in report.outcomes if outcome.status == NOT_SERVED}
+    assert refused >= {case.name for case in CONVERSATIONS if case.tools or (case.uses_tools and way == "native")}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("a system message folded into the first turn", "a last turn that differs", "thinking dropped, then trimmed"),
+        *("line breaks stripped", "system texts at the end", "the last system text in front", "backslashes and quotes"),
+        *("an empty system message is none", "today's date in words", "a generation prompt without thinking"),
+    ],
+)
+def test_what_is_written_anew_is_exact_in_llama_cpp(case: str) -> None:
+    template = ChatTemplate(UNREAD + DERIVABLE[case], "<s>", "</s>")
+    assert "selectattr: unknown test" in carried_template(template).left_out
+
+
+def test_one_that_cannot_be_written_anew_is_told_in_llama_cpps_words() -> None:
     """Its llama-server does not start: no prompt differs, none is made."""
-    unread = "{% set ignored = messages | selectattr('content', 'no_such_test') %}"  # Jinja2 never runs it
-    choice = choose(ChatTemplate(unread + CHATML, "<s>", "</s>"), "native", servers.engine())
+    counts = "{{ messages | length }}" + CHATML
+    choice = choose(ChatTemplate(UNREAD + counts, "<s>", "</s>"), "native", servers.engine())
     assert choice.way == "refused"
     assert "native" not in choice.reports
     for told in (choice.reason, str(refusal(choice))):

@@ -281,6 +281,28 @@ def test_questions_with_tools_are_left_out_and_that_is_said(project: Project) ->
         project.run("data.test=t.jsonl")
 
 
+@pytest.mark.parametrize("unread", [True, False])
+def test_tools_that_would_not_be_served_are_refused(project: Project, unread: bool) -> None:
+    """llama.cpp cannot read the template's first line, so that the served file has one without tools."""
+    first = "{% set ignored = messages | selectattr('content', 'no_such_test') %}" if unread else ""
+    turns = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    tools = "{% if tools %}{{ tools | tojson }}{% endif %}"
+    asked = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    (project.folder / "own.jinja").write_text(first + tools + turns + asked)
+    chosen = f'model.chat_template="{project.folder / "own.jinja"}"'
+    tool = {"type": "function", "function": {"name": "lamp", "description": "A lamp.", "parameters": {}}}
+    rows = [conversation(question) for question in QUESTIONS]
+    write(project.folder / "train.jsonl", rows)
+    project.run(chosen)
+    write(project.folder / "train.jsonl", [*rows, conversation("Light!") | {"tools": [tool]}])
+    if unread:
+        said = rf"train\.jsonl:{len(rows) + 1}: has tools\. llama\.cpp does not do .*unknown test.*tools are left out"
+        with pytest.raises(UserError, match=said):
+            project.run(chosen)
+    else:
+        project.run(chosen)
+
+
 def test_duplicates_and_leaks_are_counted_and_said(project: Project) -> None:
     write(project.folder / "train.jsonl", [conversation(question) for question in [*QUESTIONS, *QUESTIONS[:7]]])
     write(project.folder / "t.jsonl", [conversation("What is 3 PLUS 4"), conversation("Who are you?")])

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import small_models
 from support.adapters import merged_by_peft
 
 from pipeline.config import Config, Verify
@@ -28,6 +29,7 @@ from pipeline.model.adapter_folder import fit_to, read_given_adapter
 from pipeline.model.base import base_folder, resolve_base
 from pipeline.model.continued_adapter import read_continued_adapter
 from pipeline.model.merging import MergedWeights
+from pipeline.model.nf4 import Record
 from pipeline.model.weights_file import read_weights
 from pipeline.prompt.tokenizer import saved_tokenizer
 from pipeline.resources import sha256_of
@@ -37,7 +39,15 @@ from pipeline.run.layout import Layout
 from pipeline.run.stage import Task
 from pipeline.setup import gpu
 from pipeline.stages import all_stages
-from pipeline.stages.train import COMPLETE, STAGE, conversations_of, last_checkpoint, make_trainer, schedule
+from pipeline.stages.train import (
+    COMPLETE,
+    STAGE,
+    conversations_of,
+    last_checkpoint,
+    make_trainer,
+    schedule,
+    write_record,
+)
 from pipeline.toml_file import load_config
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import FAIL, PASS
@@ -455,6 +465,21 @@ def config(**train: object) -> Config:
 )
 def test_schedule(rows: int, validation: int, settings: dict[str, object], expected: tuple[int, int, int]) -> None:
     assert schedule(rows, validation, config(**settings)) == expected
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_base_that_stays_in_16_bits_is_said(packed: bool, tmp_path: Path) -> None:
+    """Unsloth leaves some architectures whole, whatever it is asked."""
+    from bitsandbytes.nn import Linear4bit
+
+    model = torch.nn.Sequential(Linear4bit(64, 64) if packed else torch.nn.Linear(64, 64))
+    task = small_models.make_task(tmp_path, "train", train={"load_in_4bit": True})
+    assert write_record(model, task) == packed
+    assert Record.read(task.output).in_4bit == ({"0"} if packed else set())
+    assert [words.partition(":")[0] for words in task.warnings] == ([] if packed else ["train.load_in_4bit"])
+    task = small_models.make_task(tmp_path, "train", train={"load_in_4bit": False})
+    assert not write_record(torch.nn.Sequential(torch.nn.Linear(64, 64)), task)
+    assert not task.warnings
 
 
 def test_added_tokens_and_whole_matrices_are_trained_and_merged(project: Path) -> None:
