@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import tempfile
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ class Carried:
     left_out: str = ""
 
 
+@lru_cache(maxsize=8)  # a llama-server is asked for sixty prompts, and what is asked of it stays the same
 def carried_template(template: ChatTemplate) -> Carried:
     """The chat template that the GGUF files of a model carry, found out with a real llama-server.
 

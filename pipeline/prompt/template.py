@@ -47,7 +47,7 @@ class ChatTemplate:
     eos_token: str = ""
     adds_bos: bool = False
     special_tokens: tuple[str, ...] = ()
-    variables: Mapping[str, Any] = field(default_factory=dict)
+    variables: Mapping[str, Any] = field(default_factory=dict, hash=False)
     architecture: str = ""
 
     @staticmethod
