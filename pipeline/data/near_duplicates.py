@@ -15,9 +15,7 @@ from typing import Any
 from pipeline.data.word_pairs import NEAR, word_pairs
 
 _PLACES, _BAND = 64, 8
-_BITS = 31
-_PRIME = (1 << _BITS) - 1  # products of two numbers below it fit into 64 bits
-_OF_FIRST = 1_000_003  # makes the pair (a, b) another one than (b, a)
+_HALF, _LOWER = 32, 0xFFFFFFFF
 _COMPARED = 10_000  # pairs of signatures at a time
 
 
@@ -28,30 +26,27 @@ def signatures(texts: Sequence[str]) -> list[bytes]:
     if not texts:
         return []
     pairs, starts = word_pairs(texts)
-    numbers = ((pairs >> np.uint64(32)) * np.uint64(_OF_FIRST) + (pairs & np.uint64(0xFFFFFFFF))) % np.uint64(_PRIME)
-    found = np.empty((len(texts), _PLACES), np.uint32)
-    values, quotient = np.empty_like(numbers), np.empty_like(numbers)
-    prime, bits, one = np.uint64(_PRIME), np.uint64(_BITS), np.uint64(1)
-    for place, (factor, term) in enumerate(_functions()):
+    (of_first, of_second), *functions = _functions()
+    numbers = (pairs >> _HALF) * of_first + (pairs & _LOWER) * of_second >> _HALF
+    values, found = np.empty_like(numbers), np.empty((len(texts), _PLACES), np.uint32)
+    for place, (factor, term) in enumerate(functions):
         np.multiply(numbers, factor, out=values)
         values += term
-        # Modulo 2^31 - 1 without a division: the quotient is (y + (y >> 31)) >> 31 for y = values + 1.
-        np.add(values, one, out=quotient)
-        quotient += quotient >> bits
-        quotient >>= bits
-        values += quotient
-        values &= prime
-        found[:, place] = np.minimum.reduceat(values, starts)
+        found[:, place] = np.minimum.reduceat(values, starts) >> _HALF  # the least of the halves is the least one's
     return [signature.tobytes() for signature in found]
 
 
 @cache
 def _functions() -> list[tuple[Any, Any]]:
+    """Random numbers of 64 bits: two that make a number of 32 bits of a pair, and those of each place's function.
+
+    A function is the upper half of factor x number + term ("Universal hashing and k-wise independent random variables
+    via integer arithmetic without primes", M. Dietzfelbinger, 1996).
+    """
     import numpy as np
 
-    of = np.random.default_rng(0)
-    factors = of.integers(1, _PRIME, _PLACES, dtype=np.uint64)
-    return list(zip(factors, of.integers(0, _PRIME, _PLACES, dtype=np.uint64), strict=True))
+    numbers = np.random.default_rng(0).integers(0, 1 << 64, (_PLACES + 1, 2), np.uint64)
+    return list(numbers)
 
 
 class NearDuplicates:

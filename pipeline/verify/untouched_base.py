@@ -20,11 +20,13 @@ from pipeline.errors import PipelineError
 from pipeline.llamacpp.converter import adapter_command, check_places, convert_adapter
 from pipeline.llamacpp.gguf_file import GGUFInfo
 from pipeline.llamacpp.quantizer import quantize
+from pipeline.llamacpp.rope import other_angles
 from pipeline.model import memory, targets
 from pipeline.model.adapter_file import AdapterFile
 from pipeline.model.adapter_folder import CONFIG, WEIGHTS, Adapter, fit_to, read_given_adapter
 from pipeline.model.base import as_trained, base_folder
 from pipeline.model.combined_adapter import read_given_adapters
+from pipeline.model.config_file import text_config
 from pipeline.model.continued_adapter import read_continued_adapter
 from pipeline.model.plain_adapter import A, B, refuse_for_gguf, write_plain
 from pipeline.model.sixteen_bit import check_bits, sixteen_bit_base
@@ -47,6 +49,7 @@ from pipeline.verify.result import FAIL, Claim, Result, document
 # Enough to tell right from wrong; the result itself is judged on all that the configuration asks for.
 _TOKENS, _STRINGS = 1000, 2000
 _CONVERTED = Claim("preflight.convert", "convert", "the pinned converter takes the base")
+_ANGLES = Claim("preflight.rope", "convert", "llama.cpp turns every position by the trained angles")
 _ADAPTER = Claim("preflight.adapter", "convert", "the pinned converter takes the adapter, and the base has its places")
 _TEMPLATE = Claim("preflight.template", "modelfile", "the base's chat template can be served exactly")
 _TOOLS = Claim("preflight.tools", "modelfile", "the served model takes tools")
@@ -112,6 +115,8 @@ def _artefacts(config: Config, base: Path, scratch: Path) -> Artefacts:
 
 def _convert(artefacts: Artefacts) -> Iterator[Result]:
     """Make the files that the checks judge."""
+    words = other_angles(text_config(artefacts.model))
+    yield _ANGLES.holds(not words, words)
     source = artefacts.expected.path
     artefacts.sixteen_bit = source
     yield _CONVERTED.holds(True)

@@ -48,8 +48,16 @@ NEED_TOOLS = {
     "NousResearch-Hermes-3-Llama-3.1-8B-tool_use",
 }
 FAMILIES = (
-    *("meta-llama", "Qwen", "google", "microsoft", "mistralai", "openai", "HuggingFaceTB"),
-    *("ibm-granite-granite-3", "deepseek-ai-DeepSeek-R1"),
+    *(
+        "meta-llama-Llama-3.1",
+        "meta-llama-Llama-3.2",
+        "Qwen-Qwen",
+        "google-gemma-2",
+        "microsoft",
+        "mistralai",
+        "openai",
+    ),
+    *("HuggingFaceTB", "ibm-granite-granite-3", "deepseek-ai-DeepSeek-R1-Distill-Llama"),
 )
 
 
@@ -104,7 +112,7 @@ def test_the_table(request: pytest.FixtureRequest) -> None:
     derived = [name for name, choice in choices.items() if "go" in choice.reports and chats_exactly(choice)]
     for name, choice in choices.items():
         print(f"{name:50} {choice.way:8} {'derived exactly' if name in derived else '':16} {choice.reason}")
-    assert len(choices) >= 25
+    assert len(choices) >= 20
     assert len(derived) >= 0.7 * len(choices)
 
 
