@@ -72,7 +72,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def tried(config: pytest.Config) -> list[str]:
     every = config.getoption("--all-templates")
-    return [name for name in templates() if every or name.startswith(FAMILIES) or name in REFUSED or name in NEED_TOOLS]
+    special = {*REFUSED, *PLAIN, *NEED_TOOLS}
+    return [name for name in templates() if every or name.startswith(FAMILIES) or name in special]
 
 
 @cache
