@@ -562,7 +562,7 @@ def test_near_duplicates_and_contradictions_are_said_with_their_places(project: 
 def test_near_duplicates_on_both_sides_of_the_split_are_leaks(project: Project) -> None:
     rows = []
     for number in range(40):
-        words = [f"word{number}x{at}" for at in range(60)]
+        words = [f"word{number}x{at}" for at in range(160)]
         rows += [conversation(" ".join(words)), conversation(" ".join([*words, "more"]))]
     write(project.folder / "train.jsonl", rows)
     figures = project.run("data.validation_fraction=0.5", "train.max_length=2000")

