@@ -101,7 +101,12 @@ def test_the_base_went_the_whole_way_first(run: Path) -> None:
     assert passed >= {
         *(("machine.disk", "base"), ("machine.memory", "base"), ("machine.versions", "base")),
         *(("weights.reload", "base"), ("weights.finite", "base"), ("toolchain.pin", "convert")),
-        *(("preflight.convert", "convert"), ("preflight.template", "modelfile"), ("preflight.served", "deploy")),
+        *(
+            ("preflight.rope", "convert"),
+            ("preflight.convert", "convert"),
+            ("preflight.template", "modelfile"),
+            ("preflight.served", "deploy"),
+        ),
         *(("tokenizer.ids", "convert"), ("tokenizer.ids", "quantize/q4_k_m"), ("prompt.llamacpp", "quantize/q4_k_m")),
         *(("logits.mean", "convert"), ("logits.quantized", "quantize/q4_k_m")),
         ("quantization.types", "quantize/q4_k_m"),

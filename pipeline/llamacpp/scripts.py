@@ -100,6 +100,10 @@ class Scripts:
         return os.waitstatus_to_exitcode(os.waitpid(server.pid, 0)[1])
 
     def _forget(self) -> None:
+        """A child of this process has no scripts; what it held open would keep the server waiting for more."""
+        if self._server is not None:
+            os.close(self._server.requests)
+            os.close(self._server.output)
         self._server = None
 
     def _make(self, process: Callable[[int, int], int]) -> _Server:

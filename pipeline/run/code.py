@@ -58,11 +58,8 @@ def code_in(root: Path, module: str) -> dict[str, str]:
     """
     package = module.partition(".")[0]
     digests: dict[str, str] = {}
-    names, known, leaves = (
-        [module],
-        {module},
-        set(),
-    )  # leaves: modules that are no packages, so that what is in them is no module
+    names, known = [module], {module}
+    leaves: set[str] = set()  # modules that are no packages, so that what is in them is no module
     for name in names:  # it grows
         if name.partition(".")[0] != package or name.rpartition(".")[0] in leaves or _no_part(name):
             continue

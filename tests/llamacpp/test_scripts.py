@@ -99,6 +99,18 @@ def test_a_child_of_this_process_ends_no_script_of_it(scripts: Scripts, tmp_path
     assert run(scripts, first) == (0, before)
 
 
+def test_a_child_that_stays_does_not_hold_up_the_end(scripts: Scripts, tmp_path: Path) -> None:
+    run(scripts, script(tmp_path, ""))
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+    signal.alarm(60)  # ends this test, should it wait for the child
+    assert scripts.close() == 0
+    signal.alarm(0)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
 def test_a_killed_process_is_told_and_started_anew(scripts: Scripts, tmp_path: Path) -> None:
     path = script(tmp_path, "import os, signal; os.kill(os.getppid(), signal.SIGKILL)\nimport time; time.sleep(600)")
     assert run(scripts, path)[0] == -signal.SIGKILL
