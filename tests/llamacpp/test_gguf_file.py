@@ -1,5 +1,6 @@
 """Reading GGUF files, against gguf-py's own reader; and broken ones, each refused for what is wrong with it."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,19 @@ def test_the_same_as_gguf_py_reads(make: Callable[[], Path]) -> None:
             seen.add(ours.type)
             assert np.allclose(info.values(ours), dequantize(other.data, other.tensor_type), rtol=1e-6, atol=0)
     assert len(seen) > 2
+
+
+def test_what_was_read_is_no_longer_believed_when_the_file_changes(tmp_path: Path) -> None:
+    path, name = tmp_path / "a.gguf", b"general.architecture"
+    path.write_bytes(small_models.original_gguf().read_bytes())
+    long_ago = path.stat().st_mtime_ns - 10**10
+    os.utime(path, ns=(long_ago, long_ago))
+    inspect(path).metadata.clear()  # what one reader does with it is not for another
+    assert inspect(path).architecture == "llama"
+    with path.open("r+b") as file:
+        file.seek(file.read(10**5).index(name) + len(name) + 12)  # past the type and the length
+        file.write(b"other")
+    assert inspect(path).architecture == "other"
 
 
 def test_a_good_file_passes() -> None:
