@@ -10,9 +10,11 @@ from typing import Any
 
 from pipeline.data.formats import Conversation
 from pipeline.data.metric import parse_strict
+from pipeline.data.places import Places
 from pipeline.errors import UserError
 
 _canonical = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode
+_DIGEST = 16  # bytes
 
 
 @dataclass(frozen=True)
@@ -55,27 +57,38 @@ def digest(value: Any, seed: int = 0) -> bytes:
 
 
 def _hash(text: bytes, seed: int = 0) -> bytes:
-    return hashlib.blake2b(text, digest_size=16, salt=seed.to_bytes(16, "big")).digest()
+    return hashlib.blake2b(text, digest_size=_DIGEST, salt=seed.to_bytes(16, "big")).digest()
 
 
 class Seen:
-    """The rows of a set that were met so far; of each a digest and its place is kept."""
+    """The rows of a set that were met so far; of each digests and its place are kept."""
 
     def __init__(self) -> None:
-        self._rows: dict[bytes, str] = {}
-        self._answers: dict[bytes, tuple[bytes, str]] = {}
+        self._rows: dict[bytes, int] = {}  # numbers among the places
+        self._places = Places()
+        self._questions: dict[bytes, int] = {}
+        self._answers = bytearray()
+        self._asked = Places()
 
     def repeated(self, row: Identity, place: str) -> str | None:
         """Where the same row stood first; None for a new one, which is kept."""
-        first = self._rows.setdefault(row.row, place)
-        return None if first is place else first
+        first = self._rows.setdefault(row.row, len(self._places))
+        if first < len(self._places):
+            return self._places[first]
+        self._places.append(place)
+        return None
 
     def contradicted(self, row: Identity, place: str) -> str | None:
         """Where the same question stood first, if its answer was another one."""
         if not row.answer:
             return None
-        answer, first = self._answers.setdefault(row.question, (row.answer, place))
-        return None if answer == row.answer else first
+        first = self._questions.setdefault(row.question, len(self._asked))
+        if first == len(self._asked):
+            self._asked.append(place)
+            self._answers += row.answer
+            return None
+        answer = self._answers[first * _DIGEST : (first + 1) * _DIGEST]
+        return None if answer == row.answer else self._asked[first]
 
 
 def check_expected(rows: Iterable[Conversation], metric: str) -> None:

@@ -84,16 +84,19 @@ class Leaks:
         self._answers.append(asked.answer)
         self._places.append(place)
 
+    def __len__(self) -> int:
+        """How many held-out rows have been taken."""
+        return len(self._places)
+
     def ready(self) -> None:
         """All held-out rows have been taken: what `near` looks into is made here, once, and not in every process."""
-        if self._places:
-            _ = self._index
+        _ = self._index
 
     def near(self, rows: Sequence[Asked]) -> list[list[Near]]:
         """Which held-out rows each row is near; all of these have been taken."""
         import numpy as np
 
-        if not self._places or not rows:
+        if not self or not rows:
             return [[] for _ in rows]
         pairs = [np.frombuffer(row.pairs, np.uint64) for row in rows]
         rare, owners = self._rarest(np.concatenate(pairs), np.array([len(of_row) for of_row in pairs]))

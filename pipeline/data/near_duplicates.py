@@ -1,4 +1,4 @@
-"""Rows of one set that say nearly the same, found by MinHash: of each row a signature of 256 bytes stays in memory.
+"""Rows of one set that say nearly the same, found by MinHash: of each row a signature of 128 bytes stays in memory.
 
 The share of equal places in two signatures estimates the Jaccard similarity of the rows' word pairs (Broder, "On the
 resemblance and containment of documents", 1997). Only rows that agree in a band of eight places are compared: of pairs
@@ -12,10 +12,12 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
+from pipeline.data.places import Places
 from pipeline.data.word_pairs import NEAR, word_pairs
 
 _PLACES, _BAND = 64, 8
 _HALF, _LOWER = 32, 0xFFFFFFFF
+_KEPT = "u2"  # of a place: of two different values one in 65,536 is taken for the same
 _COMPARED = 10_000  # pairs of signatures at a time
 
 
@@ -28,11 +30,12 @@ def signatures(texts: Sequence[str]) -> list[bytes]:
     pairs, starts = word_pairs(texts)
     (of_first, of_second), *functions = _functions()
     numbers = (pairs >> _HALF) * of_first + (pairs & _LOWER) * of_second >> _HALF
-    values, found = np.empty_like(numbers), np.empty((len(texts), _PLACES), np.uint32)
+    values, found = np.empty_like(numbers), np.empty((len(texts), _PLACES), _KEPT)
     for place, (factor, term) in enumerate(functions):
         np.multiply(numbers, factor, out=values)
         values += term
-        found[:, place] = np.minimum.reduceat(values, starts) >> _HALF  # the least of the halves is the least one's
+        # The least of the halves is the least one's. Its last bits tell it from another one.
+        found[:, place] = (np.minimum.reduceat(values, starts) >> _HALF).astype(_KEPT)
     return [signature.tobytes() for signature in found]
 
 
@@ -53,8 +56,8 @@ class NearDuplicates:
     """Takes the rows of a set, and then tells which are nearly the same."""
 
     def __init__(self) -> None:
-        self._signatures = array("I")
-        self._rows: list[str] = []
+        self._signatures = array("H")
+        self._rows = Places()
         self._held_out = array("b")
 
     def add(self, place: str, signature: bytes, *, held_out: bool = False) -> None:
@@ -71,7 +74,7 @@ class NearDuplicates:
         """
         import numpy as np
 
-        signatures = np.frombuffer(self._signatures, np.uint32).reshape(-1, _PLACES)
+        signatures = np.frombuffer(self._signatures, _KEPT).reshape(-1, _PLACES)
         best: dict[int, tuple[bool, float, int]] = {}
         for start in range(0, _PLACES, _BAND):
             band = np.ascontiguousarray(signatures[:, start : start + _BAND]).view(np.uint64)

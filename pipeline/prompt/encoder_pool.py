@@ -17,6 +17,7 @@ from pipeline.processes import cores, end_with_parent
 
 _MOST = 8  # processes: this one reads no faster than so many encode
 _AHEAD = 8  # batches done here while a process is at the one before them
+_OBJECTS = 100_000  # made before the garbage collector looks for cycles, which rows have none of: by default 700
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
@@ -74,11 +75,14 @@ class EncoderPool(Generic[Batch, Result]):
         return self._running[-1]
 
     def __enter__(self) -> EncoderPool[Batch, Result]:
+        self._threshold = gc.get_threshold()
+        gc.set_threshold(_OBJECTS)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        gc.set_threshold(*self._threshold)
         if self._processes is not None:
             self._processes.shutdown(cancel_futures=True)
 

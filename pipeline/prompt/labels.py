@@ -17,16 +17,14 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from bisect import bisect_left
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
 from typing import Any
 
 from pipeline.data.marks import ALL, Trained
 from pipeline.errors import PipelineError, UserError
 from pipeline.prompt.template import end_of_turn, ids_of, render, token_ids, whole_tokens, with_bos
+from pipeline.prompt.token_places import Located, located
 
 # What a prompt ends with when thinking is switched off: a block that is opened and closed again.
 EMPTY_THOUGHT = re.compile(r"(<think>\s*</think>|<\|channel>thought\s*<channel\|>)\s*\Z")
@@ -162,7 +160,7 @@ def _not_what_is_served(prompt: str, text: str) -> str:
 
 
 def tokenize_texts(tokenizer: Any, texts: Sequence[TrainingText]) -> list[Tokenized]:
-    """Token ids and labels of many texts; each text is tokenized once and as a whole.
+    """Token ids and labels of many texts.
 
     Raises:
         UserError: the tokenizer cannot say where its tokens lie in the text.
@@ -172,92 +170,19 @@ def tokenize_texts(tokenizer: Any, texts: Sequence[TrainingText]) -> list[Tokeni
         raise UserError(
             f"{type(tokenizer).__name__} does not tell where a token lies in the text: the base needs a tokenizer.json"
         )
-    ids = ids_of(tokenizer, [text.text for text in texts])
-    located = [_Located(tokenizer, text.text, of_text) for text, of_text in zip(texts, ids, strict=True)]
-    tails = [one.tail(start) for one, text in zip(located, texts, strict=True) for start, _ in text.spans]
+    places = located(tokenizer, [text.text for text in texts])
+    tails = [one.tail(start) for one, text in zip(places, texts, strict=True) for start, _ in text.spans]
     different = list(dict.fromkeys(tail for _, tail in tails))  # most rows have the same: how an answer begins
     ids_of_tail = dict(zip(different, ids_of(tokenizer, different), strict=True))
     prompts = ((place, ids_of_tail[tail]) for place, tail in tails)
     return [
         _labelled(tokenizer, text, one, itertools.islice(prompts, len(text.spans)))
-        for text, one in zip(texts, located, strict=True)
+        for text, one in zip(texts, places, strict=True)
     ]
 
 
-class _Located:
-    """The tokens of a text, and where they lie in it.
-
-    A tokenizer cuts a text at its added tokens before anything else: the first `<|im_end|>` of the text is the first
-    one of the ids. So these are found without offsets, which cost a third of the tokenizing.
-    """
-
-    def __init__(self, tokenizer: Any, text: str, ids: list[int]) -> None:
-        self.text, self.ids = text, ids
-        self._tokenizer = tokenizer
-        self._cuts = self._found_cuts()
-
-    def tail(self, start: int) -> tuple[int, str]:
-        """What of a prompt may be tokenized otherwise than in the whole text: it begins with its last added token,
-        since what follows one changes nothing before it.
-
-        Args:
-            start: the character that the prompt ends before.
-
-        Returns:
-            How many of the whole text's tokens stand before it, and the tail.
-        """
-        for first, past, place in reversed(self._cuts):
-            if past <= start:
-                return place, self.text[first:start]
-        return 0, self.text[:start]
-
-    def ending(self, end: int) -> int:
-        """The place of the token that ends before this character, or else goes past it."""
-        for _, past, place in reversed(self._cuts):
-            if past == end:
-                return place
-        return bisect_left(self._offsets, end, key=lambda offset: offset[1])
-
-    def beginning(self, start: int) -> int:
-        """The place of the first token that begins at this character or after it."""
-        return bisect_left(self._offsets, start, key=lambda offset: offset[0])
-
-    @cached_property
-    def _offsets(self) -> list[tuple[int, int]]:
-        found = self._tokenizer(self.text, add_special_tokens=False, return_offsets_mapping=True)
-        return list(found["offset_mapping"])
-
-    def _found_cuts(self) -> list[tuple[int, int, int]]:
-        """Of every added token its first character, the one past its last, and its place among the ids."""
-        pattern, numbers = _cutting_tokens(self._tokenizer)
-        found = [(*match.span(), numbers[match[0]]) for match in pattern.finditer(self.text)] if pattern else []
-        counts = Counter(number for _, _, number in found)
-        if any(self.ids.count(number) != count for number, count in counts.items()):
-            cutting = set(numbers.values())
-            offsets = zip(self.ids, self._offsets, strict=True)
-            return [(*offset, at) for at, (one, offset) in enumerate(offsets) if one in cutting]
-        cuts, nexts = [], dict.fromkeys(counts, 0)
-        for first, past, number in found:
-            place = self.ids.index(number, nexts[number])
-            nexts[number] = place + 1
-            cuts.append((first, past, place))
-        return cuts
-
-
-@lru_cache(maxsize=8)
-def _cutting_tokens(tokenizer: Any) -> tuple[re.Pattern[str] | None, dict[str, int]]:
-    """The added tokens that are found in a text as it is, whatever stands beside them, and their numbers."""
-    numbers = {
-        str(token): number
-        for number, token in tokenizer.added_tokens_decoder.items()
-        if not (token.normalized or token.single_word or token.lstrip)
-    }
-    longest_first = sorted(numbers, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first))) if numbers else None, numbers
-
-
 def _labelled(
-    tokenizer: Any, text: TrainingText, located: _Located, prompts: Iterable[tuple[int, list[int]]]
+    tokenizer: Any, text: TrainingText, located: Located, prompts: Iterable[tuple[int, list[int]]]
 ) -> Tokenized:
     ids = located.ids
     labels = [IGNORED] * len(ids)

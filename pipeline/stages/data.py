@@ -109,9 +109,10 @@ def main(task: Task) -> dict[str, Any]:
         sets: dict[str, TrainingSet] = {}
         if data.validation is not None:
             sets["validation"] = _validation(task, preparer, found["validation"], leaks["validation"])
-        for of_set in leaks.values():
+        held_out = tuple(of_set for of_set in leaks.values() if of_set)
+        for of_set in held_out:
             of_set.ready()
-        preparer = replace(preparer, leaks=tuple(leaks.values()))
+        preparer = replace(preparer, leaks=held_out)
         found["train"], of_train = _train_and_validation(task, preparer, file)
         sets = of_train | sets
     if data.train is not None and not sets["train"].kept:
