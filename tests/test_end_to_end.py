@@ -39,17 +39,17 @@ def pipeline(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of the example, cut down to 12 steps of 4 rows."""
+    """A finished run of the example, cut down to 10 steps of 2 rows."""
     project = tmp_path_factory.mktemp("home")
-    for name, rows in (("train", 48), ("validation", 8), ("test", 4)):
+    for name, rows in (("train", 40), ("validation", 8), ("test", 4)):
         lines = (HOME / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         (project / f"{name}.jsonl").write_text("".join(lines[:rows]), encoding="utf-8")
     text = (HOME / "pipeline.toml").read_text(encoding="utf-8")
-    for setting in ("steps = 12", "batch = 4"):
+    for setting in ("steps = 10", "batch = 2"):
         text, found = re.subn(rf"^{setting.split()[0]} = .*$", setting, text, flags=re.MULTILINE)
         assert found
     # So few steps teach it the shape of an answer, and leave it unsure of what stands in it.
-    text += "\n[verify]\nstopping = 0\nloss_lost = 2\nanswers_lost = 1\ntokens = 500\nstrings = 500\n"
+    text += "\n[verify]\nstopping = 0\nloss_lost = 2\nanswers_lost = 1\ntokens = 250\nstrings = 300\n"
     text += "stopping_prompts = 2\n"
     (project / "pipeline.toml").write_text(text, encoding="utf-8")
     answer = pipeline("run", project)

@@ -28,7 +28,7 @@ CONFIG = {
     "train": {"max_length": 256, "steps": 2},
     "merge": {"base": "16bit"},
     "eval": {"metric": "text", "max_new_tokens": 8},
-    "verify": {"tokens": 600, "strings": 600, "stopping_prompts": 2},
+    "verify": {"tokens": 300, "strings": 500, "stopping_prompts": 2},
 }
 PARTS = (
     *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),

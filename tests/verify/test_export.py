@@ -21,7 +21,7 @@ from pipeline.verify.chain import EXPORT_CHECKS
 from pipeline.verify.chain import verify as run
 from pipeline.verify.folders import show
 
-QUICK = ("--set", "verify.tokens=600", "--set", "verify.strings=600", "--set", "verify.stopping_prompts=1")
+QUICK = ("--set", "verify.tokens=300", "--set", "verify.strings=300", "--set", "verify.stopping_prompts=1")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def verify(hf: Path, gguf: Path) -> dict[str, Any]:
     """verify.json, as the command makes it; what the pinned converter makes of a folder is made once."""
-    settings = Verify(tokens=400, strings=300, stopping=0, stopping_prompts=1)
+    settings = Verify(tokens=250, strings=300, stopping=0, stopping_prompts=1)
     again = scratch() / "export" / hf.parent.name
     again.mkdir(parents=True, exist_ok=True)
     return run(Artefacts.of_export(hf, gguf, settings, again), judged_stages(), EXPORT_CHECKS)
