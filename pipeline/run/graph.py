@@ -12,7 +12,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -179,7 +179,13 @@ class Graph:
         return basis_of(stage, node.variant, config, inputs)
 
     def run(
-        self, config: Config, sources: dict[str, str], targets: Sequence[Node], *, force: bool = False
+        self,
+        config: Config,
+        sources: dict[str, str],
+        targets: Sequence[Node],
+        *,
+        force: bool = False,
+        launcher: Launcher | None = None,
     ) -> list[State]:
         """Bring the targets, and all that they need, up to date.
 
@@ -188,6 +194,7 @@ class Graph:
             sources: where each value of it came from, for the manifest.
             targets: the nodes that are wanted.
             force: run the targets themselves even when they are fresh.
+            launcher: starts the stages; None for one of their own.
 
         Returns:
             What each node's state was when it was looked at.
@@ -210,7 +217,7 @@ class Graph:
             write_whole(Layout(folder).config, config.model_dump_json(indent=1) + "\n")
             states = []
             skipped = 0
-            with closing(Launcher(gpu=made_with["machine"]["gpu_memory_bytes"] is not None)) as launcher:
+            with closing(Launcher()) if launcher is None else nullcontext(launcher) as starts:
                 for node in wanted:
                     state = self._examine(node, config, manifest, set(), targets if force else ())
                     states.append(state)
@@ -218,7 +225,7 @@ class Graph:
                         skipped += 1
                     else:
                         console.say(f"{node}: {state.reason}" if state.reason != "has not run" else f"{node}")
-                        _run_node(state, self.stages[node.stage], folder, manifest, made_with, launcher)
+                        _run_node(state, self.stages[node.stage], folder, manifest, made_with, starts)
                     self._remove(node, config, manifest)
             write_manifest(folder, manifest)
             if skipped:

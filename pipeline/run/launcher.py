@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pipeline.run.code import packages_of
 from pipeline.run.stage import Stage
+from pipeline.setup.gpu import memory
 
 
 @dataclass(frozen=True)
@@ -31,18 +32,18 @@ class Ended:
 
 
 class Launcher:
-    """Runs the stages of one run, each in a process of its own that ends with this one.
+    """Runs the stages of one run, or of several, each in a process of its own that ends with this one.
 
     They are forked from a process that has imported what is slow (`pipeline.run.host`), but for one that has to import
     first (`Stage.imports_first`). Where there is a GPU nothing is imported before the fork: a library that only asks
     for the card leaves its driver in a state that no child can use.
 
     Args:
-        gpu: whether there is one.
+        gpu: whether there is one; None to look.
     """
 
-    def __init__(self, *, gpu: bool) -> None:
-        self._gpu = gpu
+    def __init__(self, *, gpu: bool | None = None) -> None:
+        self._gpu = memory() is not None if gpu is None else gpu
         self._host: _Host | None = None
 
     def run(self, folder: Path, stage: Stage, variant: str) -> Ended:
