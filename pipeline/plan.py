@@ -1,30 +1,30 @@
 """`pipeline plan`: what a run will need of memory, disk and time, before anything is downloaded or trained.
 
-The base's config.json is enough. Memory and disk are counted in `pipeline.model`, for preflight and
-the defaults too, but that preflight asks only for the least that training needs.
+The base's config.json is enough. Memory and disk are counted in `pipeline.model`, for preflight, the defaults and the
+train stage too, but that preflight asks only for the least that training needs.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline.cli import configured, each
+from pipeline.model import training_needs
 from pipeline.processes import cores
 
 if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.model.shape import Shape
+    from pipeline.model.training_memory import TrainingMemory
 
 # Seconds of one core for a billion weights, from single runs at 1.3 billion on two cores; cores share the work.
 _CORE_SECONDS = {"merge": 18.0, "convert": 46.0, "quantize": 48.0}
@@ -110,7 +110,7 @@ def _plan(settings: Config, machine: Machine, as_json: bool) -> bool:
             "shape": {"parameters": shape.parameters, **asdict(shape)},
             "machine": asdict(machine),
             "stages": [asdict(row) for row in rows],
-            "training": asdict(training(settings, shape, longest, on_gpu=machine.gpu is not None)),
+            "training": asdict(_training(settings, shape, machine, longest)),
             "problems": wrong,
         }
         click.echo(json.dumps(document, indent=1))
@@ -154,7 +154,7 @@ def count(settings: Config, machine: Machine) -> tuple[Shape, list[Row], int]:
     assert settings.train.batch is not None
     disk = disk_needs(settings, shape.parameters)
     billions = shape.parameters / 1e9
-    needed = training(settings, shape, longest, on_gpu=machine.gpu is not None)
+    needed = _training(settings, shape, machine, longest)
     times = {stage: seconds * billions / machine.cores for stage, seconds in _CORE_SECONDS.items()}
     merge = memory.merge(
         {name: tuple(tensor.shape) for name, tensor in model.named_parameters()},
@@ -177,24 +177,13 @@ def count(settings: Config, machine: Machine) -> tuple[Shape, list[Row], int]:
     return shape, rows, longest
 
 
-def training(settings: Config, shape: Shape, longest: int, *, on_gpu: bool) -> Any:
-    """The parts of the training's memory with rows of so many tokens."""
-    from pipeline.model import training_memory
-    from pipeline.model.load import compute_type
+def _training(settings: Config, shape: Shape, machine: Machine, longest: int) -> TrainingMemory:
+    on_gpu = machine.gpu is not None
+    return training_needs.needed(settings, shape, longest, on_gpu=on_gpu, validates=_validates(settings))
 
-    train = settings.train
-    assert train.batch is not None
-    count: Any = training_memory.on_gpu
-    if not on_gpu:
-        validates = settings.data.validation is not None or settings.data.validation_fraction > 0
-        count = partial(training_memory.on_processor, bfloat16=compute_type("cpu").itemsize == 2, validates=validates)
-    return count(
-        shape,
-        train.batch * longest,
-        in_4bit=train.load_in_4bit,
-        checkpointing=bool(train.gradient_checkpointing),
-        optimizer=train.optimizer or "",
-    )
+
+def _validates(settings: Config) -> bool:
+    return settings.data.validation is not None or settings.data.validation_fraction > 0
 
 
 def _data(settings: Config) -> tuple[int, int | None]:
@@ -232,45 +221,23 @@ def problems(settings: Config, shape: Shape, machine: Machine, rows: list[Row], 
     """What does not fit, each with what to do."""
     from pipeline.figures import size
 
+    on_gpu = machine.gpu is not None
     for row in rows:
         for kind, needed, there in (("GPU memory", row.gpu, machine.gpu), ("memory", row.memory, machine.memory)):
             if needed is None or there is None or needed <= there or row.stage == "verify":  # which says what it skips
                 continue
             advice = "take a smaller base or a larger machine"
             if row.stage == "train":
-                advice = _nearest(settings, shape, longest, there, on_gpu=machine.gpu is not None) or advice
+                advice = (
+                    training_needs.nearest(
+                        settings, shape, longest, there, on_gpu=on_gpu, validates=_validates(settings)
+                    )
+                    or advice
+                )
             yield f"{row.stage}: {size(needed)} of {kind} are needed, {size(there)} are there: {advice}"
     disk = sum(row.disk for row in rows)
     if disk > machine.disk:
         yield f"disk: {size(disk)} are needed, {size(machine.disk)} are there: free some, or choose another run.folder"
-
-
-def _nearest(settings: Config, shape: Shape, longest: int, there: int, *, on_gpu: bool) -> str | None:
-    """The mildest change of settings with which the training fits, what costs no time first; None without one."""
-    train, rows = settings.train, settings.train.batch or 1
-    change: dict[str, Any] = {}
-    changes: list[tuple[dict[str, Any], int]] = []  # each milder than the next, with its longest row
-
-    def add(**more: Any) -> None:
-        change.update(more)
-        changes.append((dict(change), min(longest, change.get("max_length", longest))))
-
-    if not train.load_in_4bit:
-        add(load_in_4bit=True)
-    if not train.gradient_checkpointing:
-        add(gradient_checkpointing=True)
-    while rows > 1:
-        rows //= 2
-        add(batch=rows, accumulation=math.ceil((train.batch or 1) * (train.accumulation or 1) / rows))
-    shorter = longest
-    while shorter > 512:
-        shorter //= 2
-        add(max_length=shorter)
-    for update, tokens in changes:
-        changed = settings.model_copy(update={"train": train.model_copy(update=update)})
-        if training(changed, shape, tokens, on_gpu=on_gpu).needed <= there:
-            return "set " + ", ".join(f"train.{key}={json.dumps(value)}" for key, value in update.items())
-    return None
 
 
 def _show(settings: Config, shape: Shape, machine: Machine, rows: list[Row], wrong: list[str], longest: int) -> None:
@@ -297,7 +264,7 @@ def _show(settings: Config, shape: Shape, machine: Machine, rows: list[Row], wro
     table.add_section()
     table.add_row("there is", gpu, size(machine.memory), size(machine.disk), "")
     console.print(table)
-    needed = training(settings, shape, longest, on_gpu=machine.gpu is not None)
+    needed = _training(settings, shape, machine, longest)
     parts = ", ".join(f"{name} {size(value)}" for name, value in asdict(needed).items() if value)
     train = settings.train
     console.print(Text(f"train, with {train.batch} rows of {longest} tokens: {parts}"))

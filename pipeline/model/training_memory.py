@@ -76,6 +76,12 @@ def base_on_gpu(parameters: float | None, *, in_4bit: bool) -> int:
     return int(_weights((parameters or _UNKNOWN) - other, other, in_4bit=in_4bit) * (1 + _FRAGMENTS))
 
 
+def least_on_processor(parameters: float, *, in_4bit: bool) -> int:
+    """The least that training needs without a GPU: the base, in 16 bits what is not in 4, and the libraries."""
+    other = _OTHER_SHARE * parameters
+    return int(_weights(parameters - other, other, in_4bit=in_4bit) + _LIBRARIES)
+
+
 def least(parameters: float, *, in_4bit: bool) -> int:
     """The least that training needs of a GPU: the base, and a GiB for the adapter, its optimizer and one short row."""
     return base_on_gpu(parameters, in_4bit=in_4bit) + GIB

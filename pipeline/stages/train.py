@@ -23,12 +23,14 @@ from pipeline.console import progress
 from pipeline.data.row_order import RowOrder
 from pipeline.data.token_file import token_count
 from pipeline.errors import PipelineError, UserError
+from pipeline.figures import size
 from pipeline.model.adapter_folder import WEIGHTS
 from pipeline.model.continued_adapter import continued_files, read_continued_adapter
 from pipeline.model.facts import base_files
 from pipeline.prompt.labels import IGNORED
 from pipeline.run.folder import write_whole
 from pipeline.run.stage import Stage, Task
+from pipeline.setup import gpu, machine
 
 # A checkpoint that was being written when the process was killed has no such file, and is not resumed from.
 COMPLETE = "complete"
@@ -58,11 +60,13 @@ def main(task: Task) -> dict[str, Any]:
     if settings.early_stopping and not validation_rows:
         raise UserError("train.early_stopping needs validation data: give data.validation or data.validation_fraction")
 
+    cuda = torch.cuda.is_available()
+    bare = targets.without_weights(folder, trust_remote_code=config.model.trust_remote_code)
+    warn_of_memory(bare, task, on_gpu=cuda, validates=bool(validation_rows))
     tokenizer, _ = load_tokenizer(
         folder, trust_remote_code=config.model.trust_remote_code, chat_template=config.model.chat_template
     )
     assert settings.max_length is not None
-    cuda = torch.cuda.is_available()
     if settings.gradient_checkpointing and not cuda:
         _free_at_once()
     model, _ = FastLanguageModel.from_pretrained(
@@ -78,7 +82,7 @@ def main(task: Task) -> dict[str, Any]:
     set_seed(settings.seed)
     in_4bit = write_record(model, task)
     chosen = targets.find(model, config.lora)
-    merged = targets.of_base(folder, config.lora, trust_remote_code=config.model.trust_remote_code)
+    merged = targets.find(bare, config.lora)
     if other := chosen.modules.keys() ^ merged.modules.keys():
         raise UserError(
             f"model.base: Unsloth and transformers name the modules of this base differently (e.g. {min(other)}), so "
@@ -149,6 +153,30 @@ def main(task: Task) -> dict[str, Any]:
         "seed": settings.seed,
         **({"from_adapter": str(settings.from_adapter)} if settings.from_adapter is not None else {}),
     }
+
+
+def warn_of_memory(model: Any, task: Task, *, on_gpu: bool, validates: bool) -> None:
+    """Say before the base is loaded that the training most likely does not fit; its first batch will tell for certain.
+
+    Args:
+        model: the base's, without weights.
+        task: the stage's.
+        on_gpu: it is trained on a GPU.
+        validates: there is validation data.
+    """
+    from pipeline.model.shape import shape_of
+    from pipeline.model.training_needs import nearest, needed
+
+    config, how = task.config, {"on_gpu": on_gpu, "validates": validates}
+    assert config.train.max_length is not None
+    lengths = lengths_of(_read_rows(task.layout.tokens("train")))
+    longest = config.train.max_length if config.train.packing and on_gpu else int(lengths.max(initial=1))
+    shape = shape_of(model, config.lora, len(config.model.add_tokens))
+    count, there = needed(config, shape, longest, **how).needed, (gpu if on_gpu else machine).free_memory()
+    if count > there:
+        remedy = nearest(config, shape, longest, there, **how) or "take a smaller base or a larger machine"
+        kind = "GPU memory" if on_gpu else "memory"
+        task.warn(f"about {size(count)} of {kind} are needed, {size(there)} are free: if it runs out, {remedy}")
 
 
 def write_record(model: Any, task: Task) -> bool:

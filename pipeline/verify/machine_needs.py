@@ -24,6 +24,7 @@ _DISK = Claim("machine.disk", "base", "the disk holds what every stage will writ
 _MEMORY = Claim("machine.memory", "base", "the merge fits into the memory")
 _FLOAT32 = Claim("machine.float32", "base", "the model fits into the memory in float32, which the proof is computed in")
 _GPU = Claim("machine.gpu", "base", "the base fits into the GPU's memory")
+_TRAINING = Claim("machine.training", "base", "the base fits into the memory as it is trained")
 _VERSIONS = Claim("machine.versions", "base", "the libraries are those of requirements.lock")
 _TRAINING_GPU = "what training on a GPU needs is there"
 
@@ -69,6 +70,10 @@ def check(config: Config, run_folder: Path, base: Weights, gpu_bytes: int | None
     if gpu_bytes is not None:
         training = training_memory.least(parameters, in_4bit=in_4bit)
         yield _bytes(_GPU, training, gpu_bytes, "take a smaller base or a larger GPU")
+    else:
+        training = training_memory.least_on_processor(parameters, in_4bit=in_4bit)
+        remedy = "" if in_4bit else "set train.load_in_4bit=true, "
+        yield _bytes(_TRAINING, training, there, f"{remedy}take a smaller base or a larger machine")
     environment = libraries.this_environment()
     torch = next((package.version for package in environment.installed() if package.name == "torch"), None)
     for finding in gpu.look(gpu.gpus(), libraries.locked_cuda(), torch):

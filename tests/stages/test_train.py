@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import struct
@@ -24,12 +25,14 @@ from pipeline.config import Config, Verify
 from pipeline.data.token_file import read_tokens
 from pipeline.defaults import Facts, resolve
 from pipeline.errors import PipelineError, UserError
+from pipeline.model import targets, training_needs
 from pipeline.model.adapter_file import read_adapter
 from pipeline.model.adapter_folder import fit_to, read_given_adapter
 from pipeline.model.base import base_folder, resolve_base
 from pipeline.model.continued_adapter import read_continued_adapter
 from pipeline.model.merging import MergedWeights
 from pipeline.model.nf4 import Record
+from pipeline.model.shape import shape_of
 from pipeline.model.weights_file import read_weights
 from pipeline.prompt.tokenizer import saved_tokenizer
 from pipeline.resources import sha256_of
@@ -46,6 +49,7 @@ from pipeline.stages.train import (
     last_checkpoint,
     make_trainer,
     schedule,
+    warn_of_memory,
     write_record,
 )
 from pipeline.toml_file import load_config
@@ -164,6 +168,23 @@ def test_the_adapter_learns_in_float32_and_says_what_it_is(trained: Path) -> Non
 def test_what_unsloth_saves_is_taken_as_an_adapter_from_elsewhere(project: Path, trained: Path) -> None:
     fit = fit_to(read_given_adapter(trained / "train" / "adapter"), project / "base")
     assert len(fit.modules) == 2 * 7
+
+
+def test_what_will_most_likely_not_fit_is_said_before_the_base_is_loaded(
+    project: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine with a byte less than is counted for the rows that there are, with the mildest remedy."""
+    settings = Config.model_validate_json((trained / "config.json").read_text())
+    task, model = Task(STAGE, settings, trained, tmp_path), targets.without_weights(project / "base")
+    warn_of_memory(model, task, on_gpu=False, validates=True)
+    assert task.warnings == []
+    longest = max(len(row["input_ids"]) for row in read_tokens(Layout(trained).tokens("train")))
+    shape = shape_of(model, settings.lora)
+    count = training_needs.needed(settings, shape, longest, on_gpu=False, validates=True).needed
+    monkeypatch.setattr("pipeline.setup.machine.free_memory", lambda: count - 1)
+    warn_of_memory(model, task, on_gpu=False, validates=True)
+    (said,) = task.warnings
+    assert re.search(r"of memory are needed, .* are free: if it runs out, set train\.gradient_checkpointing=true", said)
 
 
 def test_the_batches_are_the_rows_of_the_data_stage(trained: Path) -> None:

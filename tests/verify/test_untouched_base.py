@@ -141,6 +141,9 @@ def test_a_machine_that_is_too_small(project: Path) -> None:
     assert results["machine.float32"].verdict == NOT_RUN
     small = {result.id: result.verdict for result in machine_needs.check(config, run, weights(100), 8 * 2**30)}
     assert set(small.values()) == {PASS}
+    without = {result.id: result for result in machine_needs.check(config, run, weights(10**11), None)}
+    assert without["machine.training"].verdict == FAIL
+    assert "machine.gpu" not in without
     needs = machine_needs.disk_needs(config, 10**9)
     assert needs["merge"] == needs["convert"] == 2 * 10**9
     assert needs["quantize"] > 10**9 * (4.9 + 8.5) / 8
