@@ -178,12 +178,12 @@ def count(settings: Config, machine: Machine) -> tuple[Shape, list[Row], int]:
 
 
 def _training(settings: Config, shape: Shape, machine: Machine, longest: int) -> TrainingMemory:
-    on_gpu = machine.gpu is not None
-    return training_needs.needed(settings, shape, longest, on_gpu=on_gpu, validates=_validates(settings))
+    return training_needs.needed(settings, shape, longest, **_how(settings, machine))
 
 
-def _validates(settings: Config) -> bool:
-    return settings.data.validation is not None or settings.data.validation_fraction > 0
+def _how(settings: Config, machine: Machine) -> dict[str, bool]:
+    validates = settings.data.validation is not None or settings.data.validation_fraction > 0
+    return {"on_gpu": machine.gpu is not None, "validates": validates}
 
 
 def _data(settings: Config) -> tuple[int, int | None]:
@@ -221,19 +221,14 @@ def problems(settings: Config, shape: Shape, machine: Machine, rows: list[Row], 
     """What does not fit, each with what to do."""
     from pipeline.figures import size
 
-    on_gpu = machine.gpu is not None
     for row in rows:
         for kind, needed, there in (("GPU memory", row.gpu, machine.gpu), ("memory", row.memory, machine.memory)):
             if needed is None or there is None or needed <= there or row.stage == "verify":  # which says what it skips
                 continue
             advice = "take a smaller base or a larger machine"
             if row.stage == "train":
-                advice = (
-                    training_needs.nearest(
-                        settings, shape, longest, there, on_gpu=on_gpu, validates=_validates(settings)
-                    )
-                    or advice
-                )
+                nearest = training_needs.nearest(settings, shape, longest, there, **_how(settings, machine))
+                advice = nearest or advice
             yield f"{row.stage}: {size(needed)} of {kind} are needed, {size(there)} are there: {advice}"
     disk = sum(row.disk for row in rows)
     if disk > machine.disk:

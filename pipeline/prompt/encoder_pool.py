@@ -17,7 +17,7 @@ from pipeline.processes import cores, end_with_parent
 
 _MOST = 8  # processes: this one reads no faster than so many encode
 _AHEAD = 8  # batches done here while a process is at the one before them
-_OBJECTS = 100_000  # made before the garbage collector looks for cycles, which rows have none of: by default 700
+_OBJECTS = 100_000  # that are made before the garbage collector looks through them: more than a batch has, not 700
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")

@@ -24,7 +24,7 @@ from typing import Any
 from pipeline.data.marks import ALL, Trained
 from pipeline.errors import PipelineError, UserError
 from pipeline.prompt.template import end_of_turn, ids_of, render, token_ids, whole_tokens, with_bos
-from pipeline.prompt.token_places import Located, located
+from pipeline.prompt.token_places import Located, locate
 
 # What a prompt ends with when thinking is switched off: a block that is opened and closed again.
 EMPTY_THOUGHT = re.compile(r"(<think>\s*</think>|<\|channel>thought\s*<channel\|>)\s*\Z")
@@ -170,7 +170,7 @@ def tokenize_texts(tokenizer: Any, texts: Sequence[TrainingText]) -> list[Tokeni
         raise UserError(
             f"{type(tokenizer).__name__} does not tell where a token lies in the text: the base needs a tokenizer.json"
         )
-    places = located(tokenizer, [text.text for text in texts])
+    places = locate(tokenizer, [text.text for text in texts])
     tails = [one.tail(start) for one, text in zip(places, texts, strict=True) for start, _ in text.spans]
     different = list(dict.fromkeys(tail for _, tail in tails))  # most rows have the same: how an answer begins
     ids_of_tail = dict(zip(different, ids_of(tokenizer, different), strict=True))

@@ -82,7 +82,7 @@ class Located:
         ]
 
 
-def located(tokenizer: Any, texts: Sequence[str]) -> list[Located]:
+def locate(tokenizer: Any, texts: Sequence[str]) -> list[Located]:
     """The tokens of texts, in front of which nothing is put."""
     pattern = _pattern(tokenizer)
     if pattern is None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from support import bases
 
-from pipeline.prompt.token_places import Located, located
+from pipeline.prompt.token_places import Located, locate
 
 FAMILIES = ["qwen3", "llama3_1", "gemma2", "llama2", "mistral_nemo", "deepseek_v3", "gpt2"]
 WORDS = [
@@ -62,7 +62,7 @@ def test_ids_and_places_are_those_of_the_whole_text(name: str, flags: dict[str, 
     tokenizer = family(name, **flags)
     texts = texts_of(tokenizer, random.Random(name))
     cut = 0
-    for text, found in zip(texts, located(tokenizer, texts), strict=True):
+    for text, found in zip(texts, locate(tokenizer, texts), strict=True):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert found.ids == ids
         whole = Located(tokenizer, text, ids)  # asks for the offsets
