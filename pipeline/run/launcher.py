@@ -39,11 +39,11 @@ class Launcher:
     for the card leaves its driver in a state that no child can use.
 
     Args:
-        gpu: whether there is one; None to look.
+        gpu: whether there is one; None to look when the first stage comes.
     """
 
     def __init__(self, *, gpu: bool | None = None) -> None:
-        self._gpu = memory() is not None if gpu is None else gpu
+        self._gpu = gpu
         self._host: _Host | None = None
 
     def run(self, folder: Path, stage: Stage, variant: str) -> Ended:
@@ -60,6 +60,8 @@ class Launcher:
                 return host.run(arguments, ())
             finally:
                 host.close()
+        if self._gpu is None:
+            self._gpu = memory() is not None
         if self._host is None:
             self._host = _Host()
         return self._host.run(arguments, () if self._gpu else stage.libraries)
