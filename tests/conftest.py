@@ -22,30 +22,42 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-templates", action="store_true", help="Try every chat template that llama.cpp ships.")
 
 
+# What takes long to make, by how a file imports it: the one Ollama and the runs of shared_base.py; the good run.
+SHARED = {
+    "the runs of shared_base.py": r"^ *from support( import .*\bservers\b|\.shared_base import)",
+    "the good run": r"^ *from support\.good_run import .*\b(good|copy)_run\b",
+}
+
+
 @cache
-def shares(file: Path) -> bool:
-    """Whether a file's tests take what others do: the one Ollama (support/servers.py), the runs of shared_base.py."""
-    wanted = r"^ *from support( import .*\bservers\b|\.shared_base import)"
-    return bool(re.search(wanted, file.read_text("utf-8"), re.MULTILINE))
+def shared_by(file: Path) -> str:
+    """What a file's tests share with those of other files; "" for nothing that takes long."""
+    text = file.read_text("utf-8")
+    return next((name for name, wanted in SHARED.items() if re.search(wanted, text, re.MULTILINE)), "")
 
 
-class OneOllama(LoadFileScheduling):
+class OnceMade(LoadFileScheduling):
     """Tests of one file run in one process, and all tests that share what takes longest to make in the same."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
-        return "shared" if shares(self.config.rootpath / file) else file
+        return shared_by(self.config.rootpath / file) or file
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest comes first, so that at the end no process works alone: those tests, then the whole ways."""
-    long = ("test_end_to_end.py", "test_whole_way.py")
-    items.sort(key=lambda item: (not shares(item.path), item.path.name not in long))
+    shared, long = [*SHARED], ("test_end_to_end.py", "test_whole_way.py")
+
+    def place(item: pytest.Item) -> tuple[int, bool]:
+        name = shared_by(item.path)
+        return shared.index(name) if name else len(shared), item.path.name not in long
+
+    items.sort(key=place)
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneOllama:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OnceMade:
     """What shares out the tests; xdist's own marks for groups have no effect with this pytest."""
-    return OneOllama(config, log)
+    return OnceMade(config, log)
 
 
 @pytest.fixture
