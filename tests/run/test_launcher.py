@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,17 @@ def test_a_stage_begins_with_what_it_declares_and_nothing_of_another(tmp_path: P
     assert len({found["hash"] for found in figures.values()}) == 1  # what a set's order depends on
     assert all(record["peak_memory_bytes"] > 2**20 for record in stages.values())
     assert all(record["cpu_seconds"] > 0 for record in stages.values())
+
+
+def test_the_stages_of_several_runs_begin_with_what_those_before_have_imported(tmp_path: Path) -> None:
+    graph, imported = Graph([LIGHT, HEAVY]), []
+    with closing(Launcher(gpu=False)) as launcher:
+        for name in ("one", "two"):
+            values = {"model": {"base": "x"}, "data": {"train": "x"}, "run": {"folder": tmp_path / name}}
+            config = Config.model_validate(values)
+            graph.run(config, {}, graph.nodes(config), launcher=launcher)
+            imported.append(read_manifest(config.run_folder)["stages"]["light"]["figures"]["imported"])
+    assert imported == [False, True]
 
 
 @pytest.fixture
