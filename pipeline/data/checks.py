@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.data.formats import Conversation
 from pipeline.data.metric import parse_strict
@@ -17,8 +16,7 @@ _canonical = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",
 _DIGEST = 16  # bytes
 
 
-@dataclass(frozen=True)
-class Identity:
+class Identity(NamedTuple):
     """What of a row says which others it equals, and on which side of a split it lies.
 
     Attributes:

@@ -215,5 +215,5 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
 def leading_bos(tokenizer: Any, ids: Sequence[int]) -> int:
     """How many BOS tokens stand at the front. Two or more are a mistake that training and serving can differ
     in."""
-    count = itertools.takewhile(lambda token: token == tokenizer.bos_token_id, ids)
-    return sum(1 for _ in count)
+    bos = tokenizer.bos_token_id
+    return next((count for count, token in enumerate(ids) if token != bos), len(ids))

@@ -44,8 +44,7 @@ class Kept(NamedTuple):
     sequences: list[Packed]
 
 
-@dataclass(frozen=True)
-class Encoded:
+class Encoded(NamedTuple):
     """What is trained of a row.
 
     Attributes:
@@ -67,8 +66,7 @@ class Encoded:
     tools: bool
 
 
-@dataclass(frozen=True)
-class Prepared:
+class Prepared(NamedTuple):
     """A row of a file.
 
     Attributes:
