@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from struct import unpack
 from typing import Any, NamedTuple
 
 from pipeline.data.formats import Conversation
@@ -42,11 +43,8 @@ def identity_of(row: Conversation, seed: int) -> Identity:
     answer = digest(row.messages[-1]) if row.text is None else b""
     whole = _hash(b"".join((question, answer, repr(row.trained).encode())))
     drawn_by = asked if row.group is None else _canonical(row.group).encode()
-    return Identity(question, answer, whole, _position(drawn_by, seed), _position(drawn_by, seed + 1))
-
-
-def _position(drawn_by: bytes, seed: int) -> float:
-    return int.from_bytes(_hash(drawn_by, seed)[:8], "big") / 2**64
+    position, drawn = (number / 2**64 for number in unpack(">QQ", _hash(drawn_by, seed)))
+    return Identity(question, answer, whole, position, drawn)
 
 
 def digest(value: Any, seed: int = 0) -> bytes:

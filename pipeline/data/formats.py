@@ -38,6 +38,7 @@ SHAPES = {
     "prompt": '{"prompt": "...", "completion": "..."}',
     "text": '{"text": "..."}',
 }
+_compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 # Beside a shape's own keys, what every row may have.
 _MARKS = ("weight", "train", "loss", "loss_mask")
 _COMMON = ("system", "tools", "functions", *_MARKS)
@@ -123,7 +124,7 @@ class Conversation:
 
     def as_line(self) -> str:
         """The same as a line of JSONL."""
-        return json.dumps(self.as_row(), ensure_ascii=False, separators=(",", ":")) + "\n"
+        return _compact(self.as_row()) + "\n"
 
     @staticmethod
     def from_row(row: Mapping[str, Any], place: str) -> Conversation:

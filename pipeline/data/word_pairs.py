@@ -19,11 +19,14 @@ if TYPE_CHECKING:
 
 NEAR = 0.9  # Jaccard similarity of the word pairs from which two texts are nearly the same
 _WORD = re.compile(r"\w+")
+_SPACED = "".join(character if _WORD.match(character) else " " for character in map(chr, range(128)))
 
 
 def words(said: str) -> list[str]:
     """The words of a text after an empty one, so that the first has a neighbour; of a text without any, itself."""
-    return ["", *(_WORD.findall(said.casefold()) or [said])]
+    text = said.casefold()
+    found = text.translate(_SPACED).split() if text.isascii() else _WORD.findall(text)  # the first takes half the time
+    return ["", *(found or [said])]
 
 
 def word_pairs(texts: Sequence[str]) -> tuple[Numbers, NDArray[np.int64]]:

@@ -26,7 +26,7 @@ def left_out(row: Conversation, texts: Sequence[TrainingText]) -> Iterator[tuple
         What kind of part it is ("tools"), and which ("the tool 'light'").
     """
     whole = "\n".join(text.text for text in texts)
-    asked = "\n".join(_untrained(text) for text in texts) if row.trained != ALL else whole
+    asked = whole if row.trained == ALL or not row.tools else "\n".join(_untrained(text) for text in texts)
     for tool in row.tools or ():
         function = tool.get("function") if isinstance(tool.get("function"), dict) else tool
         assert isinstance(function, dict)

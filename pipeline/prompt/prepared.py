@@ -169,13 +169,13 @@ class Preparer:
 
     def _packed(self, sequence: Tokenized) -> Packed:
         assert self.encoder is not None
-        ids, labels = sequence.input_ids, sequence.labels
+        ids, labels = array("i", sequence.input_ids), array("i", sequence.labels)
         return Packed(
-            array("i", ids).tobytes(),
-            array("i", labels).tobytes(),
+            ids.tobytes(),
+            labels.tobytes(),
             len(ids),
             sequence.trained,
             sequence.merged,
-            leading_bos(self.encoder.tokenizer, ids),
-            next(label for label in reversed(labels) if label != IGNORED),
+            leading_bos(self.encoder.tokenizer, sequence.input_ids),
+            next(label for label in reversed(sequence.labels) if label != IGNORED),
         )

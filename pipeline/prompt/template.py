@@ -150,7 +150,7 @@ class ChatTemplate:
         """What the template itself writes; arguments as `render` takes them."""
         from jinja2 import TemplateError, TemplateSyntaxError
 
-        names = dict(self.variables) or {"bos_token": self.bos_token, "eos_token": self.eos_token}
+        names = {**(self.variables or {"bos_token": self.bos_token, "eos_token": self.eos_token})}
         if think is not None:
             names["enable_thinking"] = think
         if today is not None:

@@ -91,8 +91,13 @@ def locate(tokenizer: Any, texts: Sequence[str]) -> list[Located]:
     pieces = [_pieces(text, of_text) for text, of_text in zip(texts, spans, strict=True)]
     different = list(dict.fromkeys(itertools.chain.from_iterable(pieces)))
     known = dict(zip(different, ids_of(tokenizer, different), strict=True))
+    numbers = _cutting_tokens(tokenizer)
+    # The tokenizer sees other tokens in these.
+    odd = {piece for piece in known if (at := pattern.match(piece)) and known[piece][:1] != [numbers[at[0]]]}
     return [
         _joined(tokenizer, text, of_text, [known[piece] for piece in parts])
+        if odd.isdisjoint(parts)
+        else Located(tokenizer, text, ids_of(tokenizer, [text])[0])
         for text, of_text, parts in zip(texts, spans, pieces, strict=True)
     ]
 
@@ -104,12 +109,8 @@ def _pieces(text: str, spans: Sequence[tuple[int, int]]) -> list[str]:
 
 
 def _joined(tokenizer: Any, text: str, spans: Sequence[tuple[int, int]], ids: Sequence[list[int]]) -> Located:
-    numbers = _cutting_tokens(tokenizer)
-    if any(of_piece[:1] != [numbers[text[slice(*span)]]] for span, of_piece in zip(spans, ids[1:], strict=True)):
-        (whole,) = ids_of(tokenizer, [text])
-        return Located(tokenizer, text, whole)  # the tokenizer sees other tokens in it
     places = itertools.accumulate(map(len, ids))
-    cuts = [(*span, place) for span, place in zip(spans, places, strict=False)]
+    cuts = [(first, past, place) for (first, past), place in zip(spans, places, strict=False)]
     return Located(tokenizer, text, list(itertools.chain.from_iterable(ids)), cuts)
 
 
