@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.cli import configured, each
-from pipeline.model import training_needs
+from pipeline.model import training_fit
 from pipeline.processes import cores
 
 if TYPE_CHECKING:
@@ -142,8 +142,8 @@ def count(settings: Config, machine: Machine) -> tuple[Shape, list[Row], int]:
     """
     from pipeline.model import memory
     from pipeline.model.base import config_folder
+    from pipeline.model.merge_target import chosen_base
     from pipeline.model.shape import shape_of
-    from pipeline.model.sixteen_bit import chosen_base
     from pipeline.model.targets import without_weights
     from pipeline.verify.machine_needs import disk_needs
 
@@ -178,7 +178,7 @@ def count(settings: Config, machine: Machine) -> tuple[Shape, list[Row], int]:
 
 
 def _training(settings: Config, shape: Shape, machine: Machine, longest: int) -> TrainingMemory:
-    return training_needs.needed(settings, shape, longest, **_how(settings, machine))
+    return training_fit.needed(settings, shape, longest, **_how(settings, machine))
 
 
 def _how(settings: Config, machine: Machine) -> dict[str, bool]:
@@ -227,7 +227,7 @@ def problems(settings: Config, shape: Shape, machine: Machine, rows: list[Row], 
                 continue
             advice = "take a smaller base or a larger machine"
             if row.stage == "train":
-                nearest = training_needs.nearest(settings, shape, longest, there, **_how(settings, machine))
+                nearest = training_fit.nearest(settings, shape, longest, there, **_how(settings, machine))
                 advice = nearest or advice
             yield f"{row.stage}: {size(needed)} of {kind} are needed, {size(there)} are there: {advice}"
     disk = sum(row.disk for row in rows)

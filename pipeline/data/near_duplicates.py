@@ -1,4 +1,4 @@
-"""Rows of one set that say nearly the same, found by MinHash: of each row a signature of 128 bytes stays in memory.
+"""Rows of one set that say nearly the same, found by MinHash: of each row a signature of 128 bytes and its place stay.
 
 The share of equal places in two signatures estimates the Jaccard similarity of the rows' word pairs (Broder, "On the
 resemblance and containment of documents", 1997). Only rows that agree in a band of eight places are compared: of pairs

@@ -344,8 +344,8 @@ def _adapter(config: Config, folder: Path) -> Stream:
     """The adapter on its base as it was trained, answering greedily."""
     from pipeline.model.generate import stream_answer
     from pipeline.model.load import load_adapter
+    from pipeline.model.merge_target import has_two_bases
     from pipeline.model.nf4 import Record
-    from pipeline.model.sixteen_bit import has_two_bases
 
     record = Record.read(folder.parent) if has_two_bases(config) else None
     model, tokenizer = load_adapter(config.model, folder, record)

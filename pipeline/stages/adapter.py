@@ -14,8 +14,8 @@ from pipeline.model.adapter_folder import fit_to, write_taken
 from pipeline.model.base import base_folder
 from pipeline.model.combined_adapter import read_given_adapters, write_combined
 from pipeline.model.facts import base_files
+from pipeline.model.merge_target import has_two_bases
 from pipeline.model.plain_adapter import refuse_for_gguf
-from pipeline.model.sixteen_bit import has_two_bases
 from pipeline.model.trained_tokenizer import adapter_files, trained_tokenizer
 from pipeline.run.stage import Stage, Task
 

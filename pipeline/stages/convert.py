@@ -20,9 +20,9 @@ from pipeline.model import memory
 from pipeline.model.adapter_file import read_adapter
 from pipeline.model.base import as_trained
 from pipeline.model.config_file import SENSES
+from pipeline.model.merge_target import merge_files, sixteen_bit_base
 from pipeline.model.nf4 import Record
 from pipeline.model.plain_adapter import write_plain
-from pipeline.model.sixteen_bit import merge_files, sixteen_bit_base
 from pipeline.model.weights_file import Weights, read_weights
 from pipeline.ollama.llamacpp_rendering import as_carried
 from pipeline.processes import require_space

@@ -35,7 +35,7 @@ from pipeline.model.base import base_folder
 from pipeline.model.config_file import senses, text_config
 from pipeline.model.continued_adapter import read_continued_adapter
 from pipeline.model.facts import base_files, context_of
-from pipeline.model.sixteen_bit import check_bits
+from pipeline.model.merge_target import check_bits
 from pipeline.model.trained_tokenizer import adapter_files, trained_tokenizer
 from pipeline.ollama.llamacpp_rendering import carried_template
 from pipeline.ollama.parameters import served_context

@@ -22,8 +22,8 @@ from pipeline.data.sources import read_rows
 from pipeline.model.adapter_folder import CONFIG, WEIGHTS, fit_to, read_given_adapter
 from pipeline.model.base import base_folder
 from pipeline.model.facts import base_files
+from pipeline.model.merge_target import has_two_bases
 from pipeline.model.nf4 import Record
-from pipeline.model.sixteen_bit import has_two_bases
 from pipeline.model.trained_tokenizer import adapter_files, trained_tokenizer
 from pipeline.run.stage import Stage, Task
 from pipeline.verify.rungs import ADAPTER, ADAPTER_16BIT, BASE, GGUF_16BIT, MERGED, OLLAMA, alone, is_alone, rungs

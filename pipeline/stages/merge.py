@@ -3,7 +3,7 @@
 It is merged tensor by tensor, from file to file (`pipeline.model.merging`), so the memory that it takes does not grow
 with the model. An adapter that was trained on 4 bits may fit what NF4 keeps of the weights better than the weights as
 they are stored; which of the two depends on the model and on the data, so where nothing else decides it
-(`sixteen_bit.chosen_base`) the held-out loss of both is measured. A merge that would leave a module out, or change
+(`merge_target.chosen_base`) the held-out loss of both is measured. A merge that would leave a module out, or change
 nothing, is refused.
 """
 
@@ -33,11 +33,11 @@ from pipeline.model.held_out import (
     row_losses,
     trained_places,
 )
+from pipeline.model.merge_target import check_bits, chosen_base, has_two_bases, merge_files, sixteen_bit_base
 from pipeline.model.merging import MergedWeights, write_merged
 from pipeline.model.nf4 import Record
 from pipeline.model.peft_merging import PeftMerge
 from pipeline.model.sentencepiece_file import write_sentencepiece
-from pipeline.model.sixteen_bit import check_bits, chosen_base, has_two_bases, merge_files, sixteen_bit_base
 from pipeline.model.weights_file import TORCH_TYPES, Weights, read_weights
 from pipeline.processes import require_space
 from pipeline.prompt.tokenizer import read_saved

@@ -13,7 +13,7 @@ from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.model.base import rounded_before
 from pipeline.model.continued_adapter import continued_files
-from pipeline.model.sixteen_bit import merge_files
+from pipeline.model.merge_target import merge_files
 from pipeline.model.trained_tokenizer import adapter_files
 from pipeline.run.stage import Stage, Task
 from pipeline.stages import judged_stages

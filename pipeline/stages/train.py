@@ -165,7 +165,7 @@ def warn_of_memory(model: Any, task: Task, *, on_gpu: bool, validates: bool) -> 
         validates: there is validation data.
     """
     from pipeline.model.shape import shape_of
-    from pipeline.model.training_needs import nearest, needed
+    from pipeline.model.training_fit import nearest, needed
 
     config, how = task.config, {"on_gpu": on_gpu, "validates": validates}
     assert config.train.max_length is not None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline import console
-from pipeline.model.sixteen_bit import merge_files
+from pipeline.model.merge_target import merge_files
 from pipeline.run.stage import EVERY_JUDGED_STAGE, Stage, Task
 from pipeline.stages import judged_stages
 from pipeline.verify.artefacts import Artefacts

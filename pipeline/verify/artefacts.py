@@ -80,7 +80,7 @@ class Artefacts:
         Raises:
             UserError: there is no merged model in it.
         """
-        from pipeline.model.sixteen_bit import has_two_bases, sixteen_bit_base
+        from pipeline.model.merge_target import has_two_bases, sixteen_bit_base
 
         layout = Layout(run)
         model = layout.merged_model

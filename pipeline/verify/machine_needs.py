@@ -12,7 +12,7 @@ from pipeline.figures import size
 from pipeline.llamacpp.quantizer import quantization_type
 from pipeline.model import memory, training_memory
 from pipeline.model.layer_by_layer import Layers
-from pipeline.model.sixteen_bit import chosen_base
+from pipeline.model.merge_target import chosen_base
 from pipeline.model.weights_file import Weights
 from pipeline.ollama.address import is_here, normal_host
 from pipeline.setup import gpu, libraries

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pipeline.model.sixteen_bit import chosen_base
+from pipeline.model.merge_target import chosen_base
 from pipeline.verify.artefacts import Artefacts
 from pipeline.verify.result import Claim, Result
 from pipeline.verify.rungs import ADAPTER, ADAPTER_16BIT, BASE

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipeline.model.sixteen_bit import has_two_bases
+from pipeline.model.merge_target import has_two_bases
 
 if TYPE_CHECKING:
     from pipeline.config import Config

@@ -28,8 +28,8 @@ from pipeline.model.base import as_trained, base_folder
 from pipeline.model.combined_adapter import read_given_adapters
 from pipeline.model.config_file import text_config
 from pipeline.model.continued_adapter import read_continued_adapter
+from pipeline.model.merge_target import check_bits, sixteen_bit_base
 from pipeline.model.plain_adapter import A, B, refuse_for_gguf, write_plain
-from pipeline.model.sixteen_bit import check_bits, sixteen_bit_base
 from pipeline.model.trained_tokenizer import trained_tokenizer
 from pipeline.model.weights_file import read_weights
 from pipeline.ollama.client import Client

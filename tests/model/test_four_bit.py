@@ -19,8 +19,8 @@ from pipeline.model import derived_folder
 from pipeline.model.base import resolve_base
 from pipeline.model.facts import facts
 from pipeline.model.four_bit import in_16bit, is_4bit
+from pipeline.model.merge_target import check_bits, merge_files, sixteen_bit_base
 from pipeline.model.nf4 import Record
-from pipeline.model.sixteen_bit import check_bits, merge_files, sixteen_bit_base
 from pipeline.model.weights_file import read_weights
 from pipeline.resources import resource
 from pipeline.stages import merge

@@ -7,7 +7,7 @@ import pytest
 from support import small_models
 
 from pipeline.data.questions import Question
-from pipeline.model.sixteen_bit import chosen_base
+from pipeline.model.merge_target import chosen_base
 from pipeline.ollama.scratch_model import write_scratch_model
 from pipeline.prompt.template import ChatTemplate
 from pipeline.run.layout import Layout

@@ -25,7 +25,7 @@ from pipeline.config import Config, Verify
 from pipeline.data.token_file import read_tokens
 from pipeline.defaults import Facts, resolve
 from pipeline.errors import PipelineError, UserError
-from pipeline.model import targets, training_needs
+from pipeline.model import targets, training_fit
 from pipeline.model.adapter_file import read_adapter
 from pipeline.model.adapter_folder import fit_to, read_given_adapter
 from pipeline.model.base import base_folder, resolve_base
@@ -180,7 +180,7 @@ def test_what_will_most_likely_not_fit_is_said_before_the_base_is_loaded(
     assert task.warnings == []
     longest = max(len(row["input_ids"]) for row in read_tokens(Layout(trained).tokens("train")))
     shape = shape_of(model, settings.lora)
-    count = training_needs.needed(settings, shape, longest, on_gpu=False, validates=True).needed
+    count = training_fit.needed(settings, shape, longest, on_gpu=False, validates=True).needed
     monkeypatch.setattr("pipeline.setup.machine.free_memory", lambda: count - 1)
     warn_of_memory(model, task, on_gpu=False, validates=True)
     (said,) = task.warnings
