@@ -158,6 +158,7 @@ def test_an_interrupt_ends_a_stage_in_its_work_and_is_no_traceback(project: Path
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background has ignored
     )
     layout = Layout(project / "run")
     while not list(layout.partial("data").glob("output/*")):
