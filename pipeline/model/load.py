@@ -101,7 +101,8 @@ def _rounded(tensor: Any, outtype: str) -> Any:
 def _load_stored(folder: Path, trust_remote_code: bool = False) -> Any:
     """A model as its folder has it. A CPU gets weights in 4 bits unpacked once, not anew for every token."""
     parameters, packed = read_weights(folder).parameters, is_4bit(folder)
-    device = device_for(training_memory.least(parameters, in_4bit=True) if packed else memory.asked_model(parameters))
+    needed = training_memory.least_on_gpu(parameters, in_4bit=True) if packed else memory.asked_model(parameters)
+    device = device_for(needed)
     compute = compute_type(device)
     model = load_model(folder, compute, device, trust_remote_code=trust_remote_code).eval()
     return model.dequantize(dtype=compute) if packed and device == "cpu" else model
@@ -139,7 +140,7 @@ def _load_4bit(settings: Model, record: Record) -> Any:
     from transformers import BitsAndBytesConfig
 
     folder, remote = base_folder(settings), settings.trust_remote_code
-    device = device_for(training_memory.least(read_weights(folder).parameters, in_4bit=True))
+    device = device_for(training_memory.least_on_gpu(read_weights(folder).parameters, in_4bit=True))
     if device == "cpu" or record.experts:  # a CPU would unpack them for every token; transformers packs no experts
         model = _load_stored(folder, remote)
         dequantize_base(model, record)

@@ -82,7 +82,7 @@ def least_on_processor(parameters: float, *, in_4bit: bool) -> int:
     return int(_weights(parameters - other, other, in_4bit=in_4bit) + _LIBRARIES)
 
 
-def least(parameters: float, *, in_4bit: bool) -> int:
+def least_on_gpu(parameters: float, *, in_4bit: bool) -> int:
     """The least that training needs of a GPU: the base, and a GiB for the adapter, its optimizer and one short row."""
     return base_on_gpu(parameters, in_4bit=in_4bit) + GIB
 

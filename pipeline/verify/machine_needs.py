@@ -68,7 +68,7 @@ def check(config: Config, run_folder: Path, base: Weights, gpu_bytes: int | None
         yield _judged(_VERSIONS, libraries.look())
         return
     if gpu_bytes is not None:
-        training = training_memory.least(parameters, in_4bit=in_4bit)
+        training = training_memory.least_on_gpu(parameters, in_4bit=in_4bit)
         yield _bytes(_GPU, training, gpu_bytes, "take a smaller base or a larger GPU")
     else:
         training = training_memory.least_on_processor(parameters, in_4bit=in_4bit)
