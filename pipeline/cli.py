@@ -23,7 +23,6 @@ from pipeline.trainings import COMBINED
 if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.run.graph import Graph
-    from pipeline.run.launcher import Launcher
 
 # Commands that stand in modules of their own: name -> (module, attribute, help in one line).
 _ELSEWHERE = {
@@ -156,6 +155,7 @@ def each(
     from pipeline.errors import UserError
 
     names = (training,) if training else _trainings(path) or ("",)
+    _share_launcher()
     if one and len(names) > 1:
         raise UserError(f"{path}: it has several trainings, and one is printed: --training {', '.join(names)}")
     for name in names[1:]:
@@ -217,21 +217,24 @@ def _graph(config: Config) -> Graph:
     return Graph(stages.all_stages(config))
 
 
-def bring_up_to_date(
-    config: Config,
-    sources: dict[str, str],
-    names: Sequence[str],
-    force: bool = False,
-    launcher: Launcher | None = None,
-) -> None:
-    """Run these stages, and all that they need, where they are not up to date, by a launcher or by one of their own."""
+def bring_up_to_date(config: Config, sources: dict[str, str], names: Sequence[str], force: bool = False) -> None:
+    """Run these stages, and all that they need, where they are not up to date."""
     graph = _graph(config)
     targets = [node for name in names for node in graph.nodes_of(name, config)]
     if not targets:
         from pipeline.console import say
 
         say(f"{', '.join(names)}: nothing to do under this configuration")
-    graph.run(config, sources, targets, force=force, launcher=launcher)
+    graph.run(config, sources, targets, force=force, launcher=click.get_current_context().obj)
+
+
+def _share_launcher() -> None:
+    """Have one launcher, the context's object, start all stages of this command; whoever calls it may give theirs."""
+    from pipeline.run.launcher import Launcher
+
+    context = click.get_current_context()
+    if context.obj is None:
+        context.obj = context.with_resource(closing(Launcher()))
 
 
 @main.command(epilog="Example: pipeline run my/pipeline.toml --set train.epochs=2 --until merge")
@@ -244,23 +247,22 @@ def run(config: Path, overrides: tuple[str, ...], training: str, until: str | No
     After an interruption the same command goes on where it was. Exit status 1 if a stage or a check of `verify` failed.
     """
     from pipeline.errors import UserError
-    from pipeline.run.launcher import Launcher
 
     if until is not None and until not in stages.NAMES:
         raise UserError(f"--until {until}: no such stage; one of {', '.join(stages.NAMES)}")
     names = stages.NAMES[: stages.NAMES.index(until) + 1] if until else stages.NAMES
     wanted = [name for name in names if not (no_preflight and name == "preflight")]
-    with closing(Launcher()) as launcher:
-        if not training and "train" in names:
-            every = [resolved(config, overrides, name, reads_input=True) for name in _trainings(config)]
-            for settings, sources in every:
-                if settings.data.train:  # what is wrong with rows of the last one is said before the first is trained
-                    bring_up_to_date(settings, sources, ["data"], launcher=launcher)
-        for settings, sources in each(config, overrides, training, reads_input=True):
-            bring_up_to_date(settings, sources, wanted, launcher=launcher)
-            _say_where(settings)
-            if "verify" in names:
-                _say_proof(settings)
+    _share_launcher()
+    if not training and "train" in names:
+        every = [resolved(config, overrides, name, reads_input=True) for name in _trainings(config)]
+        for settings, sources in every:
+            if settings.data.train:  # what is wrong with rows of the last one is said before the first is trained
+                bring_up_to_date(settings, sources, ["data"])
+    for settings, sources in each(config, overrides, training, reads_input=True):
+        bring_up_to_date(settings, sources, wanted)
+        _say_where(settings)
+        if "verify" in names:
+            _say_proof(settings)
 
 
 def _say_proof(config: Config) -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 from safetensors.torch import load_file, save_file
 from support.adapters import small_base
 from support.broken_adapters import BY_ITSELF, ON_ITS_BASE, broken, good_adapter
+from support.commands import pipeline
 
-from pipeline.cli import main
 from pipeline.model.adapter_folder import CONFIG, WEIGHTS, fit_to, read_given_adapter
 from pipeline.toml_file import load_config
 
@@ -27,7 +27,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def export(adapter: Path, base: Path | str, *options: str) -> Result:
-    return CliRunner().invoke(main, ["export", "--adapter", str(adapter), "--base", str(base), *options])
+    return pipeline("export", "--adapter", adapter, "--base", base, *options)
 
 
 def is_refused(told: Result, said: str) -> None:
@@ -100,7 +100,7 @@ def test_an_adapter_of_mlx_is_written_as_one_of_peft(
     """It adds to a module what MLX adds: scale x A B, transposed."""
     monkeypatch.setattr("pipeline.cli.bring_up_to_date", lambda *_: None)
     folder = of_mlx(tmp_path / "mlx")
-    assert "give its base as MLX found it" in CliRunner().invoke(main, ["export", "--adapter", str(folder)]).stderr
+    assert "give its base as MLX found it" in pipeline("export", "--adapter", folder).stderr
     for _ in range(2):
         told = export(folder, small_base())
         assert told.exit_code == 0, told.stderr

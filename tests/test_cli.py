@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
-from click.testing import CliRunner, Result
+from support.commands import pipeline
 
 from pipeline.cli import main
 from pipeline.errors import PipelineError
@@ -18,10 +18,6 @@ from pipeline.run.layout import Layout
 
 CONFIG = '[model]\nbase = "smollm2-135m-instruct"\n[data]\ntrain = "train.jsonl"\n'
 ROW = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]}
-
-
-def invoke(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 @pytest.fixture
@@ -62,7 +58,7 @@ def test_help_imports_nothing_heavy(name: str | None) -> None:
     ],
 )
 def test_mistakes_end_in_one_message_and_status_2(project: Path, arguments: list[str], said: str) -> None:
-    result = invoke(*(argument.replace("{project}", str(project)) for argument in arguments))
+    result = pipeline(*(argument.replace("{project}", str(project)) for argument in arguments))
     assert result.exit_code == 2
     assert said in result.stderr
     assert "Traceback" not in result.stderr
@@ -74,17 +70,15 @@ def test_what_export_prints_can_be_typed(project: Path, monkeypatch: pytest.Monk
     path = project / "my run" / "modelfile" / "q4_k_m" / "Modelfile"
     path.parent.mkdir(parents=True)
     path.touch()
-    result = invoke("export", project, "--set", "run.folder=my run", "--set", "ollama.name=home")
+    result = pipeline("export", project, "--set", "run.folder=my run", "--set", "ollama.name=home")
     assert result.exit_code == 0, result.stderr
     assert f"ollama create home:latest -f '{path}'" in result.stderr.splitlines()
 
 
 def test_bad_data_is_named_by_file_and_line(project: Path) -> None:
     (project / "train.jsonl").write_text('{"messages": []}\n')
-    answer = subprocess.run(
-        [sys.executable, "-m", "pipeline", "data", str(project)], capture_output=True, text=True, check=False
-    )
-    assert answer.returncode == 2, answer.stderr
+    answer = pipeline("data", project)
+    assert answer.exit_code == 2, answer.stderr
     assert "train.jsonl:1" in answer.stderr
     assert "Traceback" not in answer.stderr
     assert not (project / "run" / "data").exists()
@@ -93,19 +87,19 @@ def test_bad_data_is_named_by_file_and_line(project: Path) -> None:
 def test_config_prints_every_value_and_its_source(project: Path) -> None:
     import tomllib
 
-    result = invoke("config", project, "--set", "lora.r=8")
+    result = pipeline("config", project, "--set", "lora.r=8")
     assert result.exit_code == 0
     values = tomllib.loads(result.stdout)  # what is printed can be read again
     assert values["lora"]["r"] == 8
     assert "r = 8                                    # rank [--set lora.r=8]" in result.stdout.splitlines()
-    document = json.loads(invoke("config", project, "--json").stdout)
+    document = json.loads(pipeline("config", project, "--json").stdout)
     assert document["sources"]["model.base"] == "pipeline.toml:2"
     assert document["meanings"]["lora.r"] == "rank"
     assert document["meanings"].keys() == document["sources"].keys()
 
 
 def test_status_of_a_run_that_has_not_started(project: Path) -> None:
-    result = invoke("status", project, "--json")
+    result = pipeline("status", project, "--json")
     assert result.exit_code == 0
     rows = json.loads(result.stdout)["stages"]
     assert [row["stage"] for row in rows[:2]] == ["preflight", "data"]
@@ -116,7 +110,7 @@ def test_status_of_a_run_that_has_not_started(project: Path) -> None:
 @pytest.mark.parametrize("config", ['{"model_type": "llama"}', "{", '{"run": 1}'])
 def test_a_models_folder_is_no_run(tmp_path: Path, command: str, config: str) -> None:
     (tmp_path / "config.json").write_text(config)
-    result = invoke(command, tmp_path)
+    result = pipeline(command, tmp_path)
     assert result.exit_code == 2
     assert f"{tmp_path}: is not a run's folder" in result.stderr
     assert f"pipeline verify --hf {tmp_path} --gguf FILE" in result.stderr
@@ -169,5 +163,5 @@ def test_an_interrupt_ends_a_stage_in_its_work_and_is_no_traceback(project: Path
     assert process.returncode == 130
     assert "Traceback" not in said
     assert not layout.data.exists()
-    stages = json.loads(invoke("status", project, "--json").stdout)["stages"]
+    stages = json.loads(pipeline("status", project, "--json").stdout)["stages"]
     assert {row["stage"]: row["state"] for row in stages}["data"] == "missing"

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import click
 import pytest
-from click.testing import CliRunner
+from support.commands import pipeline
 
 from pipeline.cli import main
 from pipeline.config import Config, fields
@@ -176,7 +176,7 @@ def test_every_stage_has_a_command() -> None:
 
 
 def test_the_list_of_commands_says_what_each_page_says() -> None:
-    listed = " ".join(CliRunner().invoke(main, ["--help"]).output.split())
+    listed = " ".join(pipeline("--help").output.split())
     for name in COMMANDS:
         command = main.get_command(click.Context(main), name)
         assert command is not None

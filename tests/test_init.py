@@ -8,9 +8,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
+from support.commands import pipeline
 
-from pipeline.cli import main
 from pipeline.config import meanings
 from pipeline.init import starting_files, write_new
 from pipeline.run.stage import Task
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def init(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(main, ["init", *map(str, arguments)])
+    return pipeline("init", *arguments)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -16,11 +16,10 @@ from typing import Any
 
 import httpx
 import pytest
-from click.testing import CliRunner
 from support import servers
+from support.commands import pipeline
 from support.shared_base import KIND, QUESTIONS, SYSTEM, adapter_of, config_of, do, run_of
 
-from pipeline.cli import main
 from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp import adapter_proxy
 from pipeline.llamacpp.adapter_proxy import AdapterProxy, ServedAdapter
@@ -128,7 +127,7 @@ def test_a_chat_changes_to_another_adapter_in_the_middle(client: httpx.Client) -
     answers = [ask(client, name, question).json()["choices"][0]["message"] for name in NAMES]
     one, two = (answer["content"] for answer in answers)
     typed = f"{question}\n/adapter\n/adapter shared-three\n/adapter shared-two\n{question}\n\n"
-    told = CliRunner().invoke(main, ["chat", "--server", url], input=typed)
+    told = pipeline("chat", "--server", url, input=typed)
     assert told.exit_code == 0, told.stderr
     assert told.stdout.startswith(f"{one}\n")
     assert told.stderr.splitlines() == [
@@ -137,15 +136,15 @@ def test_a_chat_changes_to_another_adapter_in_the_middle(client: httpx.Client) -
         "(shared-two answers; there are shared-one, shared-two)",
     ]
     both = ["chat", "--server", f"{url}/v1", "--model", "shared-one", "--model", "shared-two", "-m", question]
-    told = CliRunner().invoke(main, [*both, "--compare"])
+    told = pipeline(*both, "--compare")
     assert told.stdout == f"shared-one: {one}\nshared-two: {two}\n"
     assert "they part at character" in told.stderr
-    assert "shared-one, shared-two: exclude each other" in CliRunner().invoke(main, both).stderr
-    assert "there is none at" in CliRunner().invoke(main, [*both[:4], "shared-three", "-m", "x"]).stderr
-    assert "--model goes with --server" in CliRunner().invoke(main, ["chat", "--model", "x"]).stderr
+    assert "shared-one, shared-two: exclude each other" in pipeline(*both).stderr
+    assert "there is none at" in pipeline(*both[:4], "shared-three", "-m", "x").stderr
+    assert "--model goes with --server" in pipeline("chat", "--model", "x").stderr
     with socket.create_server(("127.0.0.1", 0)) as nobody:
         nowhere = f"http://127.0.0.1:{nobody.getsockname()[1]}"
-    assert "no `pipeline serve` answers there" in CliRunner().invoke(main, ["chat", "--server", nowhere]).stderr
+    assert "no `pipeline serve` answers there" in pipeline("chat", "--server", nowhere).stderr
 
 
 def test_what_is_no_request(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +177,7 @@ def test_a_key_is_wanted_where_there_is_one() -> None:
 def test_beyond_this_machine_a_key_must_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PIPELINE_API_KEY", raising=False)
     for host in ("0.0.0.0", "::", "192.0.2.1"):
-        told = CliRunner().invoke(main, ["serve", str(run_of("one")), "--host", host])
+        told = pipeline("serve", run_of("one"), "--host", host)
         assert told.exit_code == 2
         assert "set the variable PIPELINE_API_KEY" in told.stderr
 

@@ -1,16 +1,14 @@
 """[[trainings]]: what each of them is by itself, and one command that trains two on one base."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 from support.adapters import small_base
+from support.commands import pipeline
 from support.good_run import conversations, read_rows, write_rows
 
-from pipeline.cli import main, resolved
+from pipeline.cli import resolved
 from pipeline.errors import UserError
 from pipeline.model.adapter_folder import read_given_adapter
 from pipeline.run.layout import Layout
@@ -124,7 +122,7 @@ def test_mistakes(project: Path, text: str, said: str) -> None:
 
 def test_a_mistake_in_the_last_is_found_before_the_first_is_begun(project: Path) -> None:
     project.write_text(TEXT.replace("lora.r", "lora.rank"))
-    told = CliRunner().invoke(main, ["run", str(project)])
+    told = pipeline("run", project)
     assert (told.exit_code, told.output.count("\n")) == (2, 1)
     assert "pipeline.toml:15: lora.rank: unknown key" in told.output
     assert not (project.parent / "run").exists()
@@ -132,7 +130,7 @@ def test_a_mistake_in_the_last_is_found_before_the_first_is_begun(project: Path)
 
 def test_one_document_is_printed_of_one_of_them(project: Path) -> None:
     for command in (["config"], ["status", "--json"], ["plan", "--json"], ["preflight", "--json"]):
-        told = CliRunner().invoke(main, [command[0], str(project), *command[1:]])
+        told = pipeline(command[0], project, *command[1:])
         assert told.exit_code == 2
         assert isinstance(told.exception, SystemExit)
         assert "several trainings, and one is printed: --training sql, tone, combined" in told.output
@@ -142,9 +140,7 @@ def test_what_config_prints_of_each_is_a_configuration(project: Path) -> None:
     """The combination's too, whose adapters are not made yet; whatever stands in a text."""
     odd = ('ollama.system=a\n"b"\x7f\t\\', "ollama.license=é")
     for name in NAMES:
-        told = CliRunner().invoke(
-            main, ["config", str(project), "--training", name, *(f"--set={text}" for text in odd)]
-        )
+        told = pipeline("config", project, "--training", name, *(f"--set={text}" for text in odd))
         assert told.exit_code == 0, told.output
         printed = project.with_name(f"{name}.toml")
         printed.write_text(told.stdout)
@@ -171,8 +167,8 @@ def test_two_on_one_base_are_trained_and_combined_by_one_command(tmp_path: Path)
         f'[model]\nbase = "{small_base()}"\n[train]\nsteps = 2\nkeep = "last"\nmax_length = 512\nload_in_4bit = false\n'
     )
     (tmp_path / "pipeline.toml").write_text(common + TEXT[TEXT.index("[[") : TEXT.index("[export]")] + BOTH)
-    done = subprocess.run([sys.executable, "-m", "pipeline", "train", tmp_path], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = pipeline("train", tmp_path)
+    assert done.exit_code == 0, done.output
     ranks = {name: read_given_adapter(tmp_path / "run" / name / "train" / "adapter").settings["r"] for name in NAMES}
     assert ranks == {"sql": 16, "tone": 4, "combined": 20}
     sql, tone = (Layout(tmp_path / "run" / name) for name in ("sql", "tone"))
@@ -183,7 +179,7 @@ def test_two_on_one_base_are_trained_and_combined_by_one_command(tmp_path: Path)
     assert judged(tmp_path) == ({NOT_RUN}, "run/sql: train/batches.jsonl has changed since")
     sql.batches.write_text(batches)
     write_rows(tmp_path / "sql.jsonl", conversations(4, 8))
-    again = CliRunner().invoke(main, ["data", str(tmp_path), "--training", "sql"])
+    again = pipeline("data", tmp_path, "--training", "sql")
     assert again.exit_code == 0, again.output
     assert judged(tmp_path) == ({NOT_RUN}, "run/sql: its data was made anew since")
     with pytest.raises(UserError, match=r"run/sql: convert is not made yet: run `pipeline export --as adapter"):

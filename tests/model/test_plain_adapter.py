@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.torch import load_file
 from support.adapters import merged_by_peft, peft_adapter, random_adapter, random_base, small_base
+from support.commands import pipeline
 from support.small_models import make_config, scratch
 
-from pipeline.cli import main
 from pipeline.errors import PipelineError, UserError
 from pipeline.model.adapter_file import read_adapter
 from pipeline.model.nf4 import Record
@@ -76,7 +75,7 @@ def test_it_is_refused_before_the_merge(tmp_path: Path, monkeypatch: pytest.Monk
     if not dora.exists():
         peft_adapter(dora, small_base(converts=True), use_dora=True)
     monkeypatch.chdir(tmp_path)
-    told = CliRunner().invoke(main, ["export", "--adapter", str(dora), "--as", "adapter"])
+    told = pipeline("export", "--adapter", dora, "--as", "adapter")
     assert told.exit_code == 2
     assert "it is DoRA" in told.stderr
     run = tmp_path / "dora-for-gguf-export" / "run"

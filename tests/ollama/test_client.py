@@ -11,11 +11,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 from support import servers, small_models
+from support.commands import pipeline
 from support.proxy import proxy
 
-from pipeline.cli import main
 from pipeline.errors import PipelineError, UserError
 from pipeline.ollama.client import Client
 from pipeline.ollama.deployment import remove
@@ -73,7 +72,7 @@ def test_an_answer_with_line_ends_of_every_kind_is_streamed_whole(tmp_path: Path
         model = {"name": "odd:latest", "digest": "d"}
         record = {"deployed": True, "own_server": False, "host": host, "models": [model]}
         (tmp_path / "run" / "deploy" / "deploy.json").write_text(json.dumps(record))
-        told = CliRunner().invoke(main, ["chat", str(config), "-m", "Hi"])
+        told = pipeline("chat", config, "-m", "Hi")
     assert told.exit_code == 0, told.output
     assert told.output == f"{ODD}\n{ODD}\n"
 

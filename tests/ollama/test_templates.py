@@ -543,21 +543,19 @@ def test_a_syntax_error_is_told_with_its_line() -> None:
 
 
 def test_the_command_shows_it_all(tmp_path: Path) -> None:
-    from click.testing import CliRunner
-
-    from pipeline.cli import main
+    from support.commands import pipeline
 
     path = tmp_path / "my.jinja"
     path.write_text(CHATML)
-    shown = CliRunner().invoke(main, ["template", str(path)])
+    shown = pipeline("template", path)
     assert shown.exit_code == 0, shown.output
     for words in ("way: go", "TEMPLATE:", "{{- range $index, $_ := .Messages }}", "three quotes", "exact"):
         assert words in shown.output
-    told = json.loads(CliRunner().invoke(main, ["template", str(path), "--json"]).stdout)
+    told = json.loads(pipeline("template", path, "--json").stdout)
     assert told["way"] == "go"
     assert len(told["suite"]["go"]) == len(CONVERSATIONS)
     path.write_text("{{ raise_exception('never') }}")
-    refused = CliRunner().invoke(main, ["template", str(path)])
+    refused = pipeline("template", path)
     assert refused.exit_code == 1
     assert "refused" in refused.output
     assert "What can be done: write a Go template" in refused.output
@@ -565,12 +563,10 @@ def test_the_command_shows_it_all(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("given", [small_models.BASE, "folder", "file"])
 def test_the_command_takes_a_name_a_folder_and_a_file(given: str) -> None:
-    from click.testing import CliRunner
-
-    from pipeline.cli import main
+    from support.commands import pipeline
 
     model = {"folder": str(small_models.base_folder()), "file": str(small_models.original_gguf())}.get(given, given)
-    answer = CliRunner().invoke(main, ["template", model, "--json"])
+    answer = pipeline("template", model, "--json")
     assert answer.exit_code == 0, answer.output
     told = json.loads(answer.stdout)
     assert told["way"] == "go"

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
+from support.commands import pipeline
 from support.small_models import BASE, RECORD
 from support.small_stages import FIRST, SECOND, STAGES
 
-from pipeline.cli import main, resolved
+from pipeline.cli import resolved
 from pipeline.config import Config
 from pipeline.errors import PipelineError, UserError
 from pipeline.run.basis import settings_of
@@ -176,7 +176,7 @@ def test_a_disk_that_is_full_before_anything_runs(tmp_path: Path, small_disk: Pa
     toml = tmp_path / "pipeline.toml"
     toml.write_text(f"[model]\nbase = '{BASE}'\n[data]\ntrain = 'input.txt'\n[run]\nfolder = '{small_disk}/run'\n")
     (tmp_path / "input.txt").touch()
-    result = CliRunner().invoke(main, ["data", str(toml)])
+    result = pipeline("data", toml)
     assert result.exit_code == 1
     assert result.stderr == "error: no space left on the disk; free some and give the same command again\n"
 
@@ -359,9 +359,9 @@ def test_preflight_that_is_typed_looks_every_time(tmp_path: Path, small_disk: Pa
     manifest["stages"]["preflight"] = {**RECORD, **basis.record(), "outputs": outputs}
     write_manifest(layout.run, manifest)
 
-    rows = json.loads(CliRunner().invoke(main, ["status", str(tmp_path), "--json"]).stdout)["stages"]
+    rows = json.loads(pipeline("status", tmp_path, "--json").stdout)["stages"]
     assert (rows[0]["stage"], rows[0]["state"]) == ("preflight", "fresh")
-    result = CliRunner().invoke(main, ["preflight", str(tmp_path)])
+    result = pipeline("preflight", tmp_path)
     assert result.exit_code == 1
     assert "preflight's copies of the base" in result.stderr
 

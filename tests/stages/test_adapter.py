@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 from support.adapters import peft_adapter, small_base, trl_checkpoint
+from support.commands import pipeline
 from support.small_models import make_config, scratch
 
-from pipeline.cli import main, resolved
+from pipeline.cli import resolved
 from pipeline.data.token_file import TokenFile
 from pipeline.errors import UserError
 from pipeline.run.basis import settings_of
@@ -196,7 +196,7 @@ def test_a_configuration_with_an_adapter_has_no_training(bare: Path, tmp_path: P
     assert names == ["preflight", "train", "merge", "convert", "quantize/q4_k_m", "modelfile/q4_k_m", *names[6:]]
     assert graph.stages["train"].summary == adapter.STAGE.summary
     assert settings_of(graph.stages["train"], "", config)["model.base"] == small_base().name
-    told = CliRunner().invoke(main, ["data", str(tmp_path)])
+    told = pipeline("data", tmp_path)
     assert (told.exit_code, told.stderr) == (0, "data: nothing to do under this configuration\n")
     config, _ = resolved(tmp_path, [f"data.test={questions}"])
     assert [str(node) for node in graph.nodes(config)][:3] == ["preflight", "data", "train"]
@@ -262,7 +262,7 @@ def test_what_a_folder_shows_by_itself_is_said_with_the_configuration(tmp_path: 
         ('[adapter]\npath = "mlx"\n', "toml:4: adapter.path: .*an adapter of MLX"),
         ('[[adapters]]\npath = "empty"\n', "toml:3: adapters: .*holds no adapter"),
     ):
-        told = CliRunner().invoke(main, ["config", str(project(tmp_path, base + text))])
+        told = pipeline("config", project(tmp_path, base + text))
         assert told.exit_code == 2
         assert re.search(said, told.stderr), told.stderr
 
@@ -275,7 +275,7 @@ def test_the_command_writes_a_configuration(
     monkeypatch.setattr("pipeline.cli.bring_up_to_date", lambda config, sources, names: asked.extend(names))
     command = ["export", "--adapter", str(bare), "--quant", "q8_0", "--data", questions.name, "--template", "chatml"]
     for _ in range(2):  # what it wrote itself, it replaces
-        told = CliRunner().invoke(main, command)
+        told = pipeline(*command)
         assert told.exit_code == 0, told.output
     config, _ = load_config(tmp_path / "bare-export" / "pipeline.toml")
     assert asked == ["modelfile"] * 2
@@ -283,7 +283,7 @@ def test_the_command_writes_a_configuration(
     assert (config.adapter.path, config.data.test) == (bare, questions)
     assert (config.export.quant, config.ollama.name) == (("q8_0",), "bare")
     (tmp_path / "bare-export" / "pipeline.toml").write_text("# mine\n")
-    assert "was not written by this command" in CliRunner().invoke(main, command).stderr
+    assert "was not written by this command" in pipeline(*command).stderr
     several = [
         "export",
         "--adapter",
@@ -295,17 +295,17 @@ def test_the_command_writes_a_configuration(
         "--weight",
         "-1",
     ]
-    told = CliRunner().invoke(main, [*several, "--combine", "ties", "--density", "0.4"])
+    told = pipeline(*several, "--combine", "ties", "--density", "0.4")
     assert told.exit_code == 0, told.output
     config, _ = load_config(tmp_path / "bare-trl-checkpoint-2-export" / "pipeline.toml")
     assert [(given.path, given.weight) for given in config.adapters] == [(bare, 0.5), (trl_checkpoint(), -1.0)]
     assert (config.adapter.combine, config.adapter.density) == ("ties", 0.4)
-    assert "one for each" in CliRunner().invoke(main, [*several, "--weight", "1"]).stderr
-    told = CliRunner().invoke(main, [*several, *("--data", questions.name) * 2])
+    assert "one for each" in pipeline(*several, "--weight", "1").stderr
+    told = pipeline(*several, *("--data", questions.name) * 2)
     assert told.exit_code == 0, told.output
     config, _ = load_config(tmp_path / "bare-trl-checkpoint-2-export" / "pipeline.toml")
     assert config.tests == {"bare": questions, "checkpoint-2": questions}
-    assert "one for all, or one for each" in CliRunner().invoke(main, [*several, *("--data", "x") * 3]).stderr
-    assert "belong to --adapter" in CliRunner().invoke(main, ["export", "--base", "x"]).stderr
-    assert "in the place of CONFIG" in CliRunner().invoke(main, ["export", "x.toml", "--adapter", str(bare)]).stderr
-    assert "no such folder" in CliRunner().invoke(main, ["export", "--adapter", "nowhere"]).stderr
+    assert "one for all, or one for each" in pipeline(*several, *("--data", "x") * 3).stderr
+    assert "belong to --adapter" in pipeline("export", "--base", "x").stderr
+    assert "in the place of CONFIG" in pipeline("export", "x.toml", "--adapter", bare).stderr
+    assert "no such folder" in pipeline("export", "--adapter", "nowhere").stderr

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 from support import servers, small_models
+from support.commands import pipeline
 from support.good_run import config_of
 from support.proxy import make_certificate, proxy
 
-from pipeline.cli import main, resolved
+from pipeline.cli import resolved
 from pipeline.errors import PipelineError, UserError
 from pipeline.ollama.client import Client
 from pipeline.ollama.deployment import (
@@ -355,7 +355,7 @@ def test_through_a_proxy_with_a_password_and_nothing_of_it_is_kept(
         assert record["host"] == f"{host}/ollama"
         with deployed(folder) as served:
             assert served is not None
-        told = CliRunner().invoke(main, ["deploy", str(tmp_path), "--host", host.replace("//", "//me:hush@")])
+        told = pipeline("deploy", tmp_path, "--host", host.replace("//", "//me:hush@"))
         assert told.exit_code == 2
         monkeypatch.setenv("OLLAMA_HOST", host.replace("//", "//me:hushed@") + "/ollama")
         with pytest.raises(UserError, match="HTTP status 401") as error:
@@ -421,7 +421,7 @@ def test_the_commands_options_and_a_dry_run_creates_nothing(run: Path, tmp_path:
     before = client.names()
 
     def given(*options: str) -> tuple[int, str]:
-        result = CliRunner().invoke(main, ["deploy", str(tmp_path), "--name", "other", *options])
+        result = pipeline("deploy", tmp_path, "--name", "other", *options)
         return result.exit_code, result.output
 
     status, told = given("--host", host, "--replace", "--dry-run")

@@ -7,12 +7,11 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from click.testing import CliRunner
 from support import good_run, small_models
+from support.commands import pipeline
 from support.page import Page
 
 from pipeline import plots
-from pipeline.cli import main
 from pipeline.stages import judged_stages, report
 from pipeline.verify import chain
 from pipeline.verify.artefacts import Artefacts
@@ -207,6 +206,6 @@ def test_status_shows_a_gpu_s_peak_memory_where_there_is_one(tmp_path: Path, gpu
     (tmp_path / "train.jsonl").touch()
     config = tmp_path / "pipeline.toml"
     config.write_text('[model]\nbase = "smollm2-135m-instruct"\n[data]\ntrain = "train.jsonl"\n')
-    shown = CliRunner().invoke(main, ["status", str(config)], env={"COLUMNS": "200"})
+    shown = pipeline("status", config, env={"COLUMNS": "200"})
     assert shown.exit_code == 0, shown.output
     assert shown.stdout.count("2.1 GB, GPU 9.8 GB") == gpu

@@ -20,6 +20,7 @@ import pytest
 import torch
 from support import small_models
 from support.adapters import merged_by_peft
+from support.commands import pipeline
 
 from pipeline.config import Config, Verify
 from pipeline.data.token_file import read_tokens
@@ -108,14 +109,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(project: Path, run: str, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "pipeline", "train", str(project), "--set", f"run.folder={run}", *more]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-
-
-def finish(process: subprocess.Popen[str]) -> None:
-    _, said = process.communicate()
-    assert process.returncode == 0, said
+def train(project: Path, run: str, *more: str) -> None:
+    told = pipeline("train", project, "--set", f"run.folder={run}", *more)
+    assert told.exit_code == 0, told.output
 
 
 def with_data_of(trained: Path, run: str) -> None:
@@ -123,21 +119,23 @@ def with_data_of(trained: Path, run: str) -> None:
     shutil.copytree(trained, trained.parent / run, ignore=shutil.ignore_patterns("train", ".*"))
 
 
-def kill_at(process: subprocess.Popen[str], run: Path, step: int) -> None:
-    """kill -9 once the checkpoint of a step is on the disk."""
-    checkpoint = run / ".partial" / "train" / "scratch" / "checkpoints" / f"checkpoint-{step}" / COMPLETE
+def train_until(step: int, project: Path, run: str, *more: str) -> None:
+    """As `train`, with kill -9 once the checkpoint of a step is on the disk."""
+    command = [sys.executable, "-m", "pipeline", "train", project, "--set", f"run.folder={run}", *more]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    checkpoint = Layout(project / run).partial("train") / "scratch" / "checkpoints" / f"checkpoint-{step}" / COMPLETE
     deadline = time.monotonic() + 300
     while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.wait()
     assert checkpoint.exists()
-    assert not (run / "train").exists()
+    assert not (project / run / "train").exists()
 
 
 @pytest.fixture(scope="module")
 def trained(project: Path) -> Path:
-    finish(train(project, "whole"))
+    train(project, "whole")
     return project / "whole"
 
 
@@ -205,8 +203,8 @@ def test_the_batches_are_the_rows_of_the_data_stage(trained: Path) -> None:
 def test_killed_and_resumed_is_the_same_training(project: Path, trained: Path) -> None:
     """kill -9 in the middle; the same command ends with the same bytes."""
     with_data_of(trained, "killed")
-    kill_at(train(project, "killed"), project / "killed", 4)
-    finish(train(project, "killed"))
+    train_until(4, project, "killed")
+    train(project, "killed")
     manifest = json.loads((project / "killed" / "manifest.json").read_text())
     assert manifest["stages"]["train"]["figures"]["resumed_from"] is not None
     for name in ("adapter/adapter_model.safetensors", "history.json", "batches.jsonl", "loss.svg"):
@@ -333,8 +331,8 @@ def test_early_stopping_goes_on_counting_after_an_interruption(project: Path, tr
     more = ["early_stopping=3", "eval_interval=1", "learning_rate=1e-30"]
     options = [text for key in more for text in ("--set", f"train.{key}")]
     with_data_of(trained, "stopped")
-    kill_at(train(project, "stopped", *options), project / "stopped", 3)
-    finish(train(project, "stopped", *options))
+    train_until(3, project, "stopped", *options)
+    train(project, "stopped", *options)
     history = json.loads((project / "stopped" / "train" / "history.json").read_text())
     assert [row["step"] for row in history if "eval_loss" in row] == [0, 1, 2, 3, 4]
     assert [row["step"] for row in history if "loss" in row] == [1, 2, 3, 4]
@@ -350,7 +348,7 @@ def test_training_goes_on_from_an_adapter(project: Path, trained: Path) -> None:
     shutil.copytree(trained / "train" / "adapter", adapter)
     options = ("--set", "train.from_adapter=begun", "--set", "train.steps=2", "--set", "train.learning_rate=1e-3")
     with_data_of(trained, "continued")
-    finish(train(project, "continued", *options))
+    train(project, "continued", *options)
     figures = {
         run: json.loads((project / run / "manifest.json").read_text())["stages"]["train"]["figures"]
         for run in ("whole", "continued")
@@ -419,7 +417,7 @@ def test_a_tracker_is_told_every_loss(
         pytest.skip(f"train.report_to: the package {tracker} is not installed: it was not tried")
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = project / tracker
-    finish(train(project, tracker, "--set", f"train.report_to={tracker}", "--set", "train.steps=2"))
+    train(project, tracker, "--set", f"train.report_to={tracker}", "--set", "train.steps=2")
     history = json.loads((run / "train" / "history.json").read_text())
     expected = [row["loss"] for row in history if "loss" in row]
     assert len(expected) == 2
@@ -447,12 +445,12 @@ def test_an_adapter_that_training_cannot_go_on_from(project: Path, trained: Path
 @pytest.mark.skipif(gpu.memory() is None, reason="no GPU: CUDA training, packing and GPU memory were not tested")
 def test_the_same_command_on_a_gpu(project: Path, trained: Path) -> None:
     """Twice the same bytes; packed, all rows are trained on and none sees another."""
-    finish(train(project, "again"))
+    train(project, "again")
     whole, again, packed = ((project / name / "train") for name in ("whole", "again", "packed"))
     adapter = "adapter/adapter_model.safetensors"
     assert sha256_of(again / adapter) == sha256_of(whole / adapter)
 
-    finish(train(project, "packed", "--set", "train.packing=true"))
+    train(project, "packed", "--set", "train.packing=true")
     figures = json.loads((project / "packed" / "manifest.json").read_text())["stages"]["train"]["figures"]
     assert figures["device"] != "cpu"
     assert figures["cuda"]
@@ -508,7 +506,7 @@ def test_added_tokens_and_whole_matrices_are_trained_and_merged(project: Path) -
     token = ("--set", 'model.add_tokens=["<mood>"]')
     pair = ("--set", 'lora.save_modules=["embed_tokens", "lm_head"]')
     for run, more in (("tokens", token), ("pair", pair)):
-        finish(train(project, run, "--set", "train.steps=2", *more))
+        train(project, run, "--set", "train.steps=2", *more)
         config = Config.model_validate_json((project / run / "config.json").read_text())
         adapter = read_adapter(project / run / "train" / "adapter")
         base = read_weights(base_folder(config.model))
@@ -532,8 +530,7 @@ def test_added_tokens_and_whole_matrices_are_trained_and_merged(project: Path) -
 
 
 def test_half_of_a_tied_pair_is_refused_before_training(project: Path) -> None:
-    process = train(project, "half", "--set", 'lora.save_modules=["lm_head"]')
-    _, said = process.communicate()
-    assert process.returncode == 2
-    assert 'lora.save_modules = ["lm_head"]: the base\'s head is its embedding (tied)' in said
+    told = pipeline("train", project, "--set", "run.folder=half", "--set", 'lora.save_modules=["lm_head"]')
+    assert told.exit_code == 2
+    assert 'lora.save_modules = ["lm_head"]: the base\'s head is its embedding (tied)' in told.stderr
     assert not (project / "half" / "train").exists()

@@ -5,8 +5,6 @@ That a good base goes the whole way is seen in the end-to-end run.
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 from support import servers, small_models
 from support.adapters import peft_adapter
+from support.commands import pipeline
 from support.good_run import conversations, good_run, write_rows
 
 from pipeline import stages
@@ -179,9 +178,8 @@ def test_an_adapter_that_is_served_apart_is_converted_before_it_is_trained(proje
 def test_a_run_stops_before_it_trains(project: Path) -> None:
     """Here for a tokenizer that llama.cpp's converter does not know."""
     unknown_splitting(project / "base")
-    command = [sys.executable, "-m", "pipeline", "run", project]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert answer.returncode == 2
+    answer = pipeline("run", project)
+    assert answer.exit_code == 2
     assert "convert: " in answer.stderr
     assert "does not know how this tokenizer splits text" in answer.stderr
     assert "Traceback" not in answer.stderr
