@@ -21,7 +21,9 @@ _EXPLANATIONS = {
     "No module named": "a Python package that this model's converter needs is missing: run `pipeline setup`",
 }
 # NO_LOCAL_GGUF would make it use another gguf-py than its own.
-SCRIPTS = Scripts({"NO_LOCAL_GGUF": None, "HF_HUB_OFFLINE": "1"})
+SCRIPTS = Scripts(
+    {"NO_LOCAL_GGUF": None, "HF_HUB_OFFLINE": "1"}, imports=("torch", "transformers.models.auto.tokenization_auto")
+)
 
 
 def command(model: Path, target: Path, outtype: str, name: str | None = None) -> list[str | Path]:

@@ -5,7 +5,7 @@ would by itself, untouched by another script or by what this process has done.
 
 That process reads a JSON list from each line of its standard input, a script's path and its arguments, and hands on
 what the script prints. Its exit status comes after a NUL, negative for a signal. Either it is started,
-`python -m pipeline.llamacpp.scripts PARENT`, or it is forked from this one (`Scripts.fork`).
+`python -m pipeline.llamacpp.scripts PARENT MODULE...`, or it is forked from this one (`Scripts.fork`).
 """
 
 import atexit
@@ -27,8 +27,6 @@ from typing import NamedTuple, NoReturn
 from pipeline.lines import lines
 from pipeline.processes import end_with_parent, leave
 
-_SLOW = ("torch", "transformers.models.auto.tokenization_auto")
-
 
 class _Server(NamedTuple):
     """The process: where its requests are written, and where its output is read."""
@@ -43,10 +41,12 @@ class Scripts:
 
     Args:
         environment: variables to set besides this process's own; None takes one away.
+        imports: the modules that they import and that take long.
     """
 
-    def __init__(self, environment: Mapping[str, str | None]) -> None:
+    def __init__(self, environment: Mapping[str, str | None], imports: Sequence[str]) -> None:
         self._environment = environment
+        self._imports = imports
         self._server: _Server | None = None
         atexit.register(self.close)
         os.register_at_fork(after_in_child=self._forget)
@@ -56,7 +56,7 @@ class Scripts:
 
         To be called before anything else is done here: what was is there too, and threads are not.
         """
-        if self._server is None and all(module in sys.modules for module in _SLOW):
+        if self._server is None and all(module in sys.modules for module in self._imports):
             self._server = self._make(self._forked)
 
     def run(self, arguments: Sequence[str | Path], on_line: Callable[[str], None]) -> int:
@@ -117,7 +117,7 @@ class Scripts:
             os.close(write)
 
     def _started(self, read: int, write: int) -> int:
-        command = [sys.executable, "-P", "-m", "pipeline.llamacpp.scripts", str(os.getpid())]
+        command = [sys.executable, "-P", "-m", __name__, str(os.getpid()), *self._imports]
         standard = [(os.POSIX_SPAWN_DUP2, own, number) for number, own in enumerate((read, write, write))]
         return os.posix_spawn(command[0], command, self._variables(), file_actions=standard)
 
@@ -131,7 +131,7 @@ class Scripts:
             variables = self._variables()
             os.environ.clear()
             os.environ.update(variables)
-            main(parent)
+            main(parent, self._imports)
         return child
 
     def _variables(self) -> dict[str, str]:
@@ -139,14 +139,15 @@ class Scripts:
         return {name: value for name, value in changed.items() if value is not None}
 
 
-def main(parent: int) -> NoReturn:
+def main(parent: int, imports: Sequence[str]) -> NoReturn:
     """Run scripts until standard input ends.
 
     Args:
         parent: the process id of whoever started this.
+        imports: what they begin with.
     """
     end_with_parent(parent)
-    for module in _SLOW:
+    for module in imports:
         importlib.import_module(module)
     gc.freeze()
     for stream in (sys.stdout, sys.stderr):
@@ -180,4 +181,4 @@ def _run(arguments: list[str]) -> NoReturn:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), sys.argv[2:])

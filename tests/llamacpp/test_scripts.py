@@ -13,12 +13,14 @@ import pytest
 
 from pipeline.llamacpp.scripts import Scripts
 
+SLOW = ("fractions", "wave")  # for these tests it matters only that nothing else has imported one of them
+
 
 @pytest.fixture(scope="module")
 def scripts() -> Iterator[Scripts]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GONE", "1")
-        scripts = Scripts({"GONE": None, "NEW": "x"})
+        scripts = Scripts({"GONE": None, "NEW": "x"}, SLOW)
         yield scripts
         scripts.close()
 
@@ -38,11 +40,11 @@ def test_it_runs_as_it_would_by_itself(scripts: Scripts, tmp_path: Path) -> None
     script(tmp_path, "WORD = 'beside'", "beside.py")
     path = script(
         tmp_path,
-        "import os, sys, beside, transformers\n"
+        "import os, sys, beside, wave\n"
         "print(__name__, sys.executable, sys.argv, sys.path[0], beside.WORD, end=' ')\n"
         "print(os.environ.get('GONE'), os.environ['NEW'])\n"
-        "print(sys.stdin.read() == '', transformers.seen if hasattr(transformers, 'seen') else 'first')\n"
-        "transformers.seen = 'again'\n"
+        "print(sys.stdin.read() == '', wave.seen if hasattr(wave, 'seen') else 'first')\n"
+        "wave.seen = 'again'\n"
         "sys.stderr.write('one\\rtwo\\n\\nthe end')\n"
         "sys.exit(3)\n",
     )
@@ -118,12 +120,12 @@ def test_a_killed_process_is_told_and_started_anew(scripts: Scripts, tmp_path: P
 
 
 def test_a_process_that_has_imported_them_forks_it(tmp_path: Path) -> None:
-    path = script(tmp_path, "import os, sys; print(os.environ['NEW'], sys.argv[1:], 'torch' in sys.modules)")
+    path = script(tmp_path, "import os, sys; print(os.environ['NEW'], sys.argv[1:], 'wave' in sys.modules)")
     code = f"""
-import os, psutil, torch, transformers.models.auto.tokenization_auto
+import os, psutil, {", ".join(SLOW)}
 from pipeline.llamacpp.scripts import Scripts
 print("before", end="")
-scripts = Scripts({{"NEW": "x"}})
+scripts = Scripts({{"NEW": "x"}}, {SLOW})
 scripts.fork()
 (forked,) = psutil.Process().children()
 os.environ["NEW"] = "y"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.commands import pipeline
+from support.commands import launcher, pipeline
 from support.small_models import BASE, RECORD
 from support.small_stages import FIRST, SECOND, STAGES
 
@@ -44,7 +44,7 @@ def config(tmp_path: Path) -> Config:
 
 def run(config: Config, **options: bool) -> list[str]:
     """Run everything; return the nodes that had to run."""
-    states = GRAPH.run(config, {}, GRAPH.nodes(config), **options)
+    states = GRAPH.run(config, {}, GRAPH.nodes(config), launcher=launcher(), **options)
     return [str(state.node) for state in states if state.reason is not None]
 
 
@@ -187,8 +187,8 @@ def test_after_a_kill_the_same_command_continues(config: Config, goes_on: bool, 
     graph = Graph((FIRST, replace(SECOND, goes_on=goes_on)))
     config.data.train.write_text("killed")
     with pytest.raises(PipelineError, match="The same command continues"):
-        graph.run(config, {}, [Node("second", "a")])
-    graph.run(config, {}, [Node("second", "a")])
+        graph.run(config, {}, [Node("second", "a")], launcher=launcher())
+    graph.run(config, {}, [Node("second", "a")], launcher=launcher())
     assert (config.run_folder / "second" / "a" / "upper.txt").read_text() == "KILLED3407a"
     assert (config.run_folder / "second" / "a" / "found.txt").read_text() == found
 
@@ -231,7 +231,7 @@ def test_manifest_records_what_a_reader_needs(config: Config) -> None:
 
 
 def test_the_machine_of_the_first_stage_is_kept(config: Config) -> None:
-    GRAPH.run(config, {}, [Node("first")])
+    GRAPH.run(config, {}, [Node("first")], launcher=launcher())
     manifest = read_manifest(config.run_folder)
     assert manifest["first_machine"]["machine"] == manifest["machine"]
     manifest["first_machine"]["machine"]["gpu_memory_bytes"] = 24 * 2**30  # it was another one
@@ -300,7 +300,7 @@ def test_a_folder_that_is_no_run_stays_as_it_is(config: Config) -> None:
 def test_a_folder_in_a_run_that_no_stage_has_made_stays(config: Config) -> None:
     config.run_folder.mkdir()
     (config.run_folder / ".gitkeep").touch()  # takes nobody's place
-    GRAPH.run(config, {}, [Node("first")])
+    GRAPH.run(config, {}, [Node("first")], launcher=launcher())
     own = config.run_folder / "third" / "mine.txt"
     own.parent.mkdir()
     own.touch()

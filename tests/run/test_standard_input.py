@@ -4,16 +4,16 @@ import gzip
 import io
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pyarrow
 import pytest
+from click.testing import Result
 from pyarrow import parquet
 from support import small_models
+from support.commands import pipeline
 
 from pipeline.config import Config
 from pipeline.data.formats import read_conversations
@@ -107,25 +107,24 @@ def test_what_was_kept_stays_until_something_else_comes(taken: Callable[[bytes],
     assert [path.name for path in second.parent.iterdir() if "standard-input" in path.name] == [second.name]
 
 
-def pipeline(project: Path, *arguments: str, given: bytes) -> subprocess.CompletedProcess[str]:
-    command: list[Any] = [sys.executable, "-m", "pipeline", arguments[0], project, *arguments[1:]]
-    found = subprocess.run(command, input=given, capture_output=True, check=False)
-    return subprocess.CompletedProcess(command, found.returncode, found.stdout.decode(), found.stderr.decode())
-
-
 def test_a_later_command_takes_what_was_kept_and_other_rows_make_the_data_stale(project: Path) -> None:
+    def command(name: str, *options: str, given: bytes) -> Result:
+        (came := project.parent / "came").write_bytes(given)
+        with (came if given else Path(os.devnull)).open("rb") as stream:
+            return pipeline(name, project, *options, input=stream)
+
     def state(given: bytes = b"") -> str:
-        found = pipeline(project, "status", "--json", given=given)
-        assert found.returncode == 0, found.stderr
+        found = command("status", "--json", given=given)
+        assert found.exit_code == 0, found.stderr
         states = {row["stage"]: row["reason"] or row["state"] for row in json.loads(found.stdout)["stages"]}
         return str(states["data"])
 
-    refused = pipeline(project, "data", given=b"")
-    assert refused.returncode == 2
+    refused = command("data", given=b"")
+    assert refused.exit_code == 2
     assert "nothing comes" in refused.stderr
-    assert pipeline(project, "data", given=LINES).returncode == 0
+    assert command("data", given=LINES).exit_code == 0
     assert state(given=b"not read by a command that starts no stage") == "fresh"
     rows = (project.parent / "run" / "data" / "train.jsonl").read_bytes()
-    assert pipeline(project, "data", given=LINES[: len(LINES) // 2].rpartition(b"\n")[0]).returncode == 0
+    assert command("data", given=LINES[: len(LINES) // 2].rpartition(b"\n")[0]).exit_code == 0
     assert len((project.parent / "run" / "data" / "train.jsonl").read_bytes()) < len(rows)
     assert state() == "fresh"

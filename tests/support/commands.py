@@ -12,10 +12,11 @@ from pipeline.run.launcher import Launcher
 
 
 @cache
-def _launcher() -> Launcher:
-    launcher = Launcher()
-    atexit.register(launcher.close)
-    return launcher
+def launcher() -> Launcher:
+    """Of all stages that a process of tests runs."""
+    started = Launcher()
+    atexit.register(started.close)
+    return started
 
 
 def pipeline(*arguments: str | Path, **options: Any) -> Result:
@@ -23,4 +24,4 @@ def pipeline(*arguments: str | Path, **options: Any) -> Result:
 
     The environment of stages is that of the first command; a test that changes it gives its command another process.
     """
-    return CliRunner().invoke(main, [str(argument) for argument in arguments], obj=_launcher(), **options)
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], obj=launcher(), **options)
