@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipeline.errors import PipelineError
+from pipeline.llamacpp.bf16_rounding import quicken
 from pipeline.llamacpp.gguf_file import GGUFInfo, inspect
 from pipeline.llamacpp.programs import source_tree
 from pipeline.llamacpp.scripts import Scripts
@@ -22,7 +23,9 @@ _EXPLANATIONS = {
 }
 # NO_LOCAL_GGUF would make it use another gguf-py than its own.
 SCRIPTS = Scripts(
-    {"NO_LOCAL_GGUF": None, "HF_HUB_OFFLINE": "1"}, imports=("torch", "transformers.models.auto.tokenization_auto")
+    {"NO_LOCAL_GGUF": None, "HF_HUB_OFFLINE": "1"},
+    imports=("torch", "transformers.models.auto.tokenization_auto"),
+    change=quicken,
 )
 
 

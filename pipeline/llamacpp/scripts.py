@@ -5,7 +5,7 @@ would by itself, untouched by another script or by what this process has done.
 
 That process reads a JSON list from each line of its standard input, a script's path and its arguments, and hands on
 what the script prints. Its exit status comes after a NUL, negative for a signal. Either it is started,
-`python -m pipeline.llamacpp.scripts PARENT MODULE...`, or it is forked from this one (`Scripts.fork`).
+`python -m pipeline.llamacpp.scripts PARENT CHANGE MODULE...`, or it is forked from this one (`Scripts.fork`).
 """
 
 import atexit
@@ -13,6 +13,7 @@ import gc
 import importlib
 import json
 import os
+import pkgutil
 import runpy
 import select
 import signal
@@ -42,11 +43,17 @@ class Scripts:
     Args:
         environment: variables to set besides this process's own; None takes one away.
         imports: the modules that they import and that take long.
+        change: a function of a module, called before them to change what else they import.
     """
 
-    def __init__(self, environment: Mapping[str, str | None], imports: Sequence[str]) -> None:
+    def __init__(
+        self,
+        environment: Mapping[str, str | None],
+        imports: Sequence[str],
+        change: Callable[[], object],
+    ) -> None:
         self._environment = environment
-        self._imports = imports
+        self._imports, self._change = imports, change
         self._server: _Server | None = None
         atexit.register(self.close)
         os.register_at_fork(after_in_child=self._forget)
@@ -117,7 +124,8 @@ class Scripts:
             os.close(write)
 
     def _started(self, read: int, write: int) -> int:
-        command = [sys.executable, "-P", "-m", __name__, str(os.getpid()), *self._imports]
+        change = f"{self._change.__module__}:{self._change.__qualname__}"
+        command = [sys.executable, "-P", "-m", __name__, str(os.getpid()), change, *self._imports]
         standard = [(os.POSIX_SPAWN_DUP2, own, number) for number, own in enumerate((read, write, write))]
         return os.posix_spawn(command[0], command, self._variables(), file_actions=standard)
 
@@ -131,7 +139,7 @@ class Scripts:
             variables = self._variables()
             os.environ.clear()
             os.environ.update(variables)
-            main(parent, self._imports)
+            main(parent, self._change, self._imports)
         return child
 
     def _variables(self) -> dict[str, str]:
@@ -139,14 +147,16 @@ class Scripts:
         return {name: value for name, value in changed.items() if value is not None}
 
 
-def main(parent: int, imports: Sequence[str]) -> NoReturn:
+def main(parent: int, change: Callable[[], object], imports: Sequence[str]) -> NoReturn:
     """Run scripts until standard input ends.
 
     Args:
         parent: the process id of whoever started this.
+        change: called before.
         imports: what they begin with.
     """
     end_with_parent(parent)
+    change()
     for module in imports:
         importlib.import_module(module)
     gc.freeze()
@@ -181,4 +191,4 @@ def _run(arguments: list[str]) -> NoReturn:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    main(int(sys.argv[1]), pkgutil.resolve_name(sys.argv[2]), sys.argv[3:])

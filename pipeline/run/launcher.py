@@ -64,7 +64,8 @@ class Launcher:
             self._gpu = memory() is not None
         if self._host is None:
             self._host = _Host()
-        return self._host.run(arguments, () if self._gpu else stage.libraries)
+        begins_with = stage.libraries if stage.begins_with is None else stage.begins_with
+        return self._host.run(arguments, () if self._gpu else begins_with)
 
     def close(self) -> None:
         """No further stage comes."""

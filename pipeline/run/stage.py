@@ -42,6 +42,7 @@ class Stage:
         indifferent_to: keys and sections that it may read too, though another value is no reason to run it again.
         files: files from outside the run that it reads, of a configuration and a variant.
         libraries: the Python packages, by their names in an index, whose versions can change its result.
+        begins_with: those of them that its process begins with, where it seldom needs the others.
         programs: what it starts beside Python: the names of pins in third_party/pins.toml.
         goes_on: whether one that was interrupted goes on from what it left in its scratch folder; else that is emptied.
         imports_first: whether its process has imported nothing before: for a library that patches others.
@@ -64,6 +65,7 @@ class Stage:
     indifferent_to: Names = ()
     files: Callable[[Config, str], Iterable[Path]] = lambda config, variant: ()
     libraries: Names = ()
+    begins_with: Names | None = None
     programs: Names = ()
     goes_on: bool = False
     imports_first: bool = False

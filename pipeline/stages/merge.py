@@ -243,6 +243,7 @@ STAGE = Stage(
     indifferent_to=("adapter.path", "adapters", "merge.keep"),
     files=lambda config, _: merge_files(config),
     libraries=("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "scipy"),
+    begins_with=("torch",),
     figures=("modules_merged", "merged_into", "relative_change", "rounding_to_change", "stored", "bytes"),
     judged=True,
 )

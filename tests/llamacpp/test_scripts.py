@@ -1,5 +1,6 @@
 """Scripts that run in children of one process: what they print, how they end, and that none sees another."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ SLOW = ("fractions", "wave")  # for these tests it matters only that nothing els
 def scripts() -> Iterator[Scripts]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GONE", "1")
-        scripts = Scripts({"GONE": None, "NEW": "x"}, SLOW)
+        scripts = Scripts({"GONE": None, "NEW": "x"}, SLOW, gc.disable)
         yield scripts
         scripts.close()
 
@@ -40,9 +41,9 @@ def test_it_runs_as_it_would_by_itself(scripts: Scripts, tmp_path: Path) -> None
     script(tmp_path, "WORD = 'beside'", "beside.py")
     path = script(
         tmp_path,
-        "import os, sys, beside, wave\n"
+        "import gc, os, sys, beside, wave\n"
         "print(__name__, sys.executable, sys.argv, sys.path[0], beside.WORD, end=' ')\n"
-        "print(os.environ.get('GONE'), os.environ['NEW'])\n"
+        "print(os.environ.get('GONE'), os.environ['NEW'], gc.isenabled())\n"
         "print(sys.stdin.read() == '', wave.seen if hasattr(wave, 'seen') else 'first')\n"
         "wave.seen = 'again'\n"
         "sys.stderr.write('one\\rtwo\\n\\nthe end')\n"
@@ -52,7 +53,7 @@ def test_it_runs_as_it_would_by_itself(scripts: Scripts, tmp_path: Path) -> None
         status, lines = run(scripts, path, "--two words")
         assert status == 3
         assert lines == [
-            f"__main__ {sys.executable} {[str(path), '--two words']} {tmp_path} beside None x",
+            f"__main__ {sys.executable} {[str(path), '--two words']} {tmp_path} beside None x False",
             *("True first", "one", "two", "", "the end"),
         ]
 
@@ -120,12 +121,14 @@ def test_a_killed_process_is_told_and_started_anew(scripts: Scripts, tmp_path: P
 
 
 def test_a_process_that_has_imported_them_forks_it(tmp_path: Path) -> None:
-    path = script(tmp_path, "import os, sys; print(os.environ['NEW'], sys.argv[1:], 'wave' in sys.modules)")
+    path = script(
+        tmp_path, "import gc, os, sys; print(os.environ['NEW'], sys.argv[1:], 'wave' in sys.modules, gc.isenabled())"
+    )
     code = f"""
-import os, psutil, {", ".join(SLOW)}
+import gc, os, psutil, {", ".join(SLOW)}
 from pipeline.llamacpp.scripts import Scripts
 print("before", end="")
-scripts = Scripts({{"NEW": "x"}}, {SLOW})
+scripts = Scripts({{"NEW": "x"}}, {SLOW}, gc.disable)
 scripts.fork()
 (forked,) = psutil.Process().children()
 os.environ["NEW"] = "y"
@@ -136,4 +139,4 @@ assert scripts.close() == 0
 """
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
-    assert answer.stdout.splitlines() == ["beforex ['1'] True", "0", "x ['2'] True", "0"]
+    assert answer.stdout.splitlines() == ["beforex ['1'] True False", "0", "x ['2'] True False", "0"]

@@ -89,6 +89,6 @@ THIRD = Stage(
 )
 STAGES = (FIRST, SECOND, THIRD)
 
-LIGHT = Stage(name="light", summary="Look around.", run=_look)
+LIGHT = Stage(name="light", summary="Look around.", run=_look, libraries=("torch",), begins_with=())
 HEAVY = Stage(name="heavy", summary="Look around.", run=_look, libraries=("torch",), variants=lambda _: ("a", "b"))
 PATCHING = Stage(name="patching", summary="Look around.", run=_look, libraries=("torch",), imports_first=True)
