@@ -197,7 +197,7 @@ def end_with_parent(parent: int) -> None:
 
 
 def leave(status: int) -> NoReturn:
-    """End a forked child without taking apart, piece by piece, what its parent imported: that takes its time."""
+    """End this process without taking apart, piece by piece, what was imported: that takes its time."""
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -7,6 +7,7 @@ hidden folder, and appears by a rename.
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import signal
@@ -218,14 +219,15 @@ class Graph:
             states = []
             skipped = 0
             with closing(Launcher()) if launcher is None else nullcontext(launcher) as starts:
-                for node in wanted:
+                for node, following in itertools.zip_longest(wanted, wanted[1:]):
                     state = self._examine(node, config, manifest, set(), targets if force else ())
                     states.append(state)
                     if state.reason is None:
                         skipped += 1
                     else:
                         console.say(f"{node}: {state.reason}" if state.reason != "has not run" else f"{node}")
-                        _run_node(state, self.stages[node.stage], folder, manifest, made_with, starts)
+                        then = self.stages[following.stage] if following else None
+                        _run_node(state, self.stages[node.stage], then, folder, manifest, made_with, starts)
                     self._remove(node, config, manifest)
             write_manifest(folder, manifest)
             if skipped:
@@ -268,7 +270,13 @@ def _matches(patterns: Sequence[str], node: Node, name: str) -> bool:
 
 
 def _run_node(
-    state: State, stage: Stage, folder: Path, manifest: dict[str, Any], made_with: dict[str, Any], launcher: Launcher
+    state: State,
+    stage: Stage,
+    then: Stage | None,
+    folder: Path,
+    manifest: dict[str, Any],
+    made_with: dict[str, Any],
+    launcher: Launcher,
 ) -> None:
     node, basis, layout = state.node, state.basis, Layout(folder)
     assert basis is not None
@@ -287,7 +295,7 @@ def _run_node(
 
     append_event(folder, "start", stage=str(node), reason=state.reason)
     started = time.time()
-    ended = launcher.run(folder, stage, node.variant)
+    ended = launcher.run(folder, stage, node.variant, then)
     seconds = time.time() - started
     result = _result(work / "result.json", ended.status, node, layout, stage.smaller)
     if "error" in result:

@@ -3,9 +3,10 @@
 Importing torch, transformers and PEFT takes longer than what most stages do with them. Here it is done once: the first
 stage that needs them has them imported, and every stage is a child that begins with them, untouched by other stages.
 
-On standard input comes one JSON line for each stage, {"arguments": [...], "libraries": [...]}: what
-`pipeline.run.worker` is given, and what the stage declares of what may be imported. When the stage has ended, one line
-goes to standard output: {"status": ..., "cpu_seconds": ..., "peak_memory_bytes": ...}; a signal is a negative status.
+On standard input comes one JSON line for each stage, {"arguments": [...], "libraries": [...], "then": [...]}: what
+`pipeline.run.worker` is given, what the stage declares of what may be imported, and what the next one does, which is
+imported while this one runs. When the stage has ended, one line goes to standard output:
+{"status": ..., "cpu_seconds": ..., "peak_memory_bytes": ...}; a signal is a negative status.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -43,12 +45,16 @@ def main(parent: int) -> int:
     interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells the stage as well, which ends
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    ahead: threading.Thread | None = None
     for line in sys.stdin:
         request = json.loads(line)
         run, packages, module, name, variant = request["arguments"]
+        log = Layout(Path(run)).log(name, variant)
+        if ahead is not None:
+            ahead.join()  # a process with threads is not forked
         # Nothing is lost with this process while it only imports, so Ctrl-C ends it at once.
         signal.signal(signal.SIGINT, signal.SIG_IGN if interrupted == signal.SIG_IGN else signal.SIG_DFL)
-        failure = _import(request["libraries"], Layout(Path(run)).log(name, variant))
+        failure = _import(request["libraries"], log)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         gc.freeze()  # what was imported stays: no stage need look through it for garbage
         child = os.fork()
@@ -59,6 +65,8 @@ def main(parent: int) -> int:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what comes there next is not for the stage
             SCRIPTS.fork()
             leave(worker.main(Path(run), packages, module, name, variant, failure))
+        ahead = threading.Thread(target=_import, args=(request["then"], log), daemon=True)  # it fails again in its turn
+        ahead.start()
         _, status, usage = os.wait4(child, 0)
         answer = {
             "status": os.waitstatus_to_exitcode(status),
@@ -95,4 +103,4 @@ def _import(libraries: Iterable[str], log: Path) -> Exception | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    leave(main(int(sys.argv[1])))  # whatever is still imported ahead

@@ -46,8 +46,14 @@ class Launcher:
         self._gpu = gpu
         self._host: _Host | None = None
 
-    def run(self, folder: Path, stage: Stage, variant: str) -> Ended:
+    def run(self, folder: Path, stage: Stage, variant: str, then: Stage | None = None) -> Ended:
         """Run one stage, or one variant of it, in a run's folder; `pipeline.run.worker` says what it leaves there.
+
+        Args:
+            folder: the run's.
+            stage: the stage.
+            variant: which of its variants.
+            then: the stage that most likely comes next: what it begins with is imported meanwhile.
 
         Raises:
             KeyboardInterrupt: Ctrl-C; the stage has ended.
@@ -57,15 +63,20 @@ class Launcher:
         if stage.imports_first:
             host = _Host()
             try:
-                return host.run(arguments, ())
+                return host.run(arguments, (), ())
             finally:
                 host.close()
         if self._gpu is None:
             self._gpu = memory() is not None
         if self._host is None:
             self._host = _Host()
-        begins_with = stage.libraries if stage.begins_with is None else stage.begins_with
-        return self._host.run(arguments, () if self._gpu else begins_with)
+        return self._host.run(arguments, self._imported(stage), self._imported(then))
+
+    def _imported(self, stage: Stage | None) -> Sequence[str]:
+        """The libraries that are imported before a stage's process is forked."""
+        if stage is None or stage.imports_first or self._gpu:
+            return ()
+        return stage.libraries if stage.begins_with is None else stage.begins_with
 
     def close(self) -> None:
         """No further stage comes."""
@@ -85,11 +96,12 @@ class _Host:
             text=True,
         )
 
-    def run(self, arguments: Sequence[str], libraries: Sequence[str]) -> Ended:
+    def run(self, arguments: Sequence[str], libraries: Sequence[str], then: Sequence[str]) -> Ended:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with suppress(BrokenPipeError):  # it was killed, which is told below
-            print(json.dumps({"arguments": arguments, "libraries": libraries}), file=self._process.stdin, flush=True)
+            request = json.dumps({"arguments": arguments, "libraries": libraries, "then": then})
+            print(request, file=self._process.stdin, flush=True)
         try:
             line = self._process.stdout.readline()
         except KeyboardInterrupt:

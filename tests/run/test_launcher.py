@@ -80,6 +80,23 @@ def stand_in_for_torch(folder: Path, code: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("PYTHONPATH", str(folder / "first"), prepend=os.pathsep)
 
 
+def test_what_the_next_stage_begins_with_is_imported_while_this_one_runs(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no stage waits for it that has ended."""
+    waits = f"import pathlib, time\nwhile not pathlib.Path({str(tmp_path / 'ended')!r}).exists(): time.sleep(0.05)"
+    stand_in_for_torch(tmp_path, waits, monkeypatch)
+    partial = Layout(run_folder).partial("light")
+    (partial / "output").mkdir(parents=True)
+    for imported in (False, True):
+        with closing(Launcher(gpu=False)) as launcher:
+            assert launcher.run(run_folder, LIGHT, "", HEAVY).status == 0
+            if imported:
+                (tmp_path / "ended").touch()
+                assert launcher.run(run_folder, LIGHT, "").status == 0
+        assert json.loads((partial / "result.json").read_text())["figures"]["imported"] == imported
+
+
 def test_library_that_cannot_be_imported_is_named(
     run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,7 +121,7 @@ def test_ctrl_c_while_libraries_are_imported_ends_it_at_once(
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     module = HEAVY.run.__module__
-    request = {"arguments": [str(run_folder), "", module, "heavy", "a"], "libraries": ["torch"]}
+    request = {"arguments": [str(run_folder), "", module, "heavy", "a"], "libraries": ["torch"], "then": []}
     assert host.stdin is not None
     print(json.dumps(request), file=host.stdin, flush=True)
     while not (tmp_path / "importing").exists():
