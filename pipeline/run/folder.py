@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import PipelineError, UserError
+from pipeline.processes import cores
 from pipeline.resources import sha256_of
 from pipeline.run.layout import Layout
 
@@ -112,11 +114,13 @@ def write_manifest(run: Path, manifest: dict[str, Any]) -> None:
 
 def record_files(folder: Path, run: Path) -> dict[str, dict[str, Any]]:
     """Every file below a folder of the run: its path from the run's folder, size in bytes, mtime and SHA-256."""
-    return {
-        str(path.relative_to(run)): {**_stat(path), "sha256": sha256_of(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not path.is_symlink()
-    }
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
+    with ThreadPoolExecutor(cores()) as pool:
+        hashes = pool.map(sha256_of, files)
+        return {
+            str(path.relative_to(run)): {**_stat(path), "sha256": digest}
+            for path, digest in zip(files, hashes, strict=True)
+        }
 
 
 def unchanged(run: Path, files: dict[str, dict[str, Any]]) -> str | None:
