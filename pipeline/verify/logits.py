@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ _LIMITS = ((16.0, 1e-3), (8.0, 0.01), (6.0, 0.03), (5.0, 0.2), (4.8, 0.3), (4.0,
 
 
 Rows = list[tuple[list[int], list[int]]]
+# Logits of rows. It is given what to call with the share that is done, where that is known before the first row is.
+Predicted = Callable[[Callable[[float], None]], Iterator[Any]]
 
 
 def check(artefacts: Artefacts) -> Iterator[Result]:
@@ -82,7 +85,7 @@ def _sixteen_bit(artefacts: Artefacts) -> Iterator[Result]:
     folder = artefacts.base if artefacts.removed and artefacts.base is not None else artefacts.model
     in_memory = artefacts.shared.get("model") is not None or fits_float32(folder)
     unrounded = _of_sum(artefacts, kind, rows) if adapter else None
-    reference: Iterator[Any] | str
+    reference: Predicted | str
     if unrounded is not None:
         reference = unrounded
     else:
@@ -121,14 +124,14 @@ def _sixteen_bit(artefacts: Artefacts) -> Iterator[Result]:
     yield lead.at_most(lost, more * settings.lead, f"a token that led by {lost:.3g} is no longer the likeliest")
 
 
-def _of_loaded(artefacts: Artefacts, kind: str, rows: Rows) -> Iterator[Any]:
+def _of_loaded(artefacts: Artefacts, kind: str, rows: Rows) -> Predicted:
     """Logits of the merged model, loaded in float32."""
     model = artefacts.shared.get("model") or load_float32(artefacts.model)
     round_matrices(model, artefacts.model, kind)
-    return predict(model, [ids for ids, _ in rows])
+    return lambda update: predict(model, [ids for ids, _ in rows])
 
 
-def _of_sum(artefacts: Artefacts, kind: str, rows: Rows) -> Iterator[Any] | None:
+def _of_sum(artefacts: Artefacts, kind: str, rows: Rows) -> Predicted | None:
     """Logits of the base and its adapter in float32, layer by layer: of the merged model before it was rounded.
 
     llama.cpp adds the adapter to what the base computes and rounds no sum, so that the rounded one would be no measure.
@@ -146,7 +149,7 @@ def _of_sum(artefacts: Artefacts, kind: str, rows: Rows) -> Iterator[Any] | None
         stored = rounded(base, name, kind)
         return stored + (merged[name] - base[name].float()) if name in merged.additions else stored
 
-    return layers.predict(tensor, [ids for ids, _ in rows])
+    return partial(layers.predict, tensor, [ids for ids, _ in rows])
 
 
 def _tensors(artefacts: Artefacts, kind: str) -> Callable[[str], Any]:
@@ -165,7 +168,7 @@ def _tensors(artefacts: Artefacts, kind: str) -> Callable[[str], Any]:
     return lambda name: merged[name].to(torch_type(merged.type(name))).float()
 
 
-def _of_layers(folder: Path, tensor: Callable[[str], Any], rows: Rows) -> Iterator[Any] | str:
+def _of_layers(folder: Path, tensor: Callable[[str], Any], rows: Rows) -> Predicted | str:
     """The same layer by layer, for a model that does not fit into the memory; why that cannot be done, if it cannot."""
     weights = read_weights(folder)
     layers, needed = Layers(weights), memory.by_layers(weights.own_shapes)
@@ -174,7 +177,7 @@ def _of_layers(folder: Path, tensor: Callable[[str], Any], rows: Rows) -> Iterat
         return f"the model is not computed whole ({why}), and its files have no {layers.lacking[0]}"
     if needed > machine.free_memory():
         return f"the model's largest layer does not fit into the memory in float32 ({size(needed)})"
-    return layers.predict(tensor, [ids for ids, _ in rows])
+    return partial(layers.predict, tensor, [ids for ids, _ in rows])
 
 
 def _in_float32(path: Path, scratch: Path) -> Path:
@@ -214,7 +217,7 @@ def _cannot_compare(artefacts: Artefacts, path: Path) -> str:
 
 
 def _diverge(
-    predicted: Iterator[Any], path: Path, adapter: Path | None, rows: Rows, where: str
+    predicted: Predicted, path: Path, adapter: Path | None, rows: Rows, where: str
 ) -> tuple[Divergence, dict[str, float]]:
     """Compare what the merged model predicts on rows with what a file does, and take both losses on the way."""
     import numpy as np
@@ -222,24 +225,30 @@ def _diverge(
     divergence = Divergence()
     total = sum(len(ids) for ids, _ in rows)
     losses: dict[str, list[RowLoss]] = {MERGED: [], GGUF_16BIT: []}
-    done = 0
+    done, before = 0, 0.0  # tokens of the file's, and of the model's where they are computed before the first row's
     longest = max(len(ids) for ids, _ in rows)
     left = iter(rows)
-    with (
-        LlamaModel(path, adapter=adapter, context=-(-longest // 256) * 256) as file,
-        progress(f"logits on {where}", total, "tokens") as update,
-    ):
-        for reference in predicted:
-            ids, labels = next(left)
-            other = file.logits(ids)
-            if reference.shape[1] != other.shape[1]:  # an embedding may be padded beyond the vocabulary
-                width = min(reference.shape[1], other.shape[1])
-                reference, other = (np.ascontiguousarray(x[:, :width]) for x in (reference, other))
-            divergence.add(reference, other)
-            losses[MERGED].append(row_loss(reference, ids, labels))
-            losses[GGUF_16BIT].append(row_loss(other, ids, labels))
-            done += len(ids)
-            update(done)
+    with progress(f"logits of the merged model and of the 16-bit file on {where}", 2 * total, "tokens") as update:
+
+        def of_model(share: float) -> None:
+            nonlocal before
+            before = share * total
+            update(before + done)
+
+        references = predicted(of_model)
+        first = next(references)  # the two of a large model would take each other's place in the memory
+        with LlamaModel(path, adapter=adapter, context=-(-longest // 256) * 256) as file:
+            for reference in itertools.chain([first], references):
+                ids, labels = next(left)
+                other = file.logits(ids)
+                if reference.shape[1] != other.shape[1]:  # an embedding may be padded beyond the vocabulary
+                    width = min(reference.shape[1], other.shape[1])
+                    reference, other = (np.ascontiguousarray(x[:, :width]) for x in (reference, other))
+                divergence.add(reference, other)
+                losses[MERGED].append(row_loss(reference, ids, labels))
+                losses[GGUF_16BIT].append(row_loss(other, ids, labels))
+                done += len(ids)
+                update(max(before, done) + done)
     if not any(trained_places(labels) for _, labels in rows):
         return divergence, {}
     return divergence, {rung: mean_loss(found) for rung, found in losses.items()}
