@@ -16,7 +16,6 @@ from pipeline.errors import PipelineError
 from pipeline.processes import cores, end_with_parent
 
 _MOST = 8  # processes: this one reads no faster than so many encode
-_QUEUED = 4  # batches that wait for each process, or are worked on: enough while this one hands on what is done
 _AHEAD = 8  # batches done here while a process is at the one before them
 _OBJECTS = 100_000  # that are made before the garbage collector looks through them: more than a batch has, not 700
 
@@ -48,7 +47,7 @@ class EncoderPool(Generic[Batch, Result]):
         try:
             for batch in batches:
                 begun.append(self._begin(batch))
-                while begun and (begun[0].done() or len(begun) > _QUEUED * self._workers + _AHEAD):
+                while begun and (begun[0].done() or len(begun) > 2 * self._workers + _AHEAD):
                     yield begun.popleft().result()
             while begun:
                 yield begun.popleft().result()
@@ -61,7 +60,7 @@ class EncoderPool(Generic[Batch, Result]):
     def _begin(self, batch: Batch) -> Future[Result]:
         """Have a batch worked on: by a process, or here where every process has its next one already."""
         self._running = [future for future in self._running if not future.done()]
-        if len(self._running) >= _QUEUED * self._workers:
+        if len(self._running) >= 2 * self._workers:
             done: Future[Result] = Future()
             done.set_result(self._work(batch))
             return done
