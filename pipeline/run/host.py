@@ -32,6 +32,7 @@ _SLOW = {
     "transformers": ("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto"),
     "peft": ("peft",),
 }
+_failed: dict[str, Exception] = {}  # what came of importing a module, whether ahead or in its turn
 
 
 def main(parent: int) -> int:
@@ -65,7 +66,7 @@ def main(parent: int) -> int:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what comes there next is not for the stage
             SCRIPTS.fork()
             leave(worker.main(Path(run), packages, module, name, variant, failure))
-        ahead = threading.Thread(target=_import, args=(request["then"], log), daemon=True)  # it fails again in its turn
+        ahead = threading.Thread(target=_import, args=(request["then"], log), daemon=True)
         ahead.start()
         _, status, usage = os.wait4(child, 0)
         answer = {
@@ -90,9 +91,14 @@ def _import(libraries: Iterable[str], log: Path) -> Exception | None:
     worker.print_to(log)
     try:
         for module in modules:
-            importlib.import_module(module)
-    except Exception as error:
-        return error
+            # A second attempt at a half-imported library fails otherwise.
+            if module not in _failed:
+                try:
+                    importlib.import_module(module)
+                except Exception as error:
+                    _failed[module] = error
+            if module in _failed:
+                return _failed[module]
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

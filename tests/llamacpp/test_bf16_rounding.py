@@ -8,7 +8,7 @@ from gguf.quants import BF16
 from support.adapters import small_base
 
 from pipeline.llamacpp.bf16_rounding import rounding
-from pipeline.llamacpp.converter import command, convert
+from pipeline.llamacpp.converter import SCRIPTS, command, convert
 from pipeline.llamacpp.gguf_file import inspect
 
 
@@ -22,6 +22,13 @@ def test_the_bits_are_those_of_gguf_py() -> None:
     for some in (numbers[~not_a_number], numbers[not_a_number], numbers):
         assert np.array_equal(ours(BF16, some), BF16.quantize_blocks(some))
     assert not_a_number.sum() == 2 * 2**7  # one of them is an infinity, and that with nothing cut off
+
+
+def test_it_is_what_scripts_round_with(tmp_path: Path) -> None:
+    script, lines = tmp_path / "script.py", list[str]()
+    script.write_text("from gguf.quants import BF16; print(BF16.quantize_blocks.__module__)")
+    assert SCRIPTS.run([script], lines.append) == 0
+    assert lines == [rounding.__module__]
 
 
 def test_the_file_is_that_of_the_script_by_itself(tmp_path: Path) -> None:

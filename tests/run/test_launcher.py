@@ -97,13 +97,18 @@ def test_what_the_next_stage_begins_with_is_imported_while_this_one_runs(
         assert json.loads((partial / "result.json").read_text())["figures"]["imported"] == imported
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 def test_library_that_cannot_be_imported_is_named(
-    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: bool
 ) -> None:
-    stand_in_for_torch(tmp_path, "raise ImportError('libcudart.so.13: no such file')", monkeypatch)
-    launcher = Launcher(gpu=False)
-    ended = launcher.run(run_folder, HEAVY, "a")
-    launcher.close()
+    """By its first error: a half-imported one fails otherwise the second time."""
+    code = "import sys\nif hasattr(sys, 'again'): raise ImportError('partially imported')\nsys.again = True\n"
+    stand_in_for_torch(tmp_path, f"{code}raise ImportError('libcudart.so.13: no such file')", monkeypatch)
+    (Layout(run_folder).partial("light") / "output").mkdir(parents=True)
+    with closing(Launcher(gpu=False)) as launcher:
+        if ahead:
+            assert launcher.run(run_folder, LIGHT, "", HEAVY).status == 0
+        ended = launcher.run(run_folder, HEAVY, "a")
     assert ended.status == 1
     assert "heavy/a: ImportError: libcudart.so.13: no such file; the log is " in result(run_folder)
 
