@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from struct import unpack
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pipeline.data.formats import Conversation
 from pipeline.data.metric import parse_strict
@@ -40,16 +40,16 @@ def identity_of(row: Conversation, seed: int) -> Identity:
     """The identity of a row; `seed` draws the positions."""
     asked = _canonical([row.messages[:-1], row.tools] if row.text is None else row.text).encode()
     question = _hash(asked)
-    answer = digest(row.messages[-1]) if row.text is None else b""
+    answer = _hash(_canonical(row.messages[-1]).encode()) if row.text is None else b""
     whole = _hash(b"".join((question, answer, repr(row.trained).encode())))
     drawn_by = asked if row.group is None else _canonical(row.group).encode()
     position, drawn = (number / 2**64 for number in unpack(">QQ", _hash(drawn_by, seed)))
     return Identity(question, answer, whole, position, drawn)
 
 
-def digest(value: Any, seed: int = 0) -> bytes:
-    """16 bytes that stand for a JSON value, whatever the order of its keys."""
-    return _hash(_canonical(value).encode(), seed)
+def draw(row: Identity, number: int, seed: int) -> bytes:
+    """What draws the place of a conversation among all; `number` tells it from others that the row was split into."""
+    return _hash(row.row + number.to_bytes(4, "big"), seed)
 
 
 def _hash(text: bytes, seed: int = 0) -> bytes:

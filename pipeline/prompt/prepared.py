@@ -6,22 +6,22 @@ takes the rows one after the other.
 
 from __future__ import annotations
 
-from array import array
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from pipeline.data.checks import Identity, digest, identity_of
+from pipeline.data.checks import Identity, draw, identity_of
 from pipeline.data.formats import Conversation, Reading, conversation_of
 from pipeline.data.leaks import Asked, Leaks, Near, asked_in
 from pipeline.data.near_duplicates import signatures
 from pipeline.data.sources import parsed
+from pipeline.data.token_file import as_bytes, of_bytes
 from pipeline.errors import UserError
 from pipeline.prompt.labels import IGNORED, Tokenized, leading_bos
 from pipeline.prompt.sequences import Encoder
 
 
 class Packed(NamedTuple):
-    """A sequence as it is written: ids and labels of 4 bytes each, and what is counted of it."""
+    """A sequence as it is written: the bytes of its ids and labels, and what is counted of it."""
 
     ids: bytes
     labels: bytes
@@ -33,7 +33,7 @@ class Packed(NamedTuple):
 
     def unpacked(self) -> Tokenized:
         """The sequence as lists."""
-        return Tokenized(array("i", self.ids).tolist(), array("i", self.labels).tolist(), self.merged)
+        return Tokenized(of_bytes(self.ids), of_bytes(self.labels), self.merged)
 
 
 class Kept(NamedTuple):
@@ -131,20 +131,22 @@ class Preparer:
         asked = asked_in(rows) if self.held_out or self.leaks else []
         near = [leaks.near(asked) for leaks in self.leaks]
         said = signatures([row.whole for row in rows])
+        identities = [identity_of(row, self.seed) for row in rows]
+        encoded = self._encoded(rows, identities)
         return [
             Prepared(
                 row.place,
                 None,
-                identity_of(row, self.seed),
-                signature,
+                identities[at],
+                said[at],
                 asked[at] if self.held_out else None,
                 tuple(of_set[at] for of_set in near),
-                encoded,
+                encoded[at],
             )
-            for at, (row, signature, encoded) in enumerate(zip(rows, said, self._encoded(rows), strict=True))
+            for at, row in enumerate(rows)
         ]
 
-    def _encoded(self, rows: list[Conversation]) -> list[Encoded | None]:
+    def _encoded(self, rows: list[Conversation], identities: list[Identity]) -> list[Encoded | None]:
         if self.encoder is None:
             return [None] * len(rows)
         return [
@@ -152,10 +154,10 @@ class Preparer:
                 [
                     Kept(
                         conversation.as_line().encode(),
-                        digest(conversation.as_row(), self.seed) if self.shuffle else b"",
+                        draw(identity, number, self.seed) if self.shuffle else b"",
                         [self._packed(sequence) for sequence in sequences],
                     )
-                    for conversation, sequences in outcome.kept
+                    for number, (conversation, sequences) in enumerate(outcome.kept)
                 ],
                 outcome.error,
                 outcome.notes,
@@ -164,16 +166,15 @@ class Preparer:
                 row.text is not None,
                 bool(row.tools) or any(one["role"] == "tool" or "tool_calls" in one for one in row.messages),
             )
-            for row, outcome in zip(rows, self.encoder.encode(rows), strict=True)
+            for row, identity, outcome in zip(rows, identities, self.encoder.encode(rows), strict=True)
         ]
 
     def _packed(self, sequence: Tokenized) -> Packed:
         assert self.encoder is not None
-        ids, labels = array("i", sequence.input_ids), array("i", sequence.labels)
         return Packed(
-            ids.tobytes(),
-            labels.tobytes(),
-            len(ids),
+            as_bytes(sequence.input_ids),
+            as_bytes(sequence.labels),
+            len(sequence.input_ids),
             sequence.trained,
             sequence.merged,
             leading_bos(self.encoder.tokenizer, sequence.input_ids),
