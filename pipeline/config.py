@@ -361,7 +361,7 @@ class Eval(Section):
 class Verify(Section):
     """What `verify` tolerates. Divergences are in nats."""
 
-    tokens: int = Field(5000, ge=100, description="held-out tokens on which logits are compared")
+    tokens: int | None = Field(None, ge=100, description="held-out tokens on which logits are compared")
     strings: int = Field(5000, ge=100, description="hostile strings that each tokenizer is tried on")
     differing_strings: int = Field(0, ge=0, description="strings that may have other token ids")
     trained_share: float = Field(0.001, ge=0, le=1, description="least share of trained tokens")

@@ -17,6 +17,7 @@ from pipeline.config import Config, fields
 from pipeline.errors import UserError
 from pipeline.figures import memory_size
 from pipeline.model import training_memory
+from pipeline.model.held_out import LEAST_COMPARED, MOST_COMPARED, compared_tokens
 from pipeline.prompt.chat_templates import DEFAULT, OF_TEXTS
 
 LONGEST_ROW = 2048  # tokens that a row is held to, and a text cut into
@@ -62,6 +63,8 @@ RULES = {
     "ollama.license": "none",
     "eval.limit": f"all for a base of less than {SLOW / 1e9:g} billion parameters, else {ASKED}",
     "eval.minutes": "none: every question of eval.limit is asked",
+    "verify.tokens": f"{MOST_COMPARED:,} for a base of less than a billion parameters; from there on the fewer the "
+    f"larger it is, at least {LEAST_COMPARED}",
     "verify.quantized_divergence": "by the bits of the type",
     "verify.quantization_error": "by the bits of the type",
 }
@@ -141,6 +144,8 @@ def resolve(config: Config, given: dict[str, str], facts: Facts) -> tuple[Config
     choose("train.gradient_checkpointing", bool(gpu) and training_memory.checkpoints_gradients(size), machine)
     # The GGUF files are asked on the CPU, in llama-server and in Ollama, where a large model takes long to answer.
     choose("eval.limit", None if size and size < SLOW else ASKED, large)
+
+    choose("verify.tokens", compared_tokens(size), large)
 
     update: dict[str, dict[str, Any]] = {}
     for key, (value, _) in chosen.items():

@@ -259,6 +259,7 @@ def test_defaults_follow_the_size_and_the_machine(tmp_path: Path) -> None:
     assert sources["train.learning_rate"] == "default for 135 M parameters"
     assert sources["model.base"] == "pipeline.toml:2"
     assert (small.eval.limit, large.eval.limit) == (None, 100)
+    assert (small.verify.tokens, large.verify.tokens) == (5000, 625)
     assert sources["eval.limit"] == "default for 135 M parameters"
     config, given = load_config(write(tmp_path, MINIMAL), ["train.load_in_4bit=false", "eval.limit=300"])
     sixteen_bit, _ = resolve(config, given, Facts(8_000_000_000, 131072, 24 * 2**30))

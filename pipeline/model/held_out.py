@@ -11,6 +11,7 @@ from pipeline.prompt.labels import IGNORED
 from pipeline.run.layout import Layout
 
 Rows = Sequence[tuple[list[int], list[int]]]  # token ids and labels
+MOST_COMPARED, LEAST_COMPARED = 5000, 500  # tokens
 RowLoss = tuple[float, int]  # summed over the trained tokens of a row, in nats, and how many these are
 
 
@@ -29,6 +30,15 @@ def read_held_out(layout: Layout, limit: int | None = None) -> tuple[str, Iterat
         if path.is_file() and next(read_tokens(path), None) is not None:
             return f"{name} rows", ((row["input_ids"][:limit], row["labels"][:limit]) for row in read_tokens(path))
     return "", iter(())
+
+
+def compared_tokens(parameters: int | None) -> int:
+    """How many held-out tokens a model is compared on, where nothing says so.
+
+    The larger a model, the longer a token takes: from a billion parameters on they take as long together.
+    """
+    by_size = round(MOST_COMPARED * 1e9 / parameters) if parameters else MOST_COMPARED
+    return max(LEAST_COMPARED, min(MOST_COMPARED, by_size))
 
 
 def first_tokens(rows: Iterable[tuple[list[int], list[int]]], tokens: int) -> list[tuple[list[int], list[int]]]:

@@ -20,7 +20,7 @@ from pipeline.defaults import LONGEST_ROW
 from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.gguf_file import GGUFInfo, inspect
 from pipeline.model.base import as_trained
-from pipeline.model.held_out import RowLoss, first_tokens, mean_loss, read_held_out
+from pipeline.model.held_out import RowLoss, compared_tokens, first_tokens, mean_loss, read_held_out
 from pipeline.model.weights_file import read_weights, weight_files
 from pipeline.prompt.tokenizer import saved_tokenizer
 from pipeline.run.layout import Layout
@@ -218,7 +218,7 @@ class Artefacts:
         if self.run is not None:
             where, held_out = read_held_out(Layout(self.run), limit)
             rows = list(itertools.islice(held_out, ROWS))
-            rows += first_tokens(held_out, self.settings.tokens - sum(len(ids) for ids, _ in rows))
+            rows += first_tokens(held_out, self._tokens - sum(len(ids) for ids, _ in rows))
             if rows:
                 return where, rows
         return "the conformance suite", [(ids[:limit], []) for ids in self.suite_ids]
@@ -243,9 +243,13 @@ class Artefacts:
             rows.append(token_ids(self.tokenizer, text))
         return rows
 
+    @cached_property
+    def _tokens(self) -> int:
+        return self.settings.tokens or compared_tokens(read_weights(self.model).stored_values)
+
     def compared_rows(self) -> list[tuple[list[int], list[int]]]:
         """As many held-out rows as have the configured number of tokens together."""
-        return first_tokens(self.held_out[1], self.settings.tokens)
+        return first_tokens(self.held_out[1], self._tokens)
 
     @cached_property
     def merge_losses(self) -> dict[str, float]:

@@ -106,9 +106,8 @@ def _run(name: str, stage: str, check: Callable[[], Iterator[Result]]) -> list[R
 
 
 def _artefacts(config: Config, base: Path, scratch: Path) -> Artefacts:
-    settings = config.verify.model_copy(
-        update={"tokens": min(_TOKENS, config.verify.tokens), "strings": min(_STRINGS, config.verify.strings)}
-    )
+    tokens, strings = min(_TOKENS, config.verify.tokens or _TOKENS), min(_STRINGS, config.verify.strings)
+    settings = config.verify.model_copy(update={"tokens": tokens, "strings": strings})
     types = {kind: scratch / f"model-{kind}.gguf" for kind in config.export.quant}
     return Artefacts(settings=settings, model=base, sixteen_bit=None, quantized=types, scratch=scratch)
 
