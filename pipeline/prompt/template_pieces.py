@@ -224,22 +224,25 @@ class _Probe:
         return Pieces(trees, grow(self.ends), self.slot, self.formats, self.empty_matters, self.handling)
 
     def _observe(self, roles: Roles, empty: int = -1) -> None:
+        text = None
         for think, name in _THINK.items():
-            try:
-                text = self._rendered(roles, think, empty)
-            except TemplateRefused:
-                continue
-            self._cut(roles, text, name, empty)
+            if think is None or "enable_thinking" in self.template.source:  # else it is the same text again
+                try:
+                    text = self._rendered(roles, think, empty)
+                except TemplateRefused:
+                    text = None
+            if text is not None:
+                self._cut(roles, text, name, empty)
 
     def _rendered(self, roles: Roles, think: bool | None, empty: int = -1) -> str:
         messages = [_message(role, "" if number == empty else _mark(number)) for number, role in enumerate(roles)]
         texts = []
-        for day in _DAYS:
+        for day in _DAYS if "strftime_now" in self.template.source else _DAYS[:1]:
             text = self.template.served(self.template.render(messages, think=think, today=day))
             for number, form in enumerate(self.formats):
                 text = text.replace(day.strftime(form), chr(DATE + number))
             texts.append(text)
-        if texts[0] != texts[1]:
+        if texts[0] != texts[-1]:
             raise NotDerivable("it writes the date or the time in a form that Ollama's Go templates cannot write")
         return texts[0]
 
@@ -331,6 +334,8 @@ def grow(seen: Sequence[Observation]) -> Tree:
         NotDerivable: two observations with the same facts differ.
     """
     facts = list(seen[0].facts)
+    # Most were seen many times, and each order of the facts goes through all of them.
+    seen = list({(*observation.facts.values(), observation.piece): observation for observation in seen}.values())
     trees = []
     for order in itertools.permutations(facts):
         tree = _grow(seen, order)
