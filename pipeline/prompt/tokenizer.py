@@ -7,10 +7,13 @@ on the ids that it will be served.
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -166,19 +169,52 @@ def _unnamed(value: Any, tokens: dict[str, int]) -> Any:
 def saved_tokenizer(folder: Path) -> Any:
     """A folder's tokenizer as it was saved there: the one that a model was trained with.
 
+    It is not to be changed: loading one with a large vocabulary takes seconds, so folders with the same files, as an
+    adapter's and the merged model's are, have the same.
+
     Raises:
         UserError: there is none that can be loaded.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
     try:
         # Beside a Qwen2's config.json AutoTokenizer takes another class than the one that was saved, which normalises.
         plain = _saved_class(folder) in ("TokenizersBackend", "PreTrainedTokenizerFast")
-        return (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(
-            str(folder), trust_remote_code=False
-        )
+        if (folder / "tokenizer.json").is_file():
+            return _of_folder(str(folder), plain, _digest(folder, plain))
+        return _load(folder, plain)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: no tokenizer can be loaded from it: {error}") from None
+
+
+_FILES = ("*token*", "vocab*", "merges*", "chat_template*", "*chat_templates/*")  # what a tokenizer is loaded from
+_KEPT = 4
+_loaded: dict[bytes, Any] = {}  # the last ones, by their files
+
+
+def _digest(folder: Path, plain: bool) -> bytes:
+    patterns = _FILES if plain else (*_FILES, "config.json")
+    content = hashlib.blake2b()
+    for path in sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file()):
+        content.update(f"{path.name}:{path.stat().st_size}:".encode() + path.read_bytes())
+    return content.digest()
+
+
+@lru_cache(maxsize=_KEPT)
+def _of_folder(folder: str, plain: bool, content: bytes) -> Any:
+    """The tokenizer of files with this digest, under the name of their folder."""
+    if content not in _loaded:
+        for oldest in list(_loaded)[: len(_loaded) - _KEPT + 1]:
+            del _loaded[oldest]
+        _loaded[content] = _load(Path(folder), plain)
+    tokenizer = copy.copy(_loaded[content])
+    tokenizer.name_or_path = folder
+    tokenizer.init_kwargs = {**tokenizer.init_kwargs, "name_or_path": folder}
+    return tokenizer
+
+
+def _load(folder: Path, plain: bool) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    return (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(str(folder), trust_remote_code=False)
 
 
 def _saved_class(folder: Path) -> str | None:

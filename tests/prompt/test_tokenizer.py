@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -229,3 +230,15 @@ def test_what_was_saved_is_loaded_as_it_was_beside_a_configuration_too(tmp_path:
     (tmp_path / "saved" / "config.json").write_bytes((base / "config.json").read_bytes())
     assert ids(saved_tokenizer(tmp_path / "saved"), DECOMPOSED) == ids(tokenizer, DECOMPOSED)
     assert ids(tokenizer, DECOMPOSED) != ids(tokenizer, COMPOSED)
+
+
+def test_the_same_files_are_loaded_once_and_others_for_themselves(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        shutil.copytree(bases.short("qwen3"), tmp_path / name)
+    one, other = (saved_tokenizer(tmp_path / name) for name in ("one", "other"))
+    assert saved_tokenizer(tmp_path / "one") is one
+    assert one.backend_tokenizer is other.backend_tokenizer
+    assert [Path(tokenizer.name_or_path).name for tokenizer in (one, other)] == ["one", "other"]
+    (tmp_path / "other" / "chat_template.jinja").write_text("changed", encoding="utf-8")
+    assert saved_tokenizer(tmp_path / "other").chat_template == "changed"
+    assert one.chat_template == other.chat_template != "changed"
