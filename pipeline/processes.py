@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
 from pipeline.console import say
 from pipeline.errors import NoSpace, PipelineError, full_disk
@@ -116,6 +116,10 @@ def start(
         start_new_session=True,
         preexec_fn=die_with_parent,
     )
+
+
+# What httpx is told of a server on this machine: no proxy is asked, and no certificates are read, which takes 30 ms.
+ON_THIS_MACHINE: dict[str, Any] = {"trust_env": False, "verify": False}
 
 
 def wait_until(ready: Callable[[], bool], process: "subprocess.Popen[bytes]", seconds: float) -> bool:

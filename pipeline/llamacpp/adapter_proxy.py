@@ -23,6 +23,7 @@ import httpx
 from pipeline.errors import PipelineError, UserError
 from pipeline.lines import lines
 from pipeline.llamacpp.llama_server import LlamaServer
+from pipeline.processes import ON_THIS_MACHINE
 
 API_KEY = "PIPELINE_API_KEY"  # the variable with the key that requests have to show; it is written down nowhere
 LARGEST_REQUEST = 64 << 20  # bytes of a request
@@ -156,7 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
         begun = False
         try:
             url = f"{self.server.server.url}{self.path}"
-            with httpx.stream("POST", url, json=body, headers=headers, timeout=timeout, trust_env=False) as answer:
+            with httpx.stream("POST", url, json=body, headers=headers, timeout=timeout, **ON_THIS_MACHINE) as answer:
                 begun = True
                 self.send_response(answer.status_code)
                 self.send_header("Content-Type", answer.headers.get("Content-Type", "application/json"))

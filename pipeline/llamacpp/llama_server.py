@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 from pipeline.errors import PipelineError, UserError
 from pipeline.lines import lines
 from pipeline.llamacpp.programs import lora_arguments, program
-from pipeline.processes import cores, failure, free_port, start, stop, wait_until
+from pipeline.processes import ON_THIS_MACHINE, cores, failure, free_port, start, stop, wait_until
 
 if TYPE_CHECKING:
     import httpx
@@ -117,7 +117,7 @@ class LlamaServer:
         stack.callback(stop, self.process)
         # One connection, kept open: a new one for every request would cost more than the request.
         self.client = stack.enter_context(
-            httpx.Client(base_url=self.url, timeout=httpx.Timeout(10, read=600), trust_env=False)
+            httpx.Client(base_url=self.url, timeout=httpx.Timeout(10, read=600), **ON_THIS_MACHINE)
         )
         self._wait()
 

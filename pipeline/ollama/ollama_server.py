@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from pipeline.errors import PipelineError, UserError
-from pipeline.processes import free_port, start, stop, wait_until
+from pipeline.processes import ON_THIS_MACHINE, free_port, start, stop, wait_until
 from pipeline.resources import expanded
 from pipeline.setup.ollama_version import MINIMUM_OLLAMA, new_enough, program_version, system_ollama
 
@@ -134,7 +134,7 @@ class OllamaServer:
         import httpx
 
         try:
-            return httpx.get(f"{self.host}/api/version", timeout=2, trust_env=False).is_success
+            return httpx.get(f"{self.host}/api/version", timeout=2, **ON_THIS_MACHINE).is_success
         except httpx.TransportError:
             return False
 
