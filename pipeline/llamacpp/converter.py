@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipeline.errors import PipelineError
-from pipeline.llamacpp.bf16_rounding import quicken
 from pipeline.llamacpp.gguf_file import GGUFInfo, inspect
 from pipeline.llamacpp.programs import source_tree
+from pipeline.llamacpp.quicker_conversion import quicken
 from pipeline.llamacpp.scripts import Scripts
 from pipeline.processes import failure
 from pipeline.prompt.token_white_space import PHI3, taking
