@@ -280,7 +280,9 @@ def _sum(before: Any, a: Any, b: Any, magnitude: Any, addition: Addition) -> Any
     import torch
 
     product = b @ a
-    delta = (product.T if addition.transposed else product).mul_(addition.scaling)
+    delta = product.T if addition.transposed else product
+    if addition.scaling != 1:
+        delta.mul_(addition.scaling)
     if magnitude is None:
         return delta.add_(before)
     summed = before.T + delta.T if addition.transposed else before + delta
@@ -376,7 +378,7 @@ def _write_one(merged: MergedWeights, name: str, writer: WeightsWriter) -> tuple
         writer.write(name, row, rounded)
         if before is not None:
             base += float(torch.linalg.vector_norm(before)) ** 2
-            size = float(torch.linalg.vector_norm(after.sub_(rounded)))  # of what rounding took off
+            size = float(torch.linalg.vector_norm(after.sub_(rounded.float())))  # of what rounding took off
             rounding += size**2
         else:
             size = float(torch.linalg.vector_norm(rounded, dtype=torch.float32)) if stored.is_floating_point else 0.0
