@@ -4,8 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 from pipeline.errors import PipelineError, UserError
+
+_SECONDS = 10  # that a hub may take to answer at all
+
+
+@cache
+def reach_hub() -> str:
+    """Ask whether the hub answers, whatever it says. Returns why it cannot be reached; "" if it can.
+
+    If it does not, its library is told to look into its cache alone: else it asks for every file six times, which takes
+    half a minute each.
+    """
+    import httpx
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:  # its library then says so at once
+        return ""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_SECONDS)
+    except httpx.HTTPError as error:
+        constants.HF_HUB_OFFLINE = True
+        return str(error) or type(error).__name__
+    return ""
 
 
 @contextmanager
@@ -25,6 +48,7 @@ def asking(key: str, name: str, revision: str | None, instead: str) -> Iterator[
     from huggingface_hub import errors
 
     at = f"{name} at {revision}" if revision else name
+    why = reach_hub()
     try:
         yield
     except PipelineError:
@@ -44,7 +68,7 @@ def asking(key: str, name: str, revision: str | None, instead: str) -> Iterator[
     except (errors.HFValidationError, errors.HfUriError) as error:
         raise UserError(f"{key}: {name} is no hub id: {error}") from None
     except Exception as error:  # the network's errors have no common class, and must not show a traceback
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = why or str(error).strip().partition("\n")[0] or type(error).__name__
         raise PipelineError(
             f"{key}: {at} cannot be fetched from the hub and is not in its cache ({reason}). Connect to "
             f"the network, or give {instead}"

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.hub import reach_hub
 from pipeline.model.config_file import context_length, text_config
 from pipeline.model.weights_file import read_weights
 from pipeline.resources import expanded
@@ -54,6 +55,7 @@ def _hub_config(base: str, revision: str | None) -> Path | None:
 
     if isinstance(cached := try_to_load_from_cache(base, "config.json", revision=revision), str):
         return Path(cached)
+    reach_hub()
     try:
         return Path(hf_hub_download(base, "config.json", revision=revision))
     except Exception:  # offline, gated or unknown: resolving the base will say why
@@ -68,6 +70,7 @@ def context_of(folder: Path) -> int | None:
 def _hub_facts(base: str, revision: str | None) -> tuple[int | None, int | None]:
     from huggingface_hub import get_safetensors_metadata, hf_hub_download
 
+    reach_hub()
     try:
         metadata = get_safetensors_metadata(base, revision=revision)
         config = hf_hub_download(base, "config.json", revision=revision)
