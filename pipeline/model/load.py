@@ -13,7 +13,8 @@ from pipeline.model.base import base_folder
 from pipeline.model.four_bit import is_4bit
 from pipeline.model.nf4 import Record, dequantize_base
 from pipeline.model.quiet import quiet_transformers
-from pipeline.model.weights_file import TORCH_TYPES, Weights, read_weights
+from pipeline.model.sixteen_bit_type import TORCH_TYPES
+from pipeline.model.weights_file import Weights, read_weights
 from pipeline.prompt.tokenizer import load_tokenizer, saved_tokenizer
 from pipeline.setup import gpu
 

@@ -19,6 +19,7 @@ from typing import Any
 from pipeline.errors import PipelineError, UserError
 from pipeline.model.adapter_file import AdapterFile, is_matrix, refuse_half_of_a_pair, renaming
 from pipeline.model.nf4 import Kept, Record
+from pipeline.model.sixteen_bit_type import sixteen_bit_type
 from pipeline.model.targets import OTHER_SENSES
 from pipeline.model.weights_file import Weights, torch_type
 from pipeline.model.weights_writer import TensorPlan, WeightsWriter
@@ -111,7 +112,7 @@ class MergedWeights:
     def type(self, name: str) -> str:
         """The type that a tensor is rounded to: the one that it is stored in; a float32 base becomes bfloat16."""
         stored = self.base.types[name]
-        return self.base.sixteen_bit_type.upper() if stored == self.base.main_type == "F32" else stored
+        return sixteen_bit_type(self.base).upper() if stored == self.base.main_type == "F32" else stored
 
     @property
     def vocabulary(self) -> int | None:

@@ -17,7 +17,8 @@ from pipeline.model.held_out import RowLoss, Rows, held_out_losses
 from pipeline.model.load import load_model
 from pipeline.model.merging import changes_nothing
 from pipeline.model.nf4 import Record, dequantize_base, restore_base
-from pipeline.model.weights_file import TORCH_TYPES, Weights
+from pipeline.model.sixteen_bit_type import TORCH_TYPES, sixteen_bit_type
+from pipeline.model.weights_file import Weights
 from pipeline.setup import machine
 
 
@@ -42,7 +43,7 @@ class PeftMerge:
         from peft import PeftModel
         from peft.tuners.lora import LoraLayer
 
-        self._stored = getattr(torch, TORCH_TYPES[base.sixteen_bit_type])
+        self._stored = getattr(torch, TORCH_TYPES[sixteen_bit_type(base)])
         self._record = record
         needed = memory.merge_by_peft(base.parameters, in_float32=True, dequantizes=dequantizes)
         self._arithmetic = torch.float32 if needed <= machine.free_memory() else self._stored

@@ -24,8 +24,6 @@ from pipeline.model.four_bit import PART
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Values that a model computes from its configuration; old files carry them.
 BUFFERS = ("rotary_emb.inv_freq", "masked_bias")
-_16_BIT = {"F16": "f16", "BF16": "bf16", "F32": "bf16"}
-TORCH_TYPES = {"f16": "float16", "bf16": "bfloat16"}  # torch's names of what `sixteen_bit_type` says
 # torch's names of the types that safetensors names, and the bytes of a number.
 STORED_TYPES = {
     "BOOL": ("bool", 1), "U8": ("uint8", 1), "I8": ("int8", 1), "I16": ("int16", 2), "F16": ("float16", 2),
@@ -188,20 +186,6 @@ class Weights:
         for name, kind in self.types.items():
             counts[kind] += math.prod(self.shapes[name])
         return counts.most_common(1)[0][0]
-
-    @property
-    def sixteen_bit_type(self) -> str:
-        """The 16-bit type that this model is merged into and converted to: "f16" or "bf16".
-
-        That of most numbers. A float32 model becomes bfloat16, whose range is that of float32: in float16 a number
-        beyond 65,504 would become infinite, and one below 6e-8 zero.
-
-        Raises:
-            UserError: the weights are not stored in 16 or 32 bits.
-        """
-        if self.main_type not in _16_BIT:
-            raise UserError(f"{self.folder}: holds {self.main_type} weights: they must be stored in 16 or 32 bits")
-        return _16_BIT[self.main_type]
 
 
 def read_weights(folder: Path, files: list[Path] | None = None) -> Weights:

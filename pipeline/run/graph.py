@@ -1,8 +1,9 @@
 """The stages in order: which of them are stale and why, and the running of those that are.
 
-A node is a stage, or one variant of a stage ("quantize/q4_k_m"). It is fresh when all that it depends on is as it was
-(`pipeline.run.basis`) and its outputs are still what was recorded. A node runs in a process of its own, writes to a
-hidden folder, and appears by a rename.
+A node is a stage, or one variant of a stage ("quantize/q4_k_m"). It is fresh when all that it depends on is as it was,
+and its outputs are still what was recorded: `pipeline.run.basis` says what counts, and each stage's own declaration,
+`STAGE` in its file, what that is. A node runs in a process of its own, writes to a hidden folder, and appears by a
+rename.
 """
 
 from __future__ import annotations

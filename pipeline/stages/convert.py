@@ -23,6 +23,7 @@ from pipeline.model.config_file import SENSES
 from pipeline.model.merge_target import merge_files, sixteen_bit_base
 from pipeline.model.nf4 import Record
 from pipeline.model.plain_adapter import write_plain
+from pipeline.model.sixteen_bit_type import sixteen_bit_type
 from pipeline.model.weights_file import Weights, read_weights
 from pipeline.ollama.llamacpp_rendering import as_carried
 from pipeline.processes import require_space
@@ -52,7 +53,7 @@ def main(task: Task) -> dict[str, Any]:
     weights = read_weights(model)
     adapter = _convert_adapter(task, weights) if apart else {}
     asked = task.config.export.outtype
-    outtype = weights.sixteen_bit_type if asked == "auto" else asked
+    outtype = sixteen_bit_type(weights) if asked == "auto" else asked
     target = task.new(task.layout.converted(outtype))
     require_space(task.output, memory.sixteen_bit_file(weights.parameters), "the 16-bit GGUF")
     # A base's file is the same for every run on it, whatever the base is called there: so it is shared.

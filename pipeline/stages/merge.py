@@ -38,7 +38,8 @@ from pipeline.model.merging import MergedWeights, write_merged
 from pipeline.model.nf4 import Record
 from pipeline.model.peft_merging import PeftMerge
 from pipeline.model.sentencepiece_file import write_sentencepiece
-from pipeline.model.weights_file import TORCH_TYPES, Weights, read_weights
+from pipeline.model.sixteen_bit_type import TORCH_TYPES, sixteen_bit_type
+from pipeline.model.weights_file import Weights, read_weights
 from pipeline.processes import require_space
 from pipeline.prompt.tokenizer import read_saved
 from pipeline.run.stage import Stage, Task
@@ -61,7 +62,7 @@ def main(task: Task) -> dict[str, Any]:
     figures = way(task, base, output)
     _copy_tokenizer(task.layout.adapter, base.folder, output)
     return figures | {
-        "stored": TORCH_TYPES[base.sixteen_bit_type],
+        "stored": TORCH_TYPES[sixteen_bit_type(base)],
         "bytes": read_weights(output).size,
     }
 
@@ -186,7 +187,7 @@ def _write_configuration(task: Task, base: Weights, output: Path, vocabulary: in
     """config.json and generation_config.json: the base's, with the type that the weights have now."""
     config = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
-    config["dtype"] = TORCH_TYPES[base.sixteen_bit_type]
+    config["dtype"] = TORCH_TYPES[sixteen_bit_type(base)]
     _write(output / "config.json", config)
     if vocabulary is not None:
         write_vocabulary(output / "config.json", vocabulary)

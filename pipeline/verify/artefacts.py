@@ -21,6 +21,7 @@ from pipeline.errors import PipelineError, UserError
 from pipeline.llamacpp.gguf_file import GGUFInfo, inspect
 from pipeline.model.base import as_trained
 from pipeline.model.held_out import RowLoss, compared_tokens, first_tokens, mean_loss, read_held_out
+from pipeline.model.sixteen_bit_type import sixteen_bit_type
 from pipeline.model.weights_file import read_weights, weight_files
 from pipeline.prompt.tokenizer import saved_tokenizer
 from pipeline.run.layout import Layout
@@ -191,7 +192,7 @@ class Artefacts:
         folder = self.scratch / name
         folder.mkdir(parents=True, exist_ok=True)
         return reconvert(
-            model, folder, outtype or read_weights(model).sixteen_bit_type, without_weights=bool(self.removed)
+            model, folder, outtype or sixteen_bit_type(read_weights(model)), without_weights=bool(self.removed)
         )
 
     @property

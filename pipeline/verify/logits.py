@@ -3,7 +3,8 @@
 The merged model in float32 is the measure for the 16-bit file, computed exactly on both sides; the 16-bit file is the
 measure for the quantized ones, in llama.cpp's own statistics. Where an adapter is served on its base, every file is
 used with it, and the quantized ones are held against the merged model as a 16-bit file. The perplexity of the base
-against the tuned model says nothing about either, and is not taken.
+against the tuned model says nothing about either, and is not taken. How many tokens are compared:
+`pipeline.model.held_out.compared_tokens`.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from support.small_models import make_task
 
 from pipeline.errors import UserError
 from pipeline.llamacpp.gguf_file import inspect
+from pipeline.model.sixteen_bit_type import sixteen_bit_type
 from pipeline.model.weights_file import read_weights, weight_files
 from pipeline.stages import convert, merge
 from pipeline.verify import logits
@@ -82,7 +83,7 @@ def test_what_cannot_be_read(tmp_path: Path, damage: Callable[[Path], None]) -> 
 
 def test_other_types_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds I8 weights: they must be stored in 16 or 32 bits"):
-        _ = read_weights(folder_of(tmp_path, a=torch.int8)).sixteen_bit_type
+        sixteen_bit_type(read_weights(folder_of(tmp_path, a=torch.int8)))
 
 
 def stored_as(kind: torch.dtype, *, vectors: torch.dtype | None = None, shards: bool = False) -> Callable[[Path], None]:
