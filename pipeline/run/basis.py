@@ -1,8 +1,9 @@
 """What a node's result was made from, and what of it has changed since.
 
 It is what can change the result: the code that runs, the versions of the libraries and the programs that the stage
-declares, the settings that it reads, and the files. The same basis is the same fingerprint. Whether the node is stale
-is judged in `pipeline.run.graph`, which looks at its outputs and at the stages before it too.
+declares, the settings that it reads, and the files; what these are stands in `STAGE` at the end of the stage's file.
+The same basis is the same fingerprint. A node is stale, and runs again, where its basis has changed, where an output is
+not what was recorded, or where a node that it needs is stale (`pipeline.run.graph` goes through them).
 """
 
 from __future__ import annotations
