@@ -144,7 +144,6 @@ def resolve(config: Config, given: dict[str, str], facts: Facts) -> tuple[Config
     choose("train.gradient_checkpointing", bool(gpu) and training_memory.checkpoints_gradients(size), machine)
     # The GGUF files are asked on the CPU, in llama-server and in Ollama, where a large model takes long to answer.
     choose("eval.limit", None if size and size < SLOW else ASKED, large)
-
     choose("verify.tokens", compared_tokens(size), large)
 
     update: dict[str, dict[str, Any]] = {}

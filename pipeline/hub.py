@@ -25,9 +25,11 @@ def reach_hub() -> str:
         return ""
     try:
         get_session().head(constants.ENDPOINT, timeout=_SECONDS)
-    except httpx.HTTPError as error:
+    except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError) as error:
         constants.HF_HUB_OFFLINE = True
         return str(error) or type(error).__name__
+    except (httpx.HTTPError, httpx.InvalidURL):  # whatever else is wrong its library finds out, and says
+        pass
     return ""
 
 
